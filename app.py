@@ -1,0 +1,160 @@
+"""Build the app: wire the parts, map errors to answers. Importing it loads no model and starts nothing.
+
+flask run --host=0.0.0.0 --port=5000
+gunicorn app:app --bind 0.0.0.0:5000 --threads 100 --timeout 1000
+"""
+
+import atexit
+import logging
+import re
+import time
+import uuid
+
+import click
+import werkzeug.serving
+from flask import Flask, Response, current_app, g, jsonify, render_template, request
+from flask.typing import ResponseReturnValue
+from flask_cors import CORS
+from werkzeug.exceptions import HTTPException
+
+import http_api
+import status_api
+import websocket_api
+from config import Settings
+from errors import ApiError, describe, error_body
+from service import Service, get_service
+from swarm.errors import SwarmError
+
+log = logging.getLogger("petals_chat")
+
+# Routes for programs, which are answered in JSON whatever happens; the others are for people.
+API_PREFIXES = ("/api/", "/healthz", "/readyz")
+# Werkzeug and Flask raise these themselves.
+HTTP_CODES = {400: "invalid_parameter", 404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
+# Only what this program itself serves; the page has no inline scripts or styles.
+CONTENT_SECURITY_POLICY = "default-src 'self'; img-src 'self' data:; object-src 'none'; base-uri 'none'"
+
+
+def create_app(settings: Settings | None = None) -> Flask:
+    """Build the app.
+
+    :param settings: default: from the environment
+    :raises ConfigError: if a setting is wrong
+    """
+    settings = settings or Settings.from_environment()
+    set_up_logging(settings)
+    app = Flask(__name__)
+    app.config["MAX_CONTENT_LENGTH"] = settings.MAX_BODY_BYTES
+    app.json.sort_keys = False  # type: ignore[attr-defined]
+    app.extensions["petals_chat"] = Service(settings)
+    app.register_blueprint(http_api.blueprint)
+    app.register_blueprint(status_api.blueprint)
+    websocket_api.register(app, settings)
+    CORS(app, resources={r"/(api|readyz|healthz).*": {"origins": list(settings.CORS_ORIGINS)}})
+    app.before_request(begin_request)
+    app.after_request(end_request)
+    app.register_error_handler(Exception, handle_error)
+    app.add_url_rule("/", view_func=index)
+    return app
+
+
+def index() -> str:
+    """The chat page."""
+    settings = get_service(current_app).settings
+    models = [
+        {
+            "name": model.name,
+            "max_length": model.session_length,
+            "title": model.title or model.name.rstrip("/").rpartition("/")[2],
+            "chat": {
+                "begin": model.chat.begin,
+                "user": model.chat.user,
+                "turn_end": model.chat.turn_end,
+                "stop": model.chat.stop,
+            },
+            "generation": dict(model.generation),
+        }
+        for model in settings.models()
+    ]
+    return render_template("index.html", page_config={"models": models, "default_model": settings.default_model})
+
+
+def start(app: Flask) -> None:
+    """Begin to load the models, and end everything below when the program ends."""
+    service = get_service(app)
+    service.start()
+    atexit.register(service.close, grace=0)
+
+
+def begin_request() -> None:
+    """Give the request an id: the client's own if it sent a usable one."""
+    given = request.headers.get("X-Request-Id", "")
+    g.request_id = given if re.fullmatch(r"[\w.:-]{1,128}", given) else uuid.uuid4().hex
+    g.started = time.monotonic()
+    if request.environ.get("wsgi.multiprocess"):
+        raise ApiError("the session registry lives in one process: start gunicorn with one worker and many threads")
+    get_service(current_app).start()  # under servers that tell us of no beginning
+
+
+def end_request(response: Response) -> Response:
+    """Log the request, without its query string, which may hold a prompt."""
+    response.headers["X-Request-Id"] = g.get("request_id", "")
+    if response.mimetype == "text/html":
+        response.headers["Content-Security-Policy"] = CONTENT_SECURITY_POLICY
+    seconds = time.monotonic() - g.get("started", time.monotonic())
+    log.info("%s %s %d %.3f s", request.method, request.path, response.status_code, seconds)
+    return response
+
+
+def handle_error(error: Exception) -> ResponseReturnValue:
+    """Turn any exception into an answer: JSON for programs, Flask's own pages for people."""
+    if isinstance(error, HTTPException):
+        if not request.path.startswith(API_PREFIXES):
+            return error
+        code = HTTP_CODES.get(error.code or 500, (error.name or "error").lower().replace(" ", "_"))
+        api_error = ApiError(error.description or error.name)
+        api_error.status, api_error.code = error.code or 500, code
+        error = api_error.with_traceback(error.__traceback__)
+    status, code, message, retry_after = describe(error)
+    if status >= 500 and not isinstance(error, (ApiError, SwarmError)):
+        log.exception("request failed")
+    else:
+        log.info("refused: %s: %s", code, message)
+    response = jsonify(error_body(error, g.get("request_id", "")))
+    response.status_code = status
+    if retry_after is not None:
+        response.headers["Retry-After"] = str(retry_after)
+    return response
+
+
+class RequestIdFilter(logging.Filter):
+    """Puts the id of the current request into each log record."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.request_id = g.get("request_id", "-") if g else "-"
+        return True
+
+
+def set_up_logging(settings: Settings) -> None:
+    """Log to standard error, each line with its request's id."""
+    handler = logging.StreamHandler()
+    handler.addFilter(RequestIdFilter())
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s [%(request_id)s] %(name)s: %(message)s"))
+    logging.basicConfig(level=settings.LOG_LEVEL, handlers=[handler])
+    # Werkzeug's server would log each request with its query string.
+    logging.getLogger("werkzeug").addFilter(lambda record: not str(record.msg).startswith('"%s" %s %s'))
+
+
+def served_by_flask_run() -> bool:
+    """Whether this process is `flask run` and about to serve, rather than another command or the reloader's parent."""
+    context = click.get_current_context(silent=True)
+    if context is None or context.info_name != "run":
+        return False
+    reloads = context.params.get("reload")
+    reloads = context.find_root().params.get("debug") if reloads is None else reloads
+    return not reloads or werkzeug.serving.is_running_from_reloader()
+
+
+app = create_app()
+if served_by_flask_run():
+    start(app)

@@ -1,0 +1,171 @@
+"""Settings and models. Each setting is a name, a default and a unit; an environment variable of its name sets it."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """How turns of a conversation become model input; ``{text}`` is what the person wrote."""
+
+    begin: str  # before the first turn
+    user: str  # a turn of the person, up to where the model goes on
+    turn_end: str  # between an answer and the next turn
+    stop: tuple[str, ...]  # texts that end an answer
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A model to serve."""
+
+    name: str  # hub name, local directory, or name of the bundled package
+    chat: ChatFormat
+    title: str = ""  # shown on the page; default: the last part of the name
+    session_length: int = 2048  # tokens of a conversation on the page
+    # How the page samples. Programs say what they want with each request.
+    generation: Mapping[str, Any] = field(default_factory=lambda: {"do_sample": 1, "temperature": 0.7, "top_p": 0.9})
+
+
+CHATML = ChatFormat(
+    begin="<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n",
+    user="<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n",
+    turn_end="<|im_end|>\n",
+    stop=("<|im_end|>",),
+)
+# The BLOOM models know no roles; named turns, as in a script, work best. The name of the other side ends an answer.
+DIALOGUE = ChatFormat(
+    begin="A conversation between a curious human and a friendly, knowledgeable AI assistant.\n\n",
+    user="Human: {text}\n\nAI:",
+    turn_end="\n\n",
+    stop=("\n\nHuman:",),
+)
+# BLOOMZ was tuned to follow single instructions and ends its answers itself.
+INSTRUCTION = ChatFormat(begin="", user="Question: {text}\n\nAnswer:", turn_end="\n\n", stop=("\n\nQuestion:",))
+FALCON = ChatFormat(begin="", user="User: {text}\nFalcon:", turn_end="\n", stop=("\nUser:",))
+LLAMA_2 = ChatFormat(begin="", user="[INST] {text} [/INST]", turn_end="</s><s>", stop=("</s>",))
+
+# Models that are known by name: how they are talked to. Any other name works too, with DIALOGUE.
+KNOWN_MODELS = {
+    model.name: model
+    for model in (
+        # The temperature is low, as its makers advise: the model is small and easily led astray.
+        ModelConfig(
+            "HuggingFaceTB/SmolLM2-135M-Instruct", CHATML, generation={"do_sample": 1, "temperature": 0.2, "top_p": 0.9}
+        ),
+        ModelConfig("bigscience/bloom", DIALOGUE),
+        ModelConfig("bigscience/bloomz", INSTRUCTION),
+        ModelConfig("bigscience/bloom-7b1", DIALOGUE),
+        ModelConfig("bigscience/bloom-560m", DIALOGUE),
+        ModelConfig("meta-llama/Llama-2-70b-chat-hf", LLAMA_2),
+        ModelConfig("tiiuae/falcon-180B-chat", FALCON),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings. Lists are comma-separated in the environment."""
+
+    # What is served
+    MODELS: tuple[str, ...] = ("HuggingFaceTB/SmolLM2-135M-Instruct",)  # hub names, directories, bundled names
+    DEFAULT_MODEL_NAME: str = ""  # empty: the first of MODELS
+    # The swarm
+    INITIAL_PEERS: tuple[str, ...] = ()  # multiaddrs to join, or "public"; empty: an embedded private swarm
+    SWARM_HOST_MADDRS: tuple[str, ...] = ("/ip4/127.0.0.1/tcp/0",)  # where the embedded swarm listens
+    UPDATE_PERIOD: float = 10.0  # seconds between two readings of who serves what
+    RECOVERY_TIMEOUT: float = 60.0  # seconds an answer waits for lost blocks to be served again
+    STEP_TIMEOUT: float = 120.0  # seconds a server that lives may take for one step
+    HISTORY_MB: int = 1024  # MiB kept to restore lost spans; beyond it, sessions are restored from their token ids
+    # Computation
+    DEVICE: str = ""  # for embeddings, head and embedded servers: cpu, cuda, ...; empty: by what the machine has
+    TORCH_DTYPE: str = ""  # auto, float32, bfloat16, float16; empty: by what the machine has
+    ATTN_CACHE_TOKENS: int = 0  # tokens of attention cache of each embedded server; 0: by the machine's memory
+    SERVER_THREADS: int = 0  # threads of each embedded server's operators; 0: one per core
+    CLIENT_THREADS: int = 1  # threads of this program's operators; they compete with the embedded servers' for cores
+    CACHE_DIR: str = ""  # where prepared models are kept; empty: the user's cache directory
+    # Bounds
+    MAX_SESSIONS: int = 64  # inference sessions open at a time
+    SESSION_TIMEOUT: float = 300.0  # seconds after which an unused session is closed
+    REQUEST_TIMEOUT: float = 600.0  # seconds a request may wait for its session to be free
+    MAX_BODY_BYTES: int = 1_048_576  # bytes of a request body or WebSocket message
+    # Manners
+    WEBSOCKET_PING_INTERVAL: float = 25.0  # seconds; proxies often cut lines that are silent for 60
+    CORS_ORIGINS: tuple[str, ...] = ("*",)  # origins whose pages may use the HTTP API
+    SHUTDOWN_TIMEOUT: float = 20.0  # seconds that running answers have to finish when the program is told to end
+    LOG_LEVEL: str = "INFO"  # DEBUG, INFO, WARNING, ERROR
+    LOG_TEXTS: bool = False  # whether prompts and answers are logged
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] = os.environ) -> "Settings":
+        """Read the settings that are set in the environment; the others have their defaults.
+
+        :raises ConfigError: if a value is not of the setting's type, naming it
+        """
+        values = {
+            setting.name: _parse(setting.name, environ[setting.name], setting.default)
+            for setting in dataclasses.fields(cls)
+            if environ.get(setting.name, "").strip()
+        }
+        settings = cls(**values)
+        settings.check()
+        return settings
+
+    def check(self) -> None:
+        """Refuse settings that do not fit each other.
+
+        :raises ConfigError: naming the setting
+        """
+        if self.DEFAULT_MODEL_NAME and self.DEFAULT_MODEL_NAME not in self.MODELS:
+            raise ConfigError(
+                f"DEFAULT_MODEL_NAME={self.DEFAULT_MODEL_NAME} is not one of MODELS={','.join(self.MODELS)}"
+            )
+        if self.TORCH_DTYPE not in ("", "auto", "float32", "bfloat16", "float16"):
+            raise ConfigError(f"TORCH_DTYPE={self.TORCH_DTYPE} is not one of auto, float32, bfloat16, float16")
+        for name in ("MAX_SESSIONS", "SESSION_TIMEOUT", "REQUEST_TIMEOUT", "MAX_BODY_BYTES", "UPDATE_PERIOD"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name}={getattr(self, name)} must be greater than zero")
+
+    @property
+    def default_model(self) -> str:
+        return self.DEFAULT_MODEL_NAME or self.MODELS[0]
+
+    @property
+    def cache_dir(self) -> Path:
+        from swarm.weights import default_cache_dir
+
+        return Path(self.CACHE_DIR).expanduser() if self.CACHE_DIR else default_cache_dir()
+
+    def models(self) -> list[ModelConfig]:
+        """Return what to serve, in the order of ``MODELS``."""
+        return [KNOWN_MODELS.get(name) or ModelConfig(name, DIALOGUE) for name in self.MODELS]
+
+    def device(self) -> str:
+        """Return the device to compute on."""
+        from swarm.hardware import pick_device
+
+        return self.DEVICE or pick_device()
+
+    def torch_dtype(self) -> str:
+        """Return the dtype to compute in: on CUDA the checkpoint's, on a CPU what it is fast with."""
+        from swarm.hardware import pick_dtype
+
+        return self.TORCH_DTYPE or pick_dtype(self.device())
+
+
+def _parse(name: str, text: str, default: Any) -> Any:
+    """Read a setting's text as the type of its default."""
+    text = text.strip()
+    try:
+        if isinstance(default, bool):
+            return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[text.lower()]
+        if isinstance(default, tuple):
+            return tuple(part.strip() for part in text.split(",") if part.strip())
+        return type(default)(text)
+    except (ValueError, KeyError):
+        raise ConfigError(f"{name}={text} is not of type {type(default).__name__}") from None

@@ -1,0 +1,141 @@
+"""What can go wrong with a request, the status of each, and the one body in which every failure is told.
+
+ApiError                        a failure with a code, a status and a message for the client
+ ├── InvalidParameter           400
+ ├── SessionNotFound            404
+ ├── ModelNotFound              404
+ ├── WrongModel                 409
+ ├── RequestTooLarge            413
+ ├── TooLong                    422
+ ├── TooManySessions            429, with Retry-After
+ ├── ModelNotReady              503, with Retry-After
+ ├── ShuttingDown               503, with Retry-After
+ └── TimedOut                   504
+ConfigError                     a setting is wrong: the program does not start
+"""
+
+import traceback
+from pathlib import Path
+from typing import Any
+
+from swarm import errors as swarm_errors
+
+ROOT = Path(__file__).resolve().parent
+
+
+class ConfigError(Exception):
+    """A setting is wrong. The message names it."""
+
+
+class ApiError(Exception):
+    """A failure that the client is told of."""
+
+    status = 500
+    code = "internal_error"
+    retry_after: int | None = None  # seconds
+
+
+class InvalidParameter(ApiError):
+    """A parameter is missing, of the wrong type or out of range."""
+
+    status, code = 400, "invalid_parameter"
+
+
+class SessionNotFound(ApiError):
+    """No such inference session: never opened, closed or expired."""
+
+    status, code = 404, "session_not_found"
+
+
+class ModelNotFound(ApiError):
+    """No such model is served here."""
+
+    status, code = 404, "model_not_found"
+
+
+class WrongModel(ApiError):
+    """The session was opened for another model."""
+
+    status, code = 409, "wrong_model"
+
+
+class RequestTooLarge(ApiError):
+    """The body is larger than the limit."""
+
+    status, code = 413, "request_too_large"
+
+
+class TooLong(ApiError):
+    """More tokens than the model or the session allows."""
+
+    status, code = 422, "too_long"
+
+
+class TooManySessions(ApiError):
+    """All sessions are taken."""
+
+    status, code, retry_after = 429, "too_many_sessions", 5
+
+
+class ModelNotReady(ApiError):
+    """The model is still loading, or failed to load."""
+
+    status, code, retry_after = 503, "model_not_ready", 5
+
+
+class ShuttingDown(ApiError):
+    """The program is about to end and takes nothing new."""
+
+    status, code, retry_after = 503, "shutting_down", 10
+
+
+class TimedOut(ApiError):
+    """Something took longer than its limit."""
+
+    status, code = 504, "timed_out"
+
+
+# What the swarm raises: (status, code, Retry-After in seconds or None).
+SWARM_ERRORS: dict[type[Exception], tuple[int, str, int | None]] = {
+    swarm_errors.ModelUnavailable: (503, "model_unavailable", None),
+    swarm_errors.ModelMismatch: (503, "model_mismatch", None),
+    swarm_errors.SwarmUnreachable: (503, "swarm_unreachable", 30),
+    swarm_errors.BlocksMissing: (503, "blocks_missing", 30),
+    swarm_errors.CacheFull: (503, "cache_full", 10),
+    swarm_errors.SwarmTimeout: (504, "swarm_timeout", None),
+    swarm_errors.SessionLengthExceeded: (422, "too_long", None),
+    swarm_errors.SessionClosed: (404, "session_not_found", None),
+    swarm_errors.Cancelled: (499, "cancelled", None),  # nginx's status for a client that has gone: nobody reads it
+}
+
+
+def describe(error: BaseException) -> tuple[int, str, str, int | None]:
+    """Return (status, code, message, Retry-After in seconds or None) of any exception."""
+    if isinstance(error, ApiError):
+        return error.status, error.code, str(error), error.retry_after
+    for kind, (status, code, retry_after) in SWARM_ERRORS.items():
+        if isinstance(error, kind):
+            return status, code, str(error), retry_after
+    return 500, "internal_error", f"{type(error).__name__}: {error}", None
+
+
+def error_body(error: BaseException, request_id: str) -> dict[str, Any]:
+    """Return the body that tells a client of a failure."""
+    _, code, message, _ = describe(error)
+    return {
+        "ok": False,
+        "error": {"code": code, "message": message},
+        "traceback": own_traceback(error),
+        "request_id": request_id,
+    }
+
+
+def own_traceback(error: BaseException) -> str:
+    """Return the traceback cut down to this project's own frames, with paths relative to the project."""
+    lines = ["Traceback (most recent call last):\n"]
+    for frame in traceback.extract_tb(error.__traceback__):
+        path = Path(frame.filename)
+        if path.is_relative_to(ROOT) and ".venv" not in path.parts:
+            lines.append(f'  File "{path.relative_to(ROOT)}", line {frame.lineno}, in {frame.name}\n    {frame.line}\n')
+    lines += traceback.format_exception_only(type(error), error)
+    return "".join(lines)

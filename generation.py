@@ -1,0 +1,274 @@
+"""Tokens to text and text to tokens: one generator that every transport consumes.
+
+It knows nothing of how logits come about (a session is anything with ``token_ids``, ``max_length``, ``append`` and
+``step``) and nothing of how text goes out. The sampling rules are Transformers' own logits processors in Transformers'
+order, so that results equal ``model.generate``; the loop is ours, so that it can stream, stop exactly and be cancelled.
+"""
+
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
+
+from errors import InvalidParameter, TooLong
+from parameters import GenerationParams
+from swarm.errors import Cancelled
+
+FinishReason = Literal["stop", "length", "cancelled"]
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+# Tokens before the first generated one that are decoded along with it: sentence-piece tokenizers write the first token
+# of a text without its space.
+CONTEXT_TOKENS = 8
+
+
+class Session(Protocol):
+    """What the generator needs of a session."""
+
+    token_ids: list[int]
+    max_length: int
+
+    def append(self, token_ids: Sequence[int]) -> None: ...
+
+    def step(self, token_ids: Sequence[int] = (), *, cancelled: Callable[[], bool] | None = None) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What one token, or the end, added to an answer."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None  # set on the last chunk
+    stop_sequence: str | None = None  # the text that ended the answer, if one did
+
+
+class Sampler:
+    """Chooses tokens from logits as ``model.generate`` would with the same parameters and seed."""
+
+    def __init__(self, params: GenerationParams, defaults: GenerationConfig) -> None:
+        def setting(name: str) -> Any:
+            given = getattr(params, name)
+            return getattr(defaults, name) if given is None else given
+
+        self._processors = LogitsProcessorList()
+        penalty = setting("repetition_penalty")
+        if penalty not in (None, 1.0):
+            self._processors.append(RepetitionPenaltyLogitsProcessor(penalty))
+        self._generator: torch.Generator | None = None
+        if params.do_sample:
+            seed = secrets.randbits(63) if params.seed is None else params.seed
+            self._generator = torch.Generator().manual_seed(seed)
+            if (temperature := setting("temperature")) not in (None, 1.0):
+                self._processors.append(TemperatureLogitsWarper(temperature))
+            if (top_k := setting("top_k")) not in (None, 0):
+                self._processors.append(TopKLogitsWarper(top_k))
+            if (top_p := setting("top_p")) not in (None, 1.0):
+                self._processors.append(TopPLogitsWarper(top_p))
+
+    def choose(self, logits: torch.Tensor, token_ids: Sequence[int]) -> int:
+        """Return the id of the next token.
+
+        :param logits: [vocabulary], float32
+        :param token_ids: the tokens so far, for the repetition penalty
+        """
+        scores = logits[None]
+        if self._processors:
+            scores = self._processors(torch.tensor([token_ids]), scores)
+        if self._generator is None:
+            return int(scores.argmax())
+        return int(torch.multinomial(scores.softmax(dim=-1), num_samples=1, generator=self._generator))
+
+
+class Detokenizer:
+    """Turns tokens into text piece by piece; what it has returned never changes and never ends inside a character."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._start = 0  # ids before this are context, whose text was returned or was input
+        self._sent = 0  # characters of the ids from `_start` on that were returned
+        vocabulary = tokenizer.get_vocab()
+        # Tokens of one byte that continue a UTF-8 character: every character that can be continued at all can be
+        # continued with one of these two bytes (Unicode Standard, table 3-7).
+        spellings = [spelling for byte in (0x80, 0xA0) for spelling in (bytes_to_unicode()[byte], f"<0x{byte:02X}>")]
+        self._continuations = [vocabulary[spelling] for spelling in spellings if spelling in vocabulary]
+
+    def restart(self, context: Sequence[int]) -> None:
+        """Forget what is held back and go on after these tokens."""
+        self._ids = list(context[-CONTEXT_TOKENS:])
+        self._start, self._sent = len(self._ids), 0
+
+    def add(self, token_id: int) -> str:
+        """Add a token and return the text that is decided now."""
+        self._ids.append(token_id)
+        text = self._new_text()
+        undecided = text.endswith(REPLACEMENT) and self._can_be_continued(text)
+        decided = text[self._sent : len(text) - 1 if undecided else len(text)]
+        if undecided:
+            self._sent += len(decided)
+        else:
+            self.restart(self._ids)
+        return decided
+
+    def flush(self) -> str:
+        """Return what is held back as it is: the text ends here, so that a broken character stays broken."""
+        text = self._new_text()[self._sent :]
+        self.restart(self._ids)
+        return text
+
+    def spell(self, token_id: int) -> str:
+        """Return a single token's text."""
+        return self._decode([token_id])
+
+    def _new_text(self, more: Sequence[int] = ()) -> str:
+        context = self._decode(self._ids[: self._start])
+        return self._decode([*self._ids, *more])[len(context) :]
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def _can_be_continued(self, text: str) -> bool:
+        """Whether the last character is the beginning of one, and not broken for good.
+
+        A decoder writes one replacement character for the beginning of a character, and a second one if the next byte
+        does not continue it.
+        """
+        if not self._continuations:
+            return True
+        broken = text.count(REPLACEMENT)
+        return any(self._new_text([byte]).count(REPLACEMENT) <= broken for byte in self._continuations)
+
+
+class StopMatcher:
+    """Finds stop sequences in text that arrives in pieces, and holds back what may be the beginning of one.
+
+    The sequence that is complete first ends the text, so that the result does not depend on the pieces.
+    """
+
+    def __init__(self, sequences: Sequence[str]) -> None:
+        self._sequences = sequences
+        self._held = ""
+
+    def feed(self, text: str) -> tuple[str, str | None]:
+        """Add text; return (decided text, the stop sequence that ended it or None)."""
+        text = self._held + text
+        found = [(start + len(stop), start, stop) for stop in self._sequences if (start := text.find(stop)) >= 0]
+        if found:
+            _, start, stop = min(found)
+            self._held = ""
+            return text[:start], stop
+        hold = max((self._overlap(text, stop) for stop in self._sequences), default=0)
+        self._held = text[len(text) - hold :]
+        return text[: len(text) - hold], None
+
+    @staticmethod
+    def _overlap(text: str, stop: str) -> int:
+        """Return the length of the longest end of ``text`` that is a beginning of ``stop``."""
+        return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+
+    def flush(self) -> str:
+        """Return what is held back: no more text comes."""
+        held, self._held = self._held, ""
+        return held
+
+
+def encode_inputs(text: str, session: Session, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Turn input text into tokens that go on from the session; a new session begins as the model's texts begin.
+
+    :raises InvalidParameter: if there is nothing to go on from
+    """
+    token_ids = tokenizer.encode(text, add_special_tokens=not session.token_ids) if text else []
+    if not token_ids and not session.token_ids:
+        raise InvalidParameter("inputs are required, and must not be empty, for a new session")
+    return token_ids
+
+
+def token_budget(params: GenerationParams, session: Session, input_length: int) -> int:
+    """Return how many tokens may be generated.
+
+    With a stop sequence generation goes on in rounds, to the end of the session or of ``max_length`` if need be; a
+    request without one asks for a number of tokens, which must fit.
+
+    :raises TooLong: if the request does not fit the session
+    """
+    prefix = len(session.token_ids) + input_length
+    room = session.max_length - prefix
+    if room < 1:
+        raise TooLong(f"{prefix} tokens of prefix and inputs leave no room in a session of {session.max_length} tokens")
+    wanted = params.max_new_tokens if params.max_length is None else params.max_length - prefix
+    if wanted is None or wanted < 1:
+        raise TooLong(f"max_length={params.max_length} leaves no room after {prefix} tokens of prefix and inputs")
+    if params.stop_sequence is not None:
+        return room if params.max_length is None else min(room, wanted)
+    if wanted > room:
+        raise TooLong(f"{prefix} tokens and {wanted} new ones exceed the session's {session.max_length}")
+    return wanted
+
+
+def generate(
+    session: Session,
+    input_ids: Sequence[int],
+    params: GenerationParams,
+    *,
+    budget: int,
+    detokenizer: Detokenizer,
+    defaults: GenerationConfig,
+    cancelled: Callable[[], bool] | None = None,
+) -> Iterator[Chunk]:
+    """Generate an answer token by token; one chunk per token, the last one with a finish reason.
+
+    The tokens are added to the session. Its last token is unprocessed afterwards: going on from it costs nothing.
+
+    :param input_ids: tokens to add before; empty: go on where the session is
+    :param budget: how many tokens may be generated, see ``token_budget``
+    :param detokenizer: the session's; it may hold back the beginning of a character for a later request
+    :param defaults: the model's own sampling parameters
+    :param cancelled: looked at between and during steps; ends the answer with finish reason "cancelled"
+    :raises SwarmError: if the swarm cannot compute; the tokens so far stay in the session
+    """
+    if input_ids:
+        detokenizer.restart([*session.token_ids[-CONTEXT_TOKENS:], *input_ids])
+    sampler, matcher = Sampler(params, defaults), StopMatcher(params.stop_sequences)
+    ends = end_tokens(defaults)
+    session.append(input_ids)
+    for left in range(budget - 1, -1, -1):
+        try:
+            if cancelled is not None and cancelled():
+                raise Cancelled("the answer was stopped")
+            logits = session.step(cancelled=cancelled)
+        except Cancelled:
+            yield Chunk(matcher.flush(), (), "cancelled")
+            return
+        token_id = sampler.choose(logits, session.token_ids)
+        session.append((token_id,))
+        text, stop = matcher.feed(detokenizer.flush() if token_id in ends else detokenizer.add(token_id))
+        if stop is not None:
+            detokenizer.restart(session.token_ids)
+            yield Chunk(text, (token_id,), "stop", stop)
+            return
+        if token_id in ends:
+            detokenizer.restart(session.token_ids)
+            yield Chunk(text + matcher.flush(), (token_id,), "stop", detokenizer.spell(token_id))
+            return
+        if left == 0:
+            yield Chunk(text + matcher.flush(), (token_id,), "length")
+            return
+        yield Chunk(text, (token_id,))
+
+
+def end_tokens(defaults: GenerationConfig) -> frozenset[int]:
+    """Return the ids of the tokens that end a text."""
+    ends = defaults.eos_token_id
+    return frozenset(ends if isinstance(ends, (list, tuple)) else () if ends is None else (ends,))

@@ -1,0 +1,67 @@
+"""gunicorn reads this file by itself. Options on its command line go before those here."""
+
+import os
+import signal
+import threading
+from typing import Any
+
+bind = f"{os.environ.get('HOST', '127.0.0.1')}:{os.environ.get('PORT', '5000')}"
+worker_class = "gthread"
+workers = 1
+threads = 100  # each open WebSocket takes one
+timeout = 1000  # seconds; an answer of a very large model may take minutes
+# Longer than SHUTDOWN_TIMEOUT and the end of the embedded servers together, which come before.
+graceful_timeout = 40  # seconds
+
+
+def refuse_more_workers(workers: int) -> None:
+    """End gunicorn if it is told to run more than one worker."""
+    if workers > 1:
+        raise SystemExit(
+            f"Petals Chat runs in one worker, not in {workers}: open inference sessions live in the memory of one "
+            "process, and a request that reaches another would not find them. Use --workers 1 --threads 100."
+        )
+
+
+def on_starting(server: Any) -> None:
+    refuse_more_workers(server.cfg.workers)
+
+
+def nworkers_changed(server: Any, new_value: int, old_value: int | None) -> None:
+    """SIGTTIN asks for one more worker while running."""
+    if old_value is not None and new_value > 1:
+        server.log.error("Petals Chat runs in one worker; the request for %d is ignored", new_value)
+        server.num_workers = 1
+
+
+def post_worker_init(worker: Any) -> None:
+    """Load the models now that the worker serves, and begin to end as soon as it is told to."""
+    from app import app, start
+    from service import get_service
+
+    start(app)
+    service = get_service(app)
+    let_gunicorn_end = signal.getsignal(signal.SIGTERM)
+
+    def end(signum: int, frame: Any) -> None:
+        # Takes a while and must not be done in a signal handler; gunicorn meanwhile waits for running requests.
+        threading.Thread(target=service.close, name="close", daemon=True).start()
+        let_gunicorn_end(signum, frame)  # type: ignore[operator, misc]
+
+    signal.signal(signal.SIGTERM, end)
+
+
+def worker_int(worker: Any) -> None:
+    """Ctrl-C, or a quick end: do not wait for running answers."""
+    from app import app
+    from service import get_service
+
+    threading.Thread(target=get_service(app).close, args=(0.0,), name="close", daemon=True).start()
+
+
+def worker_exit(server: Any, worker: Any) -> None:
+    """Wait for everything below to have ended."""
+    from app import app
+    from service import get_service
+
+    get_service(app).close(0.0)

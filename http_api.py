@@ -1,0 +1,128 @@
+"""The HTTP API, /api/v1: parse, call, format. What it promises is in the README."""
+
+import contextlib
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+from urllib.parse import parse_qsl
+
+from flask import Blueprint, Response, current_app, jsonify, request
+from werkzeug.exceptions import BadRequest
+
+from errors import InvalidParameter, WrongModel
+from generation import encode_inputs, generate, token_budget
+from inference_sessions import InferenceSession
+from parameters import GenerationParams, get_text, parse_generation, require_int, require_text
+from service import Service, get_service
+
+blueprint = Blueprint("http_api", __name__, url_prefix="/api/v1")
+
+
+@blueprint.post("/generate")
+def generate_text() -> Response:
+    """Generate text, in a session opened earlier or without one."""
+    values = request_values()
+    params = parse_generation(values)
+    service = get_service(current_app)
+    with _session(service, values, params) as session:
+        return jsonify(ok=True, outputs=_answer(session, params, client_gone(request.environ)))
+
+
+@blueprint.route("/open_inference_session", methods=["GET", "POST"])
+def open_inference_session() -> Response:
+    """Open an inference session."""
+    values = request_values()
+    max_length = require_int(values, "max_length", minimum=1)
+    service = get_service(current_app)
+    model = service.models.get(get_text(values, "model"))
+    return jsonify(ok=True, session_id=service.sessions.open(model, max_length))
+
+
+@blueprint.route("/close_inference_session", methods=["GET", "POST"])
+def close_inference_session() -> Response:
+    """Close an inference session."""
+    session_id = require_text(request_values(), "session_id")
+    get_service(current_app).sessions.close(session_id)
+    return jsonify(ok=True)
+
+
+@contextlib.contextmanager
+def _session(service: Service, values: Mapping[str, Any], params: GenerationParams) -> Iterator[InferenceSession]:
+    """The session that the request names, or one of its own."""
+    model_name, session_id = get_text(values, "model"), get_text(values, "session_id")
+    if not session_id:
+        model = service.models.get(model_name)
+        # The session is as long as the request: known once its inputs are tokens.
+        length = len(model.tokenizer.encode(params.inputs))
+        wanted = params.max_length or length + (params.max_new_tokens or 0)
+        with service.sessions.temporary(model, max(wanted, length)) as session:
+            yield session
+        return
+    with service.sessions.use(session_id, wait=service.settings.REQUEST_TIMEOUT) as session:
+        if model_name and model_name != session.model.name:
+            raise WrongModel(f"session {session_id} was opened for {session.model.name}, not for {model_name}")
+        yield session
+
+
+def _answer(session: InferenceSession, params: GenerationParams, cancelled: Callable[[], bool]) -> str:
+    """Generate the whole answer; if that fails the session is as it was."""
+    with session.undone_on_error():
+        input_ids = encode_inputs(params.inputs, session.session, session.model.tokenizer)
+        chunks = generate(
+            session.session,
+            input_ids,
+            params,
+            budget=token_budget(params, session.session, len(input_ids)),
+            detokenizer=session.detokenizer,
+            defaults=session.model.generation_config,
+            cancelled=cancelled,
+        )
+        return "".join(chunk.text for chunk in chunks)
+
+
+def request_values() -> dict[str, Any]:
+    """Return the request's parameters: from the query string, and over them those of the body, form or JSON.
+
+    :raises InvalidParameter: if they cannot be read
+    """
+    values: dict[str, Any] = _decode_pairs(request.query_string, "the query string")
+    if request.is_json:
+        try:
+            body = request.get_json()
+        except (BadRequest, RecursionError):
+            raise InvalidParameter("the body is not valid JSON in UTF-8") from None
+        if not isinstance(body, dict):
+            raise InvalidParameter("the JSON body must be an object")
+        return values | body
+    if request.mimetype == "application/x-www-form-urlencoded":
+        # Flask's own form parser would replace what is not UTF-8 in silence.
+        return values | _decode_pairs(request.get_data(cache=False), "the form")
+    return values | request.form.to_dict()
+
+
+def _decode_pairs(data: bytes, what: str) -> dict[str, Any]:
+    try:
+        # Not only ASCII: curl -d sends what it is given, UTF-8 included, without percent-encoding.
+        return dict(parse_qsl(data.decode("utf-8"), keep_blank_values=True, errors="strict"))
+    except ValueError:
+        raise InvalidParameter(f"{what} is not valid UTF-8") from None
+
+
+def client_gone(environ: Mapping[str, Any]) -> Callable[[], bool]:
+    """Return a function that tells whether the client has hung up."""
+    sock: socket.socket | None = environ.get("gunicorn.socket") or environ.get("werkzeug.socket")
+
+    def gone() -> bool:
+        if sock is None:
+            return False
+        try:
+            # Readable without a byte to read: the other side has closed. Bytes would be the next request.
+            return sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        except ValueError:  # a TLS socket cannot peek
+            return False
+
+    return gone

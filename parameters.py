@@ -1,0 +1,175 @@
+"""Request parameters: parsed once, at the edge, into frozen objects. Knows nothing of HTTP, WebSockets or models."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from errors import InvalidParameter
+
+# More and longer ones than anybody needs, few and short enough to look for after every token.
+MAX_STOP_SEQUENCES, MAX_STOP_LENGTH = 64, 1024  # sequences, characters each
+MAX_SEED = 2**63 - 1  # what a PyTorch generator takes
+
+
+@dataclass(frozen=True)
+class GenerationParams:
+    """What to generate. Sampling parameters that are None are the model's own, as in Transformers' ``generate``."""
+
+    inputs: str = ""
+    max_length: int | None = None  # tokens, prefix included
+    max_new_tokens: int | None = None  # tokens; exactly one of the two is given
+    do_sample: bool = False
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop_sequence: str | None = None  # generate in rounds until this text
+    extra_stop_sequences: tuple[str, ...] = ()
+
+    @property
+    def stop_sequences(self) -> tuple[str, ...]:
+        """All texts that end generation."""
+        first = (self.stop_sequence,) if self.stop_sequence else ()
+        return (*first, *self.extra_stop_sequences)
+
+
+def parse_generation(values: Mapping[str, Any]) -> GenerationParams:
+    """Read the parameters of a generation.
+
+    :raises InvalidParameter: naming the parameter and what it should be
+    """
+    params = GenerationParams(
+        inputs=get_text(values, "inputs") or "",
+        max_length=get_int(values, "max_length", minimum=1),
+        max_new_tokens=get_int(values, "max_new_tokens", minimum=1),
+        do_sample=get_bool(values, "do_sample"),
+        temperature=get_float(values, "temperature", above=0.0),
+        top_k=get_int(values, "top_k", minimum=0),
+        top_p=get_float(values, "top_p", minimum=0.0, maximum=1.0),
+        repetition_penalty=get_float(values, "repetition_penalty", above=0.0),
+        seed=get_int(values, "seed", minimum=0, maximum=MAX_SEED),
+        stop_sequence=get_text(values, "stop_sequence") or None,
+        extra_stop_sequences=get_texts(values, "extra_stop_sequences"),
+    )
+    if (params.max_length is None) == (params.max_new_tokens is None):
+        raise InvalidParameter("exactly one of max_length and max_new_tokens is required")
+    return params
+
+
+def require_int(values: Mapping[str, Any], name: str, *, minimum: int) -> int:
+    """Read a whole number that must be there."""
+    value = get_int(values, name, minimum=minimum)
+    if value is None:
+        raise InvalidParameter(f"{name} is required")
+    return value
+
+
+def require_text(values: Mapping[str, Any], name: str) -> str:
+    """Read a text that must be there."""
+    value = get_text(values, name)
+    if not value:
+        raise InvalidParameter(f"{name} is required")
+    return value
+
+
+def get_text(values: Mapping[str, Any], name: str) -> str | None:
+    """Read a text; None if it is not there."""
+    value = values.get(name)
+    return None if value is None else _text(name, value)
+
+
+def get_texts(values: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    """Read a list of texts; a single text counts as a list of one. Empty texts are left out."""
+    value = values.get(name)
+    if value is None:
+        return ()
+    items = value if isinstance(value, list) else [value]
+    texts = tuple(text for item in items if (text := _text(name, item)))
+    if len(texts) > MAX_STOP_SEQUENCES or any(len(text) > MAX_STOP_LENGTH for text in texts):
+        raise InvalidParameter(f"{name} takes at most {MAX_STOP_SEQUENCES} texts of {MAX_STOP_LENGTH} characters each")
+    return texts
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise InvalidParameter(f"{name} must be a text, not {_describe(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise InvalidParameter(f"{name} is not valid Unicode: it has half of a surrogate pair") from None
+    return value
+
+
+def get_bool(values: Mapping[str, Any], name: str) -> bool:
+    """Read a truth value, written 0/1 or true/false; false if it is not there."""
+    value = values.get(name)
+    if value is None or value == "":
+        return False
+    if isinstance(value, bool):
+        return value
+    known = {"0": False, "1": True, "false": False, "true": True}
+    text = str(value).strip().lower()
+    if not isinstance(value, (str, int)) or text not in known:
+        raise InvalidParameter(f"{name} must be 0, 1, true or false, not {_describe(value)}")
+    return known[text]
+
+
+def get_int(
+    values: Mapping[str, Any], name: str, *, minimum: int | None = None, maximum: int | None = None
+) -> int | None:
+    """Read a whole number; None if it is not there."""
+    value = values.get(name)
+    if value is None or value == "":
+        return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # JSON knows no difference between 16 and 16.0
+    if isinstance(value, str):
+        try:
+            value = int(value)
+        except ValueError:
+            raise InvalidParameter(f"{name} must be a whole number, not {_describe(value)}") from None
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidParameter(f"{name} must be a whole number, not {_describe(value)}")
+    _check_range(name, value, minimum, maximum, None)
+    return value
+
+
+def get_float(
+    values: Mapping[str, Any],
+    name: str,
+    *,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    above: float | None = None,
+) -> float | None:
+    """Read a finite number; None if it is not there."""
+    value = values.get(name)
+    if value is None or value == "":
+        return None
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise InvalidParameter(f"{name} must be a number, not {_describe(value)}")
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        raise InvalidParameter(f"{name} must be a number, not {_describe(value)}") from None
+    if not math.isfinite(number):
+        raise InvalidParameter(f"{name} must be a finite number, not {_describe(value)}")
+    _check_range(name, number, minimum, maximum, above)
+    return number
+
+
+def _check_range(name: str, number: float, minimum: float | None, maximum: float | None, above: float | None) -> None:
+    if minimum is not None and number < minimum:
+        raise InvalidParameter(f"{name} must be at least {minimum}, not {number}")
+    if maximum is not None and number > maximum:
+        raise InvalidParameter(f"{name} must be at most {maximum}, not {number}")
+    if above is not None and number <= above:
+        raise InvalidParameter(f"{name} must be greater than {above}, not {number}")
+
+
+def _describe(value: Any) -> str:
+    """Write a value for a message: whole if short, else its beginning."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,48 @@
+/** Whether a model can answer, as GET /readyz tells it. Knows nothing of the page. */
+
+const POLL_MS = 2_000;
+const PROBE_LIMIT_MS = 5_000;
+
+const WORDS = {
+  loading: "The model is loading",
+  ready: "Ready",
+  failed: "The model could not be loaded",
+  blocks_missing: "Parts of the model are missing in the swarm",
+  unreachable: "The server cannot be reached",
+};
+
+/**
+ * Ask until the model is ready.
+ *
+ * @param {string} model
+ * @param {AbortSignal} signal ends the asking; the iteration then throws an AbortError
+ * @yields {{state: "loading" | "ready" | "failed" | "blocks_missing" | "unreachable", message: string}} "ready" is last
+ */
+export async function* readiness(model, signal) {
+  for (;;) {
+    const report = await probe(model, signal);
+    yield report;
+    if (report.state === "ready") return;
+    await pause(POLL_MS, signal);
+  }
+}
+
+async function probe(model, signal) {
+  try {
+    const limited = AbortSignal.any([signal, AbortSignal.timeout(PROBE_LIMIT_MS)]);
+    const response = await fetch("readyz", { signal: limited, cache: "no-store" });
+    const { ready, models } = await response.json(); // 503 has the same body as 200
+    const { state, message } = models?.[model] ?? { state: ready ? "ready" : "loading" };
+    return { state, message: message || WORDS[state] };
+  } catch {
+    signal.throwIfAborted();
+    return { state: "unreachable", message: WORDS.unreachable };
+  }
+}
+
+function pause(ms, signal) {
+  return new Promise((resolve, reject) => {
+    const timer = setTimeout(resolve, ms);
+    signal.addEventListener("abort", () => (clearTimeout(timer), reject(signal.reason)), { once: true });
+  });
+}

@@ -1,0 +1,152 @@
+"""A model whose blocks are computed by a swarm: tokenizer, embeddings and head here, sessions over the servers."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from swarm.compat import shared_dht
+
+import hivemind
+import torch
+from petals import AutoDistributedModelForCausalLM
+from petals.constants import PUBLIC_INITIAL_PEERS
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from swarm import weights
+from swarm.errors import ModelUnavailable, SessionLengthExceeded, SwarmUnreachable
+from swarm.head import Head
+from swarm.session import HistoryBudget, SessionLimits, SwarmSession
+from swarm.state import SwarmState
+
+log = logging.getLogger(__name__)
+
+# What a stock petals server accepts as the longest session, with and without grouped-query attention.
+STOCK_MAX_LENGTH, STOCK_MAX_LENGTH_GROUPED = 2048, 8192  # tokens
+# A swarm's DHT answers within milliseconds on a local network and within seconds over the internet.
+DHT_TIMEOUT = 30.0  # seconds
+DEFAULT_HISTORY_BYTES = 2**30  # of hidden states kept to restore lost spans
+
+
+class Swarm:
+    """This program's membership in a swarm: one DHT node and one ``p2pd``, shared by all models."""
+
+    def __init__(self, dht: Any) -> None:
+        self.dht = dht
+
+    @classmethod
+    def join(cls, initial_peers: Sequence[str]) -> "Swarm":
+        """Join an existing swarm as a client, which nobody connects to.
+
+        :param initial_peers: multiaddrs of peers, or ``["public"]``
+        :raises SwarmUnreachable: if none of the peers answers
+        """
+        peers = PUBLIC_INITIAL_PEERS if list(initial_peers) == ["public"] else list(initial_peers)
+        try:
+            return cls(hivemind.DHT(initial_peers=peers, client_mode=True, num_workers=32, start=True))
+        except Exception as error:  # hivemind raises whatever its child process met
+            raise SwarmUnreachable(f"none of the initial peers {', '.join(peers)} answers: {error}") from error
+
+    @classmethod
+    def found(cls, host_maddrs: Sequence[str]) -> "Swarm":
+        """Start a new swarm, whose first peer this program is.
+
+        :param host_maddrs: addresses to listen on, such as ``/ip4/127.0.0.1/tcp/0``
+        :raises SwarmUnreachable: if the addresses cannot be listened on
+        """
+        try:
+            return cls(hivemind.DHT(host_maddrs=list(host_maddrs), num_workers=32, use_auto_relay=False, start=True))
+        except Exception as error:  # hivemind raises whatever its child process met
+            raise SwarmUnreachable(f"cannot listen on {', '.join(host_maddrs)}: {error}") from error
+
+    @property
+    def initial_peers(self) -> list[str]:
+        """Multiaddrs by which others join through this program."""
+        return [str(maddr) for maddr in self.dht.get_visible_maddrs()]
+
+    def close(self) -> None:
+        """Leave the swarm and end the processes below."""
+        self.dht.shutdown()
+
+
+class SwarmModel:
+    """A model served by a swarm. Thread-safe; each session belongs to one thread at a time."""
+
+    def __init__(
+        self,
+        name: str,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        limits: SessionLimits,
+        budget: HistoryBudget,
+    ) -> None:
+        self.name = name
+        self.tokenizer = tokenizer
+        self.config = model.config
+        self.generation_config: GenerationConfig = model.generation_config
+        self.head = Head(model)
+        self.state = SwarmState(model.transformer.h.sequence_manager, name)
+        self.limits = limits
+        self.budget = budget
+        self.max_length = longest_session(model.config)
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        swarm: Swarm,
+        *,
+        cache_dir: Path,
+        device: str,
+        torch_dtype: str,
+        update_period: float = 10.0,
+        limits: SessionLimits | None = None,
+        budget: HistoryBudget | None = None,
+    ) -> "SwarmModel":
+        """Load tokenizer, embeddings and head. The blocks need not be served yet.
+
+        :param name: hub name, local directory, or the name of a bundled model
+        :param device: where embeddings and head are computed
+        :param torch_dtype: their dtype, or ``"auto"``
+        :param update_period: seconds between two readings of the DHT
+        :param limits: how long sessions wait for servers
+        :param budget: memory for recovery, shared by all sessions of all models that are given the same one
+        :raises ModelUnavailable: if the model's files cannot be had or are broken
+        """
+        path = weights.locate(name, cache_dir=cache_dir, progress=log.info)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path)
+            with shared_dht(swarm.dht):
+                model = AutoDistributedModelForCausalLM.from_pretrained(
+                    path,
+                    initial_peers=[],  # unused: the DHT is there already
+                    dht_prefix=weights.dht_prefix(name),
+                    torch_dtype=torch_dtype if torch_dtype == "auto" else getattr(torch, torch_dtype),
+                    update_period=update_period,
+                    show_route=False,
+                )
+        except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
+            # transformers raises all of these for files that are missing, cut short or of another kind.
+            raise ModelUnavailable(f"{name}: {error}") from error
+        budget = budget or HistoryBudget(DEFAULT_HISTORY_BYTES)
+        return cls(name, model.to(device).eval(), tokenizer, limits or SessionLimits(), budget)
+
+    def open_session(self, max_length: int) -> SwarmSession:
+        """Open an inference session for up to ``max_length`` tokens. Servers are chosen with its first step.
+
+        :raises SessionLengthExceeded: if the model or its servers take no session so long
+        """
+        if max_length > self.max_length:
+            raise SessionLengthExceeded(f"{max_length} tokens exceed the {self.max_length} that {self.name} allows")
+        return SwarmSession(self.head, self.state, self.limits, self.budget, max_length)
+
+    def close(self) -> None:
+        """Stop following the swarm. Open sessions should be closed before."""
+        self.state.close()
+
+
+def longest_session(config: Any) -> int:
+    """Return how many tokens a session may have: what the model was made for and what stock servers accept."""
+    grouped = getattr(config, "num_key_value_groups", 1) > 1
+    served = STOCK_MAX_LENGTH_GROUPED if grouped else STOCK_MAX_LENGTH
+    return min(served, getattr(config, "max_position_embeddings", None) or served)

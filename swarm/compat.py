@@ -1,0 +1,163 @@
+"""Make the released petals run on today's packages. Import this before petals; it is the only place that patches.
+
+Each patch is here for a fault that was seen to happen; the comment beside it says which.
+"""
+
+import asyncio
+import contextlib
+import logging
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import hivemind
+import hivemind.compression
+import hivemind.moe.server.connection_handler
+import hivemind.p2p
+import hivemind.utils.asyncio
+import hivemind.utils.logging
+import hivemind.utils.nested
+import hivemind.utils.tensor_descr
+import hivemind.utils.timed_storage
+import psutil
+import torch
+
+log = logging.getLogger(__name__)
+
+
+def _restore_hivemind_names() -> None:
+    """hivemind 1.1.12 no longer re-exports from its top level what petals 2.2.0 imports from there."""
+    homes = {
+        hivemind.p2p: ("P2P", "P2PContext", "PeerID"),
+        hivemind.compression: ("deserialize_tensor_stream", "deserialize_torch_tensor", "serialize_torch_tensor"),
+        hivemind.utils: ("MSGPackSerializer", "get_logger"),
+        hivemind.utils.nested: ("nested_compare", "nested_flatten", "nested_pack"),
+        hivemind.utils.asyncio: ("anext",),
+        hivemind.utils.tensor_descr: ("BatchTensorDescriptor", "TensorDescriptor"),
+        hivemind.utils.timed_storage: ("MAX_DHT_TIME_DISCREPANCY_SECONDS", "TimedStorage", "get_dht_time"),
+    }
+    for home, names in homes.items():
+        for name in names:
+            if not hasattr(hivemind, name):
+                setattr(hivemind, name, getattr(home, name))
+
+
+def kill_descendants(pid: int | None = None) -> None:
+    """Kill every process below ``pid`` (default: this process) at once, ``p2pd`` among them."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+def _end_with_parent(process_class: type) -> None:
+    """Let a forked process of hivemind end when its parent is gone, however the parent went.
+
+    hivemind's DHT and handler processes outlive a parent that was killed with SIGKILL, and `p2pd` outlives them.
+    """
+    run: Callable[[Any], None] = process_class.run  # type: ignore[attr-defined]
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            kill_descendants()
+            os._exit(1)
+
+    def run_watched(self: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the parent's handlers are inherited, but are not meant for us
+        os.setpgrp()  # Ctrl-C in a terminal is for the parent, which then ends its processes in order
+        threading.Thread(target=watch, name="watch-parent", daemon=True).start()
+        run(self)
+
+    process_class.run = run_watched  # type: ignore[attr-defined]
+
+
+def _close_sessions_without_waiting() -> None:
+    """Petals' own inference sessions must never wait for the event loop from a finaliser.
+
+    A closing that fails (BrokenPipeError, about one in four on loopback) leaves petals' session open; when the garbage
+    collector meets it on the event-loop thread, ``__del__`` waits for that same thread for ever. Here the stream is
+    closed by the loop when it gets to it, and the session counts as closed from the first call on.
+    """
+    from hivemind.moe.client.remote_expert_worker import RemoteExpertWorker
+    from petals.client import inference_session
+
+    def close(self: Any) -> None:
+        stream, queue = self._outputs_stream, self._inputs_queue
+        self.closed, self._outputs_stream, self._inputs_queue = True, None, None
+        if stream is not None:
+            RemoteExpertWorker.run_coroutine(_end_stream(stream, queue), return_future=True)
+
+    async def _end_stream(stream: Any, queue: Any) -> None:
+        await queue.put(inference_session.runtime_pb2.ExpertRequest())  # an empty request ends the session
+        with contextlib.suppress(Exception):  # the server or the connection may be gone already: nothing left to end
+            # An iteration is needed: closing a generator that has never run would not close its socket.
+            await asyncio.wait_for(stream.__anext__(), timeout=5)
+        await stream.aclose()
+
+    inference_session._ServerInferenceSession.close = close
+    inference_session._ServerInferenceSession.__del__ = close
+
+
+_shared_dht: ContextVar[Any] = ContextVar("shared_dht", default=None)
+
+
+@contextlib.contextmanager
+def shared_dht(dht: Any) -> Iterator[None]:
+    """Within this context, models are made on ``dht`` instead of starting a DHT process and a p2pd of their own."""
+    token = _shared_dht.set(dht)
+    try:
+        yield
+    finally:
+        _shared_dht.reset(token)
+
+
+def use_handler(handler_class: type) -> None:
+    """Let petals' servers take requests with ``handler_class``: petals' server offers no parameter for it."""
+    import petals.server.server
+
+    petals.server.server.TransformerConnectionHandler = handler_class
+
+
+def _accept_shared_dht() -> None:
+    """petals' causal language models take no ``dht`` argument, so that each would start two processes of its own."""
+    from petals.client.routing import RemoteSequenceManager
+
+    init = RemoteSequenceManager.__init__
+
+    def __init__(self: Any, *args: Any, dht: Any = None, **kwargs: Any) -> None:
+        init(self, *args, dht=dht if dht is not None else _shared_dht.get(), **kwargs)
+
+    RemoteSequenceManager.__init__ = __init__
+
+
+_restore_hivemind_names()
+_end_with_parent(hivemind.DHT)
+_end_with_parent(hivemind.moe.server.connection_handler.ConnectionHandler)
+
+# Importing petals replaces the root logger's handlers, and so the program's own log, by hivemind's.
+_handlers, _level = logging.root.handlers[:], logging.root.level
+
+import petals  # noqa: E402  the names above must be there first
+import petals.utils.convert_block  # noqa: E402
+
+hivemind.utils.logging.use_hivemind_log_handler("nowhere")
+logging.root.handlers[:] = _handlers
+logging.root.setLevel(_level)
+_close_sessions_without_waiting()
+_accept_shared_dht()
+
+PETALS_VERSION: str = petals.__version__
+
+
+def set_threads(count: int) -> None:
+    """Bound the threads of PyTorch's operators in this process.
+
+    With the default, one per core in every process, servers and clients on one machine fight for the cores: four
+    parallel sessions were four times slower in total than one.
+    """
+    torch.set_num_threads(count)

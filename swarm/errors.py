@@ -1,0 +1,71 @@
+"""What can go wrong between this program and a swarm. Nothing here knows of HTTP: errors.py maps these to answers.
+
+SwarmError
+ ├── ModelUnavailable       the model's files cannot be had, or are broken
+ ├── ModelMismatch          a server computes something else than this model
+ ├── SwarmUnreachable       no initial peer answers
+ ├── BlocksMissing          no server holds some of the blocks
+ ├── CacheFull              servers hold the blocks but have no attention cache left
+ ├── SwarmTimeout           a step took longer than its limit
+ ├── SessionLengthExceeded  more tokens than the session was opened for
+ ├── SessionClosed          the session was closed, or lost beyond recovery
+ └── Cancelled              the caller asked to stop
+"""
+
+from collections.abc import Sequence
+
+
+class SwarmError(Exception):
+    """Base of all errors that the swarm package raises on purpose."""
+
+
+class ModelUnavailable(SwarmError):
+    """The model's files cannot be had, or are broken. The message names the model."""
+
+
+class ModelMismatch(SwarmError):
+    """A server's answer does not fit the model: wrong shape, or blocks of another model under the same prefix."""
+
+
+class SwarmUnreachable(SwarmError):
+    """None of the initial peers could be reached."""
+
+
+class BlocksMissing(SwarmError):
+    """No server holds some of the model's blocks."""
+
+    def __init__(self, model: str, blocks: Sequence[int]) -> None:
+        self.blocks = tuple(blocks)
+        super().__init__(f"no server holds {format_blocks(self.blocks)} of {model}")
+
+
+class CacheFull(SwarmError):
+    """The servers that hold the blocks have no room left for the session's attention cache."""
+
+
+class SwarmTimeout(SwarmError):
+    """The swarm did not answer within the limit."""
+
+
+class SessionLengthExceeded(SwarmError):
+    """More tokens than the session was opened for."""
+
+
+class SessionClosed(SwarmError):
+    """The session was closed, or lost beyond recovery."""
+
+
+class Cancelled(SwarmError):
+    """The caller asked to stop."""
+
+
+def format_blocks(blocks: Sequence[int]) -> str:
+    """Write block numbers as ranges: ``[0, 1, 2, 5]`` becomes ``"blocks 0-2, 5"``."""
+    ranges: list[list[int]] = []
+    for block in sorted(blocks):
+        if ranges and block == ranges[-1][1] + 1:
+            ranges[-1][1] = block
+        else:
+            ranges.append([block, block])
+    noun = "block" if len(blocks) == 1 else "blocks"
+    return f"{noun} " + ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in ranges)

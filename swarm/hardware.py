@@ -1,0 +1,46 @@
+"""What this machine can compute with: the device, and the dtype that is fast and faithful on it."""
+
+import os
+from typing import Any
+
+
+def pick_device() -> str:
+    """Return ``"cuda"`` if PyTorch sees a GPU, else ``"cpu"``."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def pick_dtype(device: str) -> str:
+    """Return the name of the dtype to compute in on ``device``, or ``"auto"`` for the checkpoint's own.
+
+    On a CPU with AVX512 bfloat16 halves the memory traffic that decoding is bound by; without AVX512 PyTorch emulates
+    it, several times slower than float32. float16 has no fast CPU kernels at all.
+    """
+    import torch
+
+    if not device.startswith("cpu"):
+        return "auto"
+    return "bfloat16" if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else "float32"
+
+
+def cpu_count() -> int:
+    """Return the number of cores that this process may use, which in a container can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def attn_cache_tokens(config: Any, dtype: str, share: float) -> int:
+    """Return for how many tokens a server of all blocks may hold attention cache.
+
+    Pages are taken when they are first written, so that what is never used costs nothing.
+
+    :param config: the model's configuration
+    :param share: part of the free memory that the cache may take; the weights come on top
+    :param dtype: the dtype of the cache; ``"auto"`` counts as one of two bytes
+    """
+    import psutil
+
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    values_per_token = 2 * config.num_hidden_layers * heads * (config.hidden_size // config.num_attention_heads)
+    bytes_per_token = values_per_token * (4 if dtype == "float32" else 2)
+    return max(1, int(psutil.virtual_memory().available * share) // bytes_per_token)

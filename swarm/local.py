@@ -1,0 +1,144 @@
+"""The embedded private swarm: this program is its first peer, and its servers are child processes that it watches."""
+
+import contextlib
+import logging
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from swarm.compat import kill_descendants
+
+from swarm.client import Swarm
+
+log = logging.getLogger(__name__)
+
+ROOT = Path(__file__).resolve().parent.parent
+# A server that dies at once again and again waits longer and longer; one that has run for a minute starts afresh.
+FIRST_BACKOFF, LAST_BACKOFF, HEALTHY_AFTER = 0.5, 30.0, 60.0  # seconds
+# Longer than a server's own limit for an orderly stop, which announces that its blocks go.
+STOP_TIMEOUT = 12.0  # seconds
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """What a server of the embedded swarm is started with; see ``python -m swarm.server --help``."""
+
+    model: str
+    blocks: str | None = None  # "start:end", default: all
+    device: str | None = None
+    torch_dtype: str | None = None
+    attn_cache_tokens: int | None = None
+    inference_max_length: int | None = None
+    num_handlers: int = 2  # more processes than cores only take turns
+    threads: int | None = None
+    cache_dir: Path | None = None
+    host_maddrs: Sequence[str] = ("/ip4/127.0.0.1/tcp/0",)
+
+    def arguments(self) -> list[str]:
+        """Return the command line for these options."""
+        flags = {
+            "--blocks": self.blocks,
+            "--device": self.device,
+            "--dtype": self.torch_dtype,
+            "--attn-cache-tokens": self.attn_cache_tokens,
+            "--inference-max-length": self.inference_max_length,
+            "--num-handlers": self.num_handlers,
+            "--threads": self.threads,
+            "--cache-dir": self.cache_dir,
+        }
+        given = [item for flag, value in flags.items() if value is not None for item in (flag, str(value))]
+        return [self.model, *given, "--host-maddrs", *self.host_maddrs]
+
+
+class LocalServer:
+    """One server of the embedded swarm: a child process, started again when it dies."""
+
+    def __init__(self, options: ServerOptions, initial_peers: Sequence[str]) -> None:
+        self.options = options
+        self._initial_peers = list(initial_peers)
+        self._stopping = threading.Event()
+        self.process = self._start()
+        self._watcher = threading.Thread(target=self._watch, name=f"watch-server-{options.model}", daemon=True)
+        self._watcher.start()
+
+    def _start(self) -> subprocess.Popen:
+        command = [sys.executable, "-W", "ignore", "-m", "swarm.server", *self.options.arguments()]
+        command += ["--initial-peers", *self._initial_peers, "--end-with-parent", "--quiet"]
+        # A session of its own, so that Ctrl-C in a terminal reaches this program first, which then stops its servers in
+        # order; its standard input is a pipe that ends when this program does, even with SIGKILL.
+        return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, start_new_session=True)
+
+    def _watch(self) -> None:
+        backoff = FIRST_BACKOFF
+        while not self._stopping.is_set():
+            started = time.monotonic()
+            status = self.process.wait()
+            if self._stopping.is_set():
+                return
+            if time.monotonic() - started > HEALTHY_AFTER:
+                backoff = FIRST_BACKOFF
+            log.warning("the server of %s ended with %s; again in %.1f s", self.options.model, status, backoff)
+            if self._stopping.wait(backoff):
+                return
+            backoff = min(2 * backoff, LAST_BACKOFF)
+            self._close_pipe()
+            self.process = self._start()
+
+    def _close_pipe(self) -> None:
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+
+    def stop(self) -> None:
+        """Ask the server to end; does not wait."""
+        self._stopping.set()
+        with contextlib.suppress(ProcessLookupError):
+            self.process.terminate()
+
+    def close(self) -> None:
+        """End the server, and kill it when it does not end in time."""
+        self.stop()
+        try:
+            self.process.wait(timeout=STOP_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            log.warning("the server of %s does not end and is killed", self.options.model)
+            kill_descendants(self.process.pid)
+            self.process.kill()
+            self.process.wait(timeout=STOP_TIMEOUT)
+        self._watcher.join(timeout=STOP_TIMEOUT)
+        self._close_pipe()
+
+
+class LocalSwarm:
+    """A private swarm of this program's own. Others can join it if ``host_maddrs`` are addresses they can reach."""
+
+    def __init__(self, host_maddrs: Sequence[str] = ("/ip4/127.0.0.1/tcp/0",)) -> None:
+        """Start the first peer.
+
+        :raises SwarmUnreachable: if the addresses cannot be listened on
+        """
+        self.swarm = Swarm.found(host_maddrs)
+        self.servers: list[LocalServer] = []
+
+    def start_server(self, options: ServerOptions) -> LocalServer:
+        """Start a server; it loads its blocks and announces them in the background."""
+        server = LocalServer(options, self.swarm.initial_peers)
+        self.servers.append(server)
+        return server
+
+    def close(self) -> None:
+        """End all servers, then the first peer."""
+        for server in self.servers:
+            server.stop()
+        for server in self.servers:
+            server.close()
+        self.swarm.close()
+
+    def __enter__(self) -> "LocalSwarm":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,500 @@
+"""One sequence of tokens that a swarm computes: step by step, over servers that come and go.
+
+A session is its token ids. The attention caches on the servers are a cache of them: each span of blocks that one server
+computes for the session can be computed again on other servers, from the inputs that the span has received so far, or,
+when those were dropped to bound memory, from the token ids alone.
+
+The wire protocol is petals' ``rpc_inference``: a stream per span, a request with new hidden states for each step, an
+answer with as many. All of it runs on hivemind's event-loop thread; callers wait for it with a limit.
+"""
+
+import asyncio
+import concurrent.futures
+import logging
+import threading
+import time
+import uuid
+import weakref
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import swarm.compat  # noqa: F401
+
+import torch
+from hivemind import MSGPackSerializer, deserialize_torch_tensor, serialize_torch_tensor
+from hivemind.moe.client.remote_expert_worker import RemoteExpertWorker
+from hivemind.p2p import P2P
+from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure, P2PDaemonError, P2PHandlerError
+from hivemind.proto import runtime_pb2
+from petals.data_structures import CHAIN_DELIMITER
+from petals.server.handler import TransformerConnectionHandler
+from petals.utils.misc import DUMMY, DUMMY_INT64
+from petals.utils.packaging import pack_args_kwargs
+
+from swarm.errors import (
+    BlocksMissing,
+    CacheFull,
+    Cancelled,
+    ModelMismatch,
+    SessionClosed,
+    SessionLengthExceeded,
+    SwarmError,
+    SwarmTimeout,
+    format_blocks,
+)
+from swarm.head import Head
+from swarm.state import SwarmState
+
+log = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+# How often a waiting caller looks whether it was cancelled: a twentieth of a second is not noticed by a person, and
+# costs a few microseconds.
+CANCEL_POLL = 0.05  # seconds
+# Prompts go through the swarm in pieces, so that cancelling takes effect between them and one piece stays far below
+# the size of message that hivemind can take: 512 tokens of BLOOM-176B are 15 MB.
+PREFILL_CHUNK = 512  # tokens
+
+
+# The event loop never computes and never waits, so that it answers within milliseconds even on a busy machine.
+LOOP_TIMEOUT = 10.0  # seconds
+# A server that answers with an error will answer the same again; this long the chain looks for another one.
+REFUSAL_PATIENCE = 3.0  # seconds
+# A request carries hidden states, deep prompts and beam hypotheses; this program sends only the first.
+ARGS_STRUCTURE = pack_args_kwargs(torch.empty(1), DUMMY, DUMMY_INT64)[1]
+NO_PROMPTS_AND_HYPOTHESES = (serialize_torch_tensor(DUMMY), serialize_torch_tensor(DUMMY_INT64))
+
+
+@dataclass(frozen=True)
+class SessionLimits:
+    """How long a session waits for the swarm."""
+
+    connect_timeout: float = 5.0  # seconds to open a stream to a server
+    step_timeout: float = 120.0  # seconds for one server to answer one step
+    probe_after: float = 1.5  # seconds a step may be late before its server is asked whether it lives
+    probe_timeout: float = 2.0  # seconds for that question
+    recovery_timeout: float = 60.0  # seconds to wait for lost blocks to be served again
+    cache_timeout: float = 10.0  # seconds to wait for a server with free attention cache
+
+
+class HistoryBudget:
+    """Memory for recovery that all sessions of a program share. Used on the event-loop thread only."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit  # bytes
+        self.used = 0  # bytes
+
+
+class SwarmSession:
+    """An inference session of one sequence. One thread at a time; ``cancel`` and ``close`` may come from any.
+
+    The servers hold attention cache for ``max_length`` tokens from the first step until ``close``. A session that is
+    dropped without closing frees it when it is collected.
+    """
+
+    def __init__(
+        self, head: Head, state: SwarmState, limits: SessionLimits, budget: HistoryBudget, max_length: int
+    ) -> None:
+        self.max_length = max_length  # tokens, prefix included
+        self.token_ids: list[int] = []
+        self._head = head
+        self._cancelled = threading.Event()
+        self._chain = _Chain(state, limits, budget, max_length)
+        # The finaliser may run on any thread, the event loop's included, so it only asks the loop to close.
+        self._finalizer = weakref.finalize(self, self._chain.close_soon)
+        self._finalizer.atexit = False
+
+    @property
+    def position(self) -> int:
+        """Number of tokens that the servers have processed."""
+        return self._chain.position
+
+    @property
+    def closed(self) -> bool:
+        return self._chain.closed
+
+    @property
+    def route(self) -> list[tuple[str, int, int]]:
+        """The servers that compute this session: (peer id, first block, block after the last) each."""
+        return [(str(span.peer_id), span.start, span.end) for span in self._chain.spans]
+
+    @property
+    def recoveries(self) -> int:
+        """How many times a span that had processed tokens was lost and computed again."""
+        return self._chain.recoveries
+
+    def append(self, token_ids: Sequence[int]) -> None:
+        """Add tokens to the sequence; they are processed with the next step.
+
+        :raises SessionLengthExceeded: if they do not fit; the session is unchanged
+        """
+        if len(self.token_ids) + len(token_ids) > self.max_length:
+            raise SessionLengthExceeded(
+                f"{len(self.token_ids)} tokens and {len(token_ids)} more exceed the session's {self.max_length}"
+            )
+        self.token_ids.extend(token_ids)
+
+    @torch.inference_mode()
+    def step(self, token_ids: Sequence[int] = (), *, cancelled: Callable[[], bool] | None = None) -> torch.Tensor:
+        """Add tokens, process all that are unprocessed, and return the logits of the next token.
+
+        :param cancelled: looked at often while waiting; when it returns true the step ends with ``Cancelled``
+        :returns: logits of shape [vocabulary], float32
+        :raises ValueError: if there is no unprocessed token
+        :raises SessionClosed, SessionLengthExceeded, Cancelled, BlocksMissing, CacheFull, SwarmTimeout, ModelMismatch:
+            except after ``SessionClosed`` the session stays usable: its tokens are kept, and the next step processes
+            what this one did not
+        """
+        self.append(token_ids)
+        if self.position == len(self.token_ids):
+            raise ValueError("there is no unprocessed token to step from")
+        while True:
+            start = self.position
+            chunk = self.token_ids[start : start + PREFILL_CHUNK]
+            hidden = self._run(self._chain.forward(self._head.embed(chunk), start), cancelled)
+            if hidden is not None and start + len(chunk) == len(self.token_ids):
+                return self._head.logits(hidden[:, -1])[0]
+
+    def _run(self, coroutine: Coroutine[Any, Any, Result], cancelled: Callable[[], bool] | None) -> Result:
+        """Run a coroutine on the event loop and wait for it, looking for cancellation."""
+        if self.closed:
+            coroutine.close()
+            raise SessionClosed("the session is closed")
+        future = RemoteExpertWorker.run_coroutine(coroutine, return_future=True)
+        while not concurrent.futures.wait((future,), timeout=CANCEL_POLL).done:
+            if self._cancelled.is_set() or (cancelled is not None and cancelled()):
+                self._cancelled.clear()
+                # Whether the servers process the step is not known any more, so they are let go. The tokens stay.
+                future.cancel()
+                self.release()
+                raise Cancelled("the step was cancelled")
+        try:
+            return future.result()
+        except concurrent.futures.CancelledError:
+            raise SessionClosed("the session was closed during a step") from None
+
+    def truncate(self, length: int) -> None:
+        """Set the session back to its first ``length`` tokens.
+
+        Stock servers cannot forget tokens; if they have processed more, they are let go and process the rest again.
+        """
+        if length < self.position:
+            self.release()
+        del self.token_ids[length:]
+
+    def cancel(self) -> None:
+        """End the step that is running, or else the next one; it raises ``Cancelled``. From any thread."""
+        self._cancelled.set()
+
+    def release(self) -> None:
+        """Free the servers' attention cache but keep the tokens: the next step computes them again.
+
+        Not during a step, and not on the event-loop thread.
+        """
+        self._chain.reset_soon().result(timeout=LOOP_TIMEOUT)
+
+    def close(self) -> None:
+        """Free the servers' attention cache. Does not wait; may be called twice, and from any thread."""
+        self._finalizer()
+
+    def __enter__(self) -> "SwarmSession":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _ServerFailed(Exception):
+    """A server did not do its part of a step. Internal: it leads to a recovery, or becomes ``error`` for the caller."""
+
+    def __init__(self, error: SwarmError, patience: float) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.patience = patience  # seconds for which trying elsewhere, or again, makes sense
+
+
+class _Chain:
+    """The spans that compute one session, in order, together covering all blocks. Lives on the event-loop thread."""
+
+    def __init__(self, state: SwarmState, limits: SessionLimits, budget: HistoryBudget, max_length: int) -> None:
+        self.state = state
+        self.limits = limits
+        self.budget = budget
+        self.max_length = max_length
+        self.spans: list[_Span] = []
+        self.position = 0  # tokens that have passed all blocks
+        self.recoveries = 0
+        self.closed = False
+        self._history_bytes = 0  # this chain's part of the budget
+        self._task: asyncio.Task | None = None
+
+    def close_soon(self) -> None:
+        """Close all streams, which frees the servers' caches. Never waits: it may run on the loop's own thread."""
+        self.closed = True
+        self.reset_soon()
+
+    def reset_soon(self) -> concurrent.futures.Future[None]:
+        """End the running step and let go of all servers; the next step starts from the first token."""
+        return RemoteExpertWorker.run_coroutine(self._reset(), return_future=True)
+
+    async def _reset(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+        self._drop()
+
+    def _drop(self) -> None:
+        for span in self.spans:
+            span.close()
+        self.spans, self.position = [], 0
+        self._account_history()
+
+    async def forward(self, inputs: torch.Tensor, start: int) -> torch.Tensor | None:
+        """Send the hidden states of tokens [start, start + n) through all blocks.
+
+        :param inputs: [1, n, hidden size], the embeddings of the tokens
+        :returns: [1, n, hidden size]; or None if the chain is not, or no longer, at ``start``: go on from ``position``
+        """
+        if self._task is not None:
+            # A cancelled step is still on its way out, and with it its half of the streams.
+            await asyncio.wait({self._task}, timeout=self.limits.connect_timeout)
+        if self.position != start:
+            return None
+        self._task = asyncio.current_task()
+        try:
+            return await self._forward(inputs, start + inputs.shape[1])
+        except BaseException:
+            # Some spans may have processed the step and others not: the next step starts with clean caches.
+            self._drop()
+            raise
+        finally:
+            self._task = None
+
+    async def _forward(self, inputs: torch.Tensor, end: int) -> torch.Tensor | None:
+        if not self.spans:
+            self.spans = [_Span.vacancy(0, self.state.num_blocks)]
+        hidden, index = inputs, 0
+        failing_since, delays = None, _retry_delays()
+        while index < len(self.spans):
+            try:
+                self._fill(index)
+                hidden = await self.spans[index].step(hidden, end)
+            except _ServerFailed as failure:
+                failing_since = failing_since or time.monotonic()
+                if time.monotonic() - failing_since > failure.patience:
+                    raise failure.error from failure
+                if not self._vacate(index, failure):
+                    self._drop()
+                    return None
+                await asyncio.sleep(next(delays))
+            else:
+                self.state.unban(self.spans[index].peer_id)
+                failing_since, delays = None, _retry_delays()
+                index += 1
+        self.position = end
+        self._account_history()
+        return hidden[:, -inputs.shape[1] :]
+
+    def _fill(self, index: int) -> None:
+        """If the span at ``index`` is vacant, put servers for its blocks in its place; the first gets its history."""
+        vacant = self.spans[index]
+        if vacant.peer_id is not None:
+            return
+        try:
+            route = self.state.route(vacant.start, vacant.end, self.max_length)
+        except BlocksMissing as error:
+            self.state.refresh()
+            raise _ServerFailed(error, self.limits.recovery_timeout) from error
+        histories = [vacant.history] + [_History() for _ in route[1:]]
+        self.spans[index : index + 1] = [
+            _Span(info.start, info.end, history, info.peer_id, self)
+            for info, history in zip(route, histories, strict=True)
+        ]
+        log.debug("route: %s", ", ".join(f"{s.start}:{s.end} via {s.peer_id}" for s in self.spans))
+
+    def _vacate(self, index: int, failure: _ServerFailed) -> bool:
+        """Let go of a failed server. Return whether its blocks can be computed elsewhere from its history."""
+        span = self.spans[index]
+        if span.peer_id is None:
+            return True  # there was no server to begin with
+        log.warning("blocks %d:%d via %s: %s", span.start, span.end, span.peer_id, failure)
+        if span.processed:
+            self.recoveries += 1
+        span.close()
+        self.state.ban(span.peer_id)
+        self.spans[index] = _Span.vacancy(span.start, span.end, span.history)
+        return span.history.complete
+
+    def _account_history(self) -> None:
+        """Count this chain's histories; drop them if all sessions together hold more than the budget."""
+        size = sum(span.history.size for span in self.spans)
+        self.budget.used += size - self._history_bytes
+        if self.budget.used > self.budget.limit or (self.spans and not self.spans[0].history.complete):
+            for span in self.spans:
+                span.history.drop()
+            self.budget.used -= size
+            size = 0
+        self._history_bytes = size
+
+
+def _retry_delays() -> Iterator[float]:
+    """At once, for there may be another server; then slower and slower, for the swarm has to change first."""
+    yield 0.0
+    delay = 0.05
+    while True:
+        yield delay
+        delay = min(delay * 1.5, 1.0)
+
+
+class _History:
+    """The inputs that a span has received: all of them, or only the newest after the others were dropped."""
+
+    def __init__(self) -> None:
+        self.length = 0  # tokens received
+        self.size = 0  # bytes held
+        self._dropped = 0  # tokens whose inputs are not held any more
+        self._chunks: list[torch.Tensor] = []  # [1, tokens, hidden size] each
+
+    @property
+    def complete(self) -> bool:
+        return self._dropped == 0
+
+    def extend(self, hidden: torch.Tensor, end: int) -> None:
+        """Take from ``hidden``, which ends with the token before ``end``, what is not here yet."""
+        missing = end - self.length
+        if missing > 0:
+            chunk = hidden[:, hidden.shape[1] - missing :]
+            self._chunks.append(chunk)
+            self.size += chunk.numel() * chunk.element_size()
+            self.length = end
+
+    def read(self, start: int, end: int) -> torch.Tensor:
+        """Return the inputs of tokens [start, end): [1, end - start, hidden size]."""
+        last = self._chunks[-1]
+        if (start, end) == (self.length - last.shape[1], self.length):
+            return last  # the common case, a step of decoding
+        if len(self._chunks) > 1:
+            self._chunks = [torch.cat(self._chunks, dim=1)]
+        return self._chunks[0][:, start - self._dropped : end - self._dropped]
+
+    def drop(self) -> None:
+        """Forget all inputs."""
+        self._chunks.clear()
+        self.size, self._dropped = 0, self.length
+
+
+class _Span:
+    """Blocks [start, end) of a chain, computed by one server; or vacant, if ``peer_id`` is None."""
+
+    def __init__(self, start: int, end: int, history: _History, peer_id: Any, chain: _Chain | None) -> None:
+        self.start = start
+        self.end = end
+        self.history = history
+        self.peer_id = peer_id
+        self.processed = 0  # tokens in the server's attention cache
+        if chain is not None:
+            manager = chain.state.manager
+            self._p2p: P2P = manager.state.p2p
+            self._uid = CHAIN_DELIMITER.join(manager.block_uids[start:end])
+            self._limits = chain.limits
+            self._max_length = chain.max_length
+        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+
+    @classmethod
+    def vacancy(cls, start: int, end: int, history: _History | None = None) -> "_Span":
+        return cls(start, end, history or _History(), None, None)
+
+    async def step(self, hidden: torch.Tensor, end: int) -> torch.Tensor:
+        """Process all tokens before ``end`` that the server has not processed yet.
+
+        :param hidden: [1, n, hidden size], inputs that end with the token before ``end``
+        :returns: [1, m, hidden size], outputs that end with that token; m > n if the server had to catch up
+        :raises _ServerFailed: if the server does not do it
+        """
+        self.history.extend(hidden, end)
+        outputs = []
+        while self.processed < end:
+            inputs = self.history.read(self.processed, min(self.processed + PREFILL_CHUNK, end))
+            outputs.append(await self._exchange(inputs))
+            self.processed += inputs.shape[1]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+    async def _exchange(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Send inputs to the server and wait for its outputs."""
+        reply = asyncio.ensure_future(self._call(inputs))
+        try:
+            await self._wait_while_alive(reply)
+            response, error = reply.result()
+        except (OSError, EOFError, P2PDaemonError, ControlFailure, P2PHandlerError, asyncio.TimeoutError) as failure:
+            reason = str(failure) or type(failure).__name__
+            error_ = SwarmTimeout(f"the server of {format_blocks(range(self.start, self.end))} was lost: {reason}")
+            raise _ServerFailed(error_, self._limits.recovery_timeout) from failure
+        finally:
+            reply.cancel()
+        if error is not None:
+            raise self._refusal(error.message)
+        output = deserialize_torch_tensor(response.tensors[0]) if response.tensors else torch.empty(0)
+        if output.shape != inputs.shape:
+            mismatch = ModelMismatch(
+                f"the server {self.peer_id} answers with shape {list(output.shape)} to {list(inputs.shape)}"
+            )
+            raise _ServerFailed(mismatch, REFUSAL_PATIENCE)
+        return output
+
+    async def _call(self, inputs: torch.Tensor) -> tuple[Any, Any]:
+        metadata: dict[str, Any] = {}
+        if self._streams is None:
+            handle = TransformerConnectionHandler._get_handle_name(None, "rpc_inference")
+            _, *streams = await asyncio.wait_for(
+                self._p2p.call_binary_stream_handler(self.peer_id, handle), self._limits.connect_timeout
+            )
+            self._streams = (streams[0], streams[1])
+            metadata = {
+                "session_id": str(uuid.uuid4()),
+                "max_length": self._max_length,
+                "args_structure": ARGS_STRUCTURE,
+            }
+        reader, writer = self._streams
+        request = runtime_pb2.ExpertRequest(
+            uid=self._uid,
+            tensors=[serialize_torch_tensor(inputs), *NO_PROMPTS_AND_HYPOTHESES],
+            metadata=MSGPackSerializer.dumps(metadata),
+        )
+        await P2P.send_protobuf(request, writer)
+        return await P2P.receive_protobuf(runtime_pb2.ExpertResponse, reader)
+
+    async def _wait_while_alive(self, reply: asyncio.Future) -> None:
+        """Wait for a reply; when it is late, ask the server whether it lives.
+
+        A dead server is so noticed within seconds, while a slow one that lives has its full time.
+
+        :raises asyncio.TimeoutError, P2PDaemonError, P2PHandlerError: if the server is silent or too slow
+        """
+        deadline = time.monotonic() + self._limits.step_timeout
+        while not (await asyncio.wait({reply}, timeout=self._limits.probe_after))[0]:
+            if time.monotonic() > deadline:
+                raise asyncio.TimeoutError(f"no answer within {self._limits.step_timeout:.0f} s")
+            await self._probe()
+
+    async def _probe(self) -> None:
+        stub = TransformerConnectionHandler.get_stub(self._p2p, self.peer_id)
+        await stub.rpc_info(
+            runtime_pb2.ExpertUID(uid=self._uid.split(CHAIN_DELIMITER)[0]), timeout=self._limits.probe_timeout
+        )
+
+    def _refusal(self, message: str) -> _ServerFailed:
+        """Turn the error that a server answered with into ours. The texts are those of petals 2.2.0."""
+        if "allocate" in message and "max =" in message:
+            error: SwarmError = SessionLengthExceeded(f"the server takes no session so long: {message}")
+            return _ServerFailed(error, REFUSAL_PATIENCE)
+        if "allocate" in message:
+            blocks = format_blocks(range(self.start, self.end))
+            error = CacheFull(f"no attention cache is free for {self._max_length} tokens on the servers of {blocks}")
+            return _ServerFailed(error, self._limits.cache_timeout)
+        return _ServerFailed(ModelMismatch(f"the server {self.peer_id} refuses: {message}"), REFUSAL_PATIENCE)
+
+    def close(self) -> None:
+        """Close the stream, upon which the server frees the attention cache. Does not wait."""
+        if self._streams is not None:
+            self._streams[1].close()
+        self._streams = None

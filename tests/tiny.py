@@ -1,0 +1,62 @@
+"""A tiny random BLOOM with a tokenizer of its own, made on the fly: real files in the layout of the hub."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
+
+# Text in several scripts, so that the tokenizer learns merges and still has to spell some characters in bytes.
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog. Who said that? Nobody, said the swarm of servers.",
+    "Ein Schwarm von Servern hält die Blöcke. Une abeille, deux abeilles, trois abeilles.",
+    "блоки модели хранятся на серверах. 分散された大規模言語モデル。",
+]
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer with BLOOM's special tokens on a few sentences."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=480,
+        special_tokens=["<unk>", "<s>", "</s>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def make_tiny_bloom(directory: Path, *, n_layer: int = 4, hidden_size: int = 64, seed: int = 0) -> Path:
+    """Write a random BLOOM checkpoint; its greedy texts vary instead of repeating one token."""
+    tokenizer = make_tokenizer()
+    torch.manual_seed(seed)
+    config = BloomConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        n_layer=n_layer,
+        n_head=4,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.2,  # ten times the usual, or a model so small repeats its input
+    )
+    model = BloomForCausalLM(config)
+    # From `.transformer`, as on the hub: the servers look for the keys h.N.*.
+    model.transformer.save_pretrained(directory, safe_serialization=True)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def load_reference(directory: Path) -> BloomForCausalLM:
+    """Load the checkpoint into plain Transformers, float32."""
+    return BloomForCausalLM.from_pretrained(directory, torch_dtype=torch.float32).eval()
