@@ -9,6 +9,7 @@ from swarm.compat import shared_dht
 
 import hivemind
 import torch
+from hivemind.moe.client.remote_expert_worker import RemoteExpertWorker
 from petals import AutoDistributedModelForCausalLM
 from petals.constants import PUBLIC_INITIAL_PEERS
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 STOCK_MAX_LENGTH, STOCK_MAX_LENGTH_GROUPED = 2048, 8192  # tokens
 # A swarm's DHT answers within milliseconds on a local network and within seconds over the internet.
 DHT_TIMEOUT = 30.0  # seconds
+DHT_WORKERS = 32  # keys looked up at a time: as many as a large model has blocks, within a factor
 DEFAULT_HISTORY_BYTES = 2**30  # of hidden states kept to restore lost spans
 
 
@@ -42,10 +44,8 @@ class Swarm:
         :raises SwarmUnreachable: if none of the peers answers
         """
         peers = PUBLIC_INITIAL_PEERS if list(initial_peers) == ["public"] else list(initial_peers)
-        try:
-            return cls(hivemind.DHT(initial_peers=peers, client_mode=True, num_workers=32, start=True))
-        except Exception as error:  # hivemind raises whatever its child process met
-            raise SwarmUnreachable(f"none of the initial peers {', '.join(peers)} answers: {error}") from error
+        failure = f"none of the initial peers {', '.join(peers)} answers"
+        return cls._start(failure, initial_peers=peers, client_mode=True)
 
     @classmethod
     def found(cls, host_maddrs: Sequence[str]) -> "Swarm":
@@ -54,10 +54,18 @@ class Swarm:
         :param host_maddrs: addresses to listen on, such as ``/ip4/127.0.0.1/tcp/0``
         :raises SwarmUnreachable: if the addresses cannot be listened on
         """
+        failure = f"cannot listen on {', '.join(host_maddrs)}"
+        return cls._start(failure, host_maddrs=list(host_maddrs), use_auto_relay=False)
+
+    @classmethod
+    def _start(cls, failure: str, **options: Any) -> "Swarm":
+        dht = hivemind.DHT(start=False, num_workers=DHT_WORKERS, **options)
         try:
-            return cls(hivemind.DHT(host_maddrs=list(host_maddrs), num_workers=32, use_auto_relay=False, start=True))
+            dht.run_in_background(await_ready=True, timeout=DHT_TIMEOUT)
         except Exception as error:  # hivemind raises whatever its child process met
-            raise SwarmUnreachable(f"cannot listen on {', '.join(host_maddrs)}: {error}") from error
+            dht.terminate()
+            raise SwarmUnreachable(f"{failure}: {str(error) or type(error).__name__}") from error
+        return cls(dht)
 
     @property
     def initial_peers(self) -> list[str]:
@@ -66,6 +74,9 @@ class Swarm:
 
     def close(self) -> None:
         """Leave the swarm and end the processes below."""
+        if (p2p := self.dht._p2p_replica) is not None:
+            # Left to the garbage collector it would look for its event loop on a thread that has none.
+            RemoteExpertWorker.run_coroutine(p2p.shutdown(), return_future=True).result(timeout=DHT_TIMEOUT)
         self.dht.shutdown()
 
 

@@ -6,13 +6,17 @@ that inference sessions have sent through it.
 """
 
 import argparse
+import contextlib
 import ctypes
+import importlib
+import io
 import logging
 import multiprocessing
 import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,11 +65,19 @@ class TransformerConnectionHandler(petals_handler.TransformerConnectionHandler):
         return runtime_pb2.ExpertInfo(serialized_info=MSGPackSerializer.dumps(info))
 
 
+def import_quietly(module: str) -> None:
+    """Import a module that prints on standard output at import: bitsandbytes complains there of a missing GPU."""
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        importlib.import_module(module)
+
+
 def make_server(args: argparse.Namespace) -> Server:
     """Build the server from parsed arguments: joins or starts the swarm, but loads no blocks yet.
 
     :raises ModelUnavailable: if the model's files cannot be had
     """
+    import_quietly("bitsandbytes")
     TransformerConnectionHandler.inference_tokens = multiprocessing.Value(ctypes.c_uint64)
     use_handler(TransformerConnectionHandler)
     public = args.initial_peers == ["public"]

@@ -455,6 +455,8 @@ class _Span:
                 "args_structure": ARGS_STRUCTURE,
             }
         reader, writer = self._streams
+        if writer.is_closing():  # uvloop would raise a RuntimeError for it
+            raise ConnectionResetError("the connection is closed")
         request = runtime_pb2.ExpertRequest(
             uid=self._uid,
             tensors=[serialize_torch_tensor(inputs), *NO_PROMPTS_AND_HYPOTHESES],

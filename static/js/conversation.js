@@ -59,7 +59,9 @@ export class Conversation {
 
   /** The whole conversation exactly as it stands in the model's context. */
   transcript() {
-    return this.#exchanges.map((each, i) => this.#opening(i) + (each.answer ?? "") + (each.stopSequence ?? "")).join("");
+    return this.#exchanges
+      .map(({ answer, stopSequence }, i) => this.#opening(i) + (answer ?? "") + (stopSequence ?? ""))
+      .join("");
   }
 
   /** Add the next piece of the answer. */

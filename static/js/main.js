@@ -9,6 +9,8 @@ const SESSION_MAX_LENGTH = 2048; // tokens: a chat's share of the swarm's attent
 const PATIENCE_MS = 20_000; // with a server that cannot be reached or has failed, when a message waits for it
 const DOWN = new Set(["failed", "unreachable"]); // states of a model that may never become ready
 
+const TOO_LONG = "This chat has no room left for your message. Write a shorter one, or start a new chat.";
+
 const count = new Intl.NumberFormat("en");
 const speed = new Intl.NumberFormat("en", { minimumFractionDigits: 1, maximumFractionDigits: 1 });
 
@@ -54,24 +56,26 @@ class Chat {
   async #waitForModel() {
     const signal = this.#begin("loading");
     this.#view.show("loading", "Connecting…", false);
-    this.#view.placeholder("Write while the model loads");
+    this.#view.placeholder("The model is loading");
+    let told = "loading";
     try {
-      for await (const { state, message } of readiness(this.#model.name, signal)) {
-        this.#view.show(DOWN.has(state) ? "error" : "loading", message, false);
+      for await (const { state, words } of readiness(this.#model.name, signal)) {
+        this.#view.show(DOWN.has(state) ? "error" : "loading", words, false);
+        if (state !== told) this.#view.announce(words); // not each step of the progress
+        told = state;
       }
     } catch (error) {
       if (signal.aborted) return;
       throw error;
     }
     this.#idle("ready", "Ready");
-    this.#view.announce(`${this.#model.title} is ready.`);
   }
 
   #idle(state, status) {
     const { full } = this.#conversation;
     this.#begin("idle");
     this.#view.show(state, status, !full);
-    this.#view.placeholder(full ? "This chat is full" : `Message ${this.#model.title}`);
+    this.#view.placeholder(full ? "This chat is full" : "Write a message");
   }
 
   #send(text) {
@@ -85,6 +89,7 @@ class Chat {
     if (this.#phase !== "idle") return;
     this.#conversation.retry();
     answer.restart();
+    this.#view.focus();
     this.#answer(answer);
   }
 
@@ -140,9 +145,8 @@ class Chat {
     view.meta(describe(rate, last.finish_reason === "cancelled"));
     this.#view.announce(conversation.answer);
     if (!conversation.full) return;
-    const length = count.format(this.#maxLength);
-    const text = `This chat has reached its limit of ${length} tokens, so the answer ends here.`;
-    view.notice(`${text} Start a new chat to go on.`, "New chat", () => this.#newChat());
+    const limit = `This chat has reached its limit of ${count.format(this.#maxLength)} tokens.`;
+    view.notice(`${limit} Start a new chat to go on.`, "New chat", () => this.#newChat());
   }
 
   /** The user gave the answer up and the server did not end it in good order. */
@@ -156,7 +160,8 @@ class Chat {
     if (!(error instanceof SocketError)) console.error(error);
     conversation.fail({ refused: error instanceof RequestFailed });
     this.#disconnect();
-    view.notice(explain(error), "Retry", () => this.#retry(view));
+    if (error.code === "too_long") view.notice(TOO_LONG, "New chat", () => this.#newChat());
+    else view.notice(explain(error), "Retry", () => this.#retry(view));
   }
 
   /** A session may have ended unnoticed since the last answer. Then ask once more, in a new session. */
@@ -202,9 +207,9 @@ class Chat {
 
   async #modelReady(signal) {
     const patientUntil = performance.now() + PATIENCE_MS;
-    for await (const { state, message } of readiness(this.#model.name, signal)) {
-      if (DOWN.has(state) && performance.now() > patientUntil) throw new ConnectionLost(message);
-      this.#view.status(state === "ready" ? "Answering…" : message);
+    for await (const { state, words } of readiness(this.#model.name, signal)) {
+      if (DOWN.has(state) && performance.now() > patientUntil) throw new ConnectionLost(`${words}.`);
+      this.#view.status(state === "ready" ? "Answering…" : words);
     }
   }
 
@@ -225,7 +230,8 @@ function describe(rate, stopped) {
 
 function explain(error) {
   if (!(error instanceof SocketError)) return "Something went wrong in this page.";
-  return error.requestId ? `${error.message} (request ${error.requestId})` : error.message;
+  if (!(error instanceof RequestFailed)) return error.message;
+  return `The server says: ${error.message}` + (error.requestId ? ` (request ${error.requestId})` : "");
 }
 
 new Chat(pageConfig());

@@ -4,10 +4,10 @@ const POLL_MS = 2_000;
 const PROBE_LIMIT_MS = 5_000;
 
 const WORDS = {
-  loading: "The model is loading",
+  loading: "Loading",
   ready: "Ready",
   failed: "The model could not be loaded",
-  blocks_missing: "Parts of the model are missing in the swarm",
+  blocks_missing: "Waiting for parts of the model",
   unreachable: "The server cannot be reached",
 };
 
@@ -16,7 +16,7 @@ const WORDS = {
  *
  * @param {string} model
  * @param {AbortSignal} signal ends the asking; the iteration then throws an AbortError
- * @yields {{state: "loading" | "ready" | "failed" | "blocks_missing" | "unreachable", message: string}} "ready" is last
+ * @yields {{state: "loading" | "ready" | "failed" | "blocks_missing" | "unreachable", words: string}} "ready" is last
  */
 export async function* readiness(model, signal) {
   for (;;) {
@@ -33,10 +33,10 @@ async function probe(model, signal) {
     const response = await fetch("readyz", { signal: limited, cache: "no-store" });
     const { ready, models } = await response.json(); // 503 has the same body as 200
     const { state, message } = models?.[model] ?? { state: ready ? "ready" : "loading" };
-    return { state, message: message || WORDS[state] };
+    return { state, words: message && state !== "ready" ? `${WORDS[state]}: ${message}` : WORDS[state] };
   } catch {
     signal.throwIfAborted();
-    return { state: "unreachable", message: WORDS.unreachable };
+    return { state: "unreachable", words: WORDS.unreachable };
   }
 }
 

@@ -77,9 +77,9 @@ export class View {
   /** @param {string} by the model's title */
   addAnswer(by) {
     const text = document.createTextNode("");
-    const answer = { text, body: element("div", { className: "text" }, text), meta: element("p", { className: "meta" }) };
-    const article = this.#add("assistant", `${by} answered`, answer.body, answer.meta);
-    return new AnswerView(article, answer, () => this.#followIfFollowing());
+    const meta = element("p", { className: "meta" });
+    const article = this.#add("assistant", `${by} answered`, element("div", { className: "text" }, text), meta);
+    return new AnswerView({ article, text, meta }, () => this.#followIfFollowing());
   }
 
   /** Nothing in earlier messages can be acted on any longer. */
@@ -96,13 +96,18 @@ export class View {
   }
 
   focus() {
-    this.#prompt.focus();
+    // Where fingers are used, the focus would bring up a keyboard over half of the answer.
+    if (matchMedia("(pointer: fine)").matches) this.#prompt.focus();
   }
 
   /** Scroll to the end, and stay there while text arrives, until the reader scrolls up. */
   follow() {
-    this.#messages.scrollTop = this.#messages.scrollHeight;
+    this.#messages.scrollTop = this.#isEmpty ? 0 : this.#messages.scrollHeight;
     this.#setFollowing(true);
+  }
+
+  get #isEmpty() {
+    return !$("empty").hidden;
   }
 
   #add(role, label, ...children) {
@@ -115,14 +120,10 @@ export class View {
   }
 
   #listenToComposer({ send, stop }) {
-    const submit = (text) => {
-      if (!this.#canSend || !text.trim()) return;
-      send(text.trim());
-      this.focus();
-    };
+    const submit = (text) => (send(text), this.focus());
     const submitPrompt = () => {
-      const text = this.#prompt.value;
-      if (!this.#canSend) return;
+      const text = this.#prompt.value.trim();
+      if (!this.#canSend || !text) return;
       this.#prompt.value = "";
       this.#promptChanged();
       submit(text);
@@ -162,7 +163,7 @@ export class View {
 
   #setFollowing(following) {
     this.#following = following;
-    $("latest").hidden = following;
+    $("latest").hidden = following || this.#isEmpty;
   }
 
   #followIfFollowing() {
@@ -172,12 +173,11 @@ export class View {
 
 /** An answer on the page, from waiting for its first text to its end. */
 class AnswerView {
-  #article;
   #parts;
   #grown;
 
-  constructor(article, parts, grown) {
-    this.#article = article;
+  /** @param {() => void} grown called when the answer has become longer */
+  constructor(parts, grown) {
     this.#parts = parts;
     this.#grown = grown;
     this.#setBusy(true);
@@ -202,7 +202,7 @@ class AnswerView {
     const button = element("button", { type: "button", className: "quiet", textContent: label });
     button.addEventListener("click", action);
     const notice = element("div", { className: "notice", role: "alert" }, element("p", { textContent: text }), button);
-    this.#article.append(notice);
+    this.#parts.article.append(notice);
     this.#grown();
   }
 
@@ -210,11 +210,11 @@ class AnswerView {
   restart() {
     this.#parts.text.data = "";
     this.meta("");
-    this.#article.querySelector(".notice")?.remove();
+    this.#parts.article.querySelector(".notice")?.remove();
     this.#setBusy(true);
   }
 
   #setBusy(busy) {
-    this.#article.ariaBusy = String(busy);
+    this.#parts.article.ariaBusy = String(busy);
   }
 }

