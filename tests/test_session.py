@@ -255,9 +255,7 @@ def test_full_cache_is_a_typed_error(tiny_bloom, swarm: LocalSwarm) -> None:  # 
         model = load_model(tiny_bloom, local, cache_timeout=0.5)
         with model.open_session(60) as first, model.open_session(60) as second:
             first.step([5])
-            with pytest.raises(
-                CacheFull, match="no attention cache is free for 60 tokens on .* blocks 0-3"
-            ):
+            with pytest.raises(CacheFull, match="no attention cache is free for 60 tokens on .* blocks 0-3"):
                 second.step([5])
             first.close()
             wait_until(lambda: infos(model)[0]["cache_tokens_available"] >= 60 * 4, "the cache was not freed")

@@ -70,6 +70,7 @@ export class View {
   }
 
   addQuestion(text) {
+    this.announce(""); // the next answer may be the same, and is to be told all the same
     this.#add("user", "You wrote", element("div", { className: "text", textContent: text }));
     this.follow();
   }
