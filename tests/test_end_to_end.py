@@ -1,0 +1,88 @@
+"""The whole product as a new user meets it: started as `make run` does, SmolLM2 answers over HTTP and in a browser."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Page, expect, sync_playwright
+
+from tests.client import call, websocket
+from tests.processes import GUNICORN, Program, running
+
+QUESTION = "What is the capital of France?"
+# SmolLM2's chat format, as the README shows it.
+INPUTS = f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
+ANSWER_TIMEOUT = 60_000  # milliseconds; an answer takes about a second on two idle cores
+# Without these Chromium keeps asking for hosts of its maker.
+QUIET = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
+    with running(GUNICORN, tmp_path_factory.mktemp("end-to-end") / "log") as program:
+        program.wait_ready()
+        yield program
+
+
+@pytest.fixture
+def page(program: Program) -> Iterator[Page]:
+    browser_path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser_path is None:
+        assert not os.environ.get("CI"), "CI has no Chromium: bin/get-browser failed"
+        pytest.skip("no Chromium found")
+    with sync_playwright() as playwright:
+        # Chromium's sandbox needs rights that containers and root do not have; the only page visited is our own.
+        browser = playwright.chromium.launch(executable_path=browser_path, args=["--no-sandbox", *QUIET])
+        page = browser.new_page(viewport={"width": 1100, "height": 760}, color_scheme="light")
+        page.goto(program.url)
+        yield page
+        browser.close()
+
+
+def test_http(program: Program) -> None:
+    form = {"inputs": INPUTS, "max_new_tokens": 16}
+    status, _, body = call(program.url, "/api/v1/generate", form=form)
+    assert (status, body) == (200, {"ok": True, "outputs": "The capital of France is Paris."})
+
+
+def test_websocket(program: Program) -> None:
+    with websocket(program.url.replace("http", "ws") + "/api/v2/generate") as ws:
+        ws.open(512)
+        replies = ws.generate(inputs=INPUTS, max_new_tokens=1, stop_sequence="<|im_end|>")
+        assert "".join(reply["outputs"] for reply in replies) == "The capital of France is Paris."
+
+
+def test_chat_in_the_browser(program: Program, page: Page) -> None:
+    errors: list[str] = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    expect(page.locator("body[data-state=ready]")).to_be_attached(timeout=ANSWER_TIMEOUT)
+    page.fill("#prompt", QUESTION)
+    page.press("#prompt", "Enter")
+    answers = page.locator("article.message[data-role=assistant]")
+    expect(answers.first.locator(".text")).to_contain_text("Paris", timeout=ANSWER_TIMEOUT)
+    expect(answers.first.locator(".meta")).to_contain_text("tokens/s", timeout=ANSWER_TIMEOUT)
+    expect(page.locator("#model")).to_contain_text("SmolLM2-135M-Instruct")
+    page.fill("#prompt", "And of Germany?")
+    page.click("#send")
+    expect(answers.nth(1).locator(".text")).to_contain_text("Berlin", timeout=ANSWER_TIMEOUT)
+    if path := os.environ.get("SCREENSHOT"):
+        page.screenshot(path=Path(path))
+    assert errors == []
+
+
+def test_stop_and_new_chat_in_the_browser(page: Page) -> None:
+    expect(page.locator("body[data-state=ready]")).to_be_attached(timeout=ANSWER_TIMEOUT)
+    page.fill("#prompt", "Write a very long story about a river, with many chapters.")
+    page.click("#send")
+    answer = page.locator("article.message[data-role=assistant] .text")
+    expect(answer).not_to_be_empty(timeout=ANSWER_TIMEOUT)
+    page.click("#stop")
+    expect(page.locator("body[data-state=ready]")).to_be_attached(timeout=ANSWER_TIMEOUT)
+    page.fill("#prompt", QUESTION)
+    page.press("#prompt", "Enter")
+    expect(page.locator("article.message[data-role=assistant]")).to_have_count(2, timeout=ANSWER_TIMEOUT)
+    expect(page.locator("body[data-state=ready]")).to_be_attached(timeout=ANSWER_TIMEOUT)
+    page.click("#new-chat")
+    expect(page.locator("article.message")).to_have_count(0)
