@@ -65,6 +65,14 @@ class TransformerConnectionHandler(petals_handler.TransformerConnectionHandler):
         return runtime_pb2.ExpertInfo(serialized_info=MSGPackSerializer.dumps(info))
 
 
+def is_abandoned_step(record: logging.LogRecord) -> bool:
+    """Whether a record tells of a step whose session was closed before its turn came.
+
+    That is what a cancelled answer looks like to a server, and no reason for an error with a traceback in the log.
+    """
+    return bool(record.exc_info and isinstance(record.exc_info[1], KeyError) and "attempting to recover" in record.msg)
+
+
 def import_quietly(module: str) -> None:
     """Import a module that prints on standard output at import: bitsandbytes complains there of a missing GPU."""
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
@@ -209,6 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         level=logging.WARNING if args.quiet else logging.INFO,
         format="%(asctime)s %(levelname)s server %(process)d %(name)s: %(message)s",
     )
+    logging.getLogger("hivemind.moe.server.runtime").addFilter(lambda record: not is_abandoned_step(record))
     if args.threads:
         set_threads(args.threads)
     if args.end_with_parent:

@@ -1,0 +1,162 @@
+"""What a WebSocket stream costs per token, against the bare Petals client loop on the same swarm, in one run.
+
+    make bench        or        python -m benchmarks.overhead --tokens 100 --rounds 5
+
+The two take turns, so that a machine that is slow for a while is slow for both. The bare loop is petals' own inference
+session: embed, step, final norm, head, pick the likeliest; the stream is a WebSocket client of the app under gunicorn.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from swarm.compat import set_threads
+
+import torch
+from websockets.sync.client import connect
+
+from config import Settings
+from swarm.client import SwarmModel
+from swarm.hardware import attn_cache_tokens
+from swarm.local import LocalSwarm, ServerOptions
+from tests.processes import GUNICORN, Program, running
+
+from petals.client.inference_session import InferenceSession  # isort: skip
+
+PROMPT = "<|im_start|>user\nWrite a long story about a river.<|im_end|>\n<|im_start|>assistant\n"
+
+
+def main() -> None:
+    """Measure, and print a table and a line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--tokens", type=int, default=60, help="tokens per turn (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each (default: %(default)s)")
+    args = parser.parse_args()
+    settings = Settings.from_environment()
+    set_threads(settings.CLIENT_THREADS)
+    with LocalSwarm() as local, tempfile.TemporaryDirectory() as directory:
+        model = start_model(local, settings)
+        peers = ",".join(local.swarm.initial_peers)
+        with running(GUNICORN, Path(directory) / "log", INITIAL_PEERS=peers) as program:
+            program.wait_ready()
+            report(measure(model, program, args.tokens, args.rounds))
+        model.close()
+
+
+def start_model(local: LocalSwarm, settings: Settings) -> SwarmModel:
+    """Serve the default model and load the client's part of it."""
+    name, device, dtype = settings.default_model, settings.device(), settings.torch_dtype()
+    model = SwarmModel.load(name, local.swarm, cache_dir=settings.cache_dir, device=device, torch_dtype=dtype)
+    local.start_server(
+        ServerOptions(
+            name,
+            device=device,
+            torch_dtype=dtype,
+            attn_cache_tokens=attn_cache_tokens(model.config, dtype, share=0.25),
+            threads=settings.SERVER_THREADS or None,
+            cache_dir=settings.cache_dir,
+        )
+    )
+    model.state.start(timeout=60)
+    if not model.state.wait(lambda: not model.state.missing_blocks(), timeout=120):
+        raise SystemExit("the server did not come up")
+    with model.open_session(8) as session:
+        session.step([1])
+    return model
+
+
+def measure(model: SwarmModel, program: Program, tokens: int, rounds: int) -> dict[str, list[float]]:
+    """Return the median milliseconds between tokens of each turn, by kind."""
+    kinds = {
+        "bare Petals client loop": lambda: bare_loop(model, tokens),
+        "this client's loop": lambda: own_loop(model, tokens),
+        "WebSocket stream": lambda: stream(program, tokens),
+    }
+    results: dict[str, list[float]] = {name: [] for name in kinds}
+    for turn in range(rounds + 1):
+        for name, run in kinds.items():
+            latency = statistics.median(run()) * 1000
+            if turn > 0:  # the first turn warms up
+                results[name].append(latency)
+    return results
+
+
+def gaps(times: list[float]) -> list[float]:
+    return [after - before for before, after in zip(times, times[1:], strict=False)]
+
+
+@torch.inference_mode()
+def bare_loop(model: SwarmModel, tokens: int) -> list[float]:
+    """Petals' own session, used directly."""
+    token_ids, times = model.tokenizer.encode(PROMPT), []
+    with InferenceSession(model.state.manager, len(token_ids) + tokens) as session:
+        for _ in range(tokens):
+            hidden = session.step(model.head.embed(token_ids))
+            token_ids = [int(model.head.logits(hidden[:, -1])[0].argmax())]
+            times.append(time.perf_counter())
+    return gaps(times)
+
+
+def own_loop(model: SwarmModel, tokens: int) -> list[float]:
+    """This project's session, without text and transport."""
+    token_ids, times = model.tokenizer.encode(PROMPT), []
+    with model.open_session(len(token_ids) + tokens) as session:
+        for _ in range(tokens):
+            token_ids = [int(session.step(token_ids).argmax())]
+            times.append(time.perf_counter())
+    return gaps(times)
+
+
+def stream(program: Program, tokens: int) -> list[float]:
+    """A WebSocket client that streams token by token, as the chat page does."""
+    times: list[float] = []
+    with connect(program.url.replace("http", "ws") + "/api/v2/generate") as ws:
+        ask(ws, {"type": "open_inference_session", "max_length": 1024})
+        ws.send(
+            json.dumps(
+                {"type": "generate", "inputs": PROMPT, "max_new_tokens": 1, "stop_sequence": "no such text in a story"}
+            )
+        )
+        while len(times) < tokens and not receive(ws)["stop"]:
+            times.append(time.perf_counter())
+    return gaps(times)
+
+
+def ask(ws: Any, message: dict[str, Any]) -> dict[str, Any]:
+    ws.send(json.dumps(message))
+    return receive(ws)
+
+
+def receive(ws: Any) -> dict[str, Any]:
+    reply = json.loads(ws.recv(timeout=120))
+    if not reply["ok"]:
+        raise SystemExit(reply["error"]["message"])
+    return reply
+
+
+def report(results: dict[str, list[float]]) -> None:
+    """Print medians, and each kind against the bare loop of the same turn."""
+    base = results["bare Petals client loop"]
+    print(f"{'':28}{'ms/token':>10}{'min':>8}{'max':>8}{'tokens/s':>10}{'over bare':>12}{'ratio':>8}")
+    summary = {}
+    for name, values in results.items():
+        over = statistics.median(value - bare for value, bare in zip(values, base, strict=True))
+        ratio = statistics.median(value / bare for value, bare in zip(values, base, strict=True))
+        median = statistics.median(values)
+        summary[name] = {"ms_per_token": median, "over_bare_ms": over, "ratio": ratio}
+        spread = f"{median:10.2f}{min(values):8.2f}{max(values):8.2f}"
+        print(f"{name:28}{spread}{1000 / median:10.1f}{over:+9.2f} ms{ratio:8.3f}")
+    print(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    main()
+    # Threads of the libraries below may hold the interpreter; everything that was started has been ended.
+    sys.stdout.flush()
+    os._exit(0)
