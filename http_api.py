@@ -24,8 +24,11 @@ def generate_text() -> Response:
     values = request_values()
     params = parse_generation(values)
     service = get_service(current_app)
+    service.log_text("inputs", params.inputs)
     with _session(service, values, params) as session:
-        return jsonify(ok=True, outputs=_answer(session, params, client_gone(request.environ)))
+        outputs = _answer(session, params, client_gone(request.environ))
+    service.log_text("outputs", outputs)
+    return jsonify(ok=True, outputs=outputs)
 
 
 @blueprint.route("/open_inference_session", methods=["GET", "POST"])

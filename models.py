@@ -4,6 +4,7 @@ Nothing heavy is imported before ``start``: importing the app costs nothing.
 """
 
 import logging
+import re
 import threading
 import time
 from dataclasses import dataclass
@@ -131,6 +132,8 @@ class Models:
 
             self._local = LocalSwarm(self.settings.SWARM_HOST_MADDRS)
             self._swarm = self._local.swarm
+            for maddr in self._swarm.initial_peers:
+                log.info("this program's own swarm: others join with --initial-peers %s", maddr)
             return
         while not self._stop.is_set():
             try:
@@ -192,6 +195,8 @@ class Models:
                 attn_cache_tokens=cache_tokens,
                 threads=settings.SERVER_THREADS or None,
                 cache_dir=settings.cache_dir,
+                # Reachable by the same machines as the swarm's first peer, on a port of its own.
+                host_maddrs=[re.sub(r"/(tcp|udp)/\d+", r"/\1/0", maddr) for maddr in settings.SWARM_HOST_MADDRS],
             )
         )
 

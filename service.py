@@ -39,6 +39,11 @@ class Service:
         self.models.start()
         self.sessions.start()
 
+    def log_text(self, kind: str, text: str) -> None:
+        """Log a prompt or an answer, if the operator wants that."""
+        if self.settings.LOG_TEXTS:
+            log.info("%s: %r", kind, text)
+
     def close(self, grace: float | None = None) -> None:
         """End: take nothing new, let running answers finish, close everything. Whoever calls second waits as well.
 

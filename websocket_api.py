@@ -100,9 +100,12 @@ class Connection:
         if self.session_id is None:
             raise InvalidParameter("send open_inference_session before generate")
         self._stopped = False
+        self.service.log_text("inputs", params.inputs)
         with self.service.sessions.use(self.session_id, wait=self.service.settings.REQUEST_TIMEOUT) as session:
             for chunks in rounds(self._chunks(session, params), params):
-                self._send(answer(chunks))
+                response = answer(chunks)
+                self.service.log_text("outputs", response["outputs"])
+                self._send(response)
 
     def _chunks(self, session: InferenceSession, params: GenerationParams) -> Iterator[Chunk]:
         input_ids = encode_inputs(params.inputs, session.session, session.model.tokenizer)

@@ -1,5 +1,6 @@
 """The HTTP API through its real door: what API.md promises, and what happens to bad input."""
 
+import dataclasses
 import json
 import socket
 import threading
@@ -279,3 +280,16 @@ def test_readyz_tells_the_state_of_each_model(live_app: LiveApp) -> None:
     assert body["models"][live_app.model_name]["state"] == "ready"
     failed = body["models"]["/nowhere/missing-model"]
     assert failed["state"] == "failed" and "/nowhere/missing-model" in failed["message"]
+
+
+def test_texts_are_logged_only_when_asked_for(live_app: LiveApp, caplog: pytest.LogCaptureFixture) -> None:
+    service = live_app.service
+    with caplog.at_level("INFO"):
+        generated(live_app, inputs="zyzzyva", max_new_tokens=1)
+        assert "zyzzyva" not in caplog.text
+        silent, service.settings = service.settings, dataclasses.replace(service.settings, LOG_TEXTS=True)
+        try:
+            generated(live_app, inputs="zyzzyva", max_new_tokens=1)
+        finally:
+            service.settings = silent
+        assert "zyzzyva" in caplog.text
