@@ -99,11 +99,11 @@ class Detokenizer:
         self._ids: list[int] = []
         self._start = 0  # ids before this are context, whose text was returned or was input
         self._sent = 0  # characters of the ids from `_start` on that were returned
-        vocabulary = tokenizer.get_vocab()
         # Tokens of one byte that continue a UTF-8 character: every character that can be continued at all can be
         # continued with one of these two bytes (Unicode Standard, table 3-7).
         spellings = [spelling for byte in (0x80, 0xA0) for spelling in (bytes_to_unicode()[byte], f"<0x{byte:02X}>")]
-        self._continuations = [vocabulary[spelling] for spelling in spellings if spelling in vocabulary]
+        token_ids = [tokenizer.convert_tokens_to_ids(spelling) for spelling in spellings]
+        self._continuations = [id for id in token_ids if id not in (None, tokenizer.unk_token_id)]
 
     def restart(self, context: Sequence[int]) -> None:
         """Forget what is held back and go on after these tokens."""

@@ -9,8 +9,9 @@ blueprint = Blueprint("status_api", __name__)
 
 @blueprint.get("/healthz")
 def healthz() -> Response:
-    """200 while the program can answer at all."""
-    return jsonify(ok=True)
+    """200 while the program can answer at all; with how full it is."""
+    sessions = get_service(current_app).sessions
+    return jsonify(ok=True, sessions={"open": len(sessions), "max": sessions.max_sessions})
 
 
 @blueprint.get("/readyz")

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import socket
 import threading
+from typing import Any
 
 import pytest
 from transformers import BloomForCausalLM, PreTrainedTokenizerBase
@@ -47,7 +48,7 @@ def test_parameters_in_every_style(
         '--x\r\nContent-Disposition: form-data; name="inputs"\r\n\r\nThe quick brown fox\r\n'
         '--x\r\nContent-Disposition: form-data; name="max_new_tokens"\r\n\r\n12\r\n--x--\r\n'
     )
-    arguments: dict = {
+    styles: dict[str, dict[str, Any]] = {
         "query": {"path": GENERATE + query, "data": b""},
         "form": {"path": GENERATE, "form": {"inputs": PROMPT, "max_new_tokens": "12", "do_sample": "0"}},
         "json": {"path": GENERATE, "body": {"inputs": PROMPT, "max_new_tokens": 12, "do_sample": False}},
@@ -57,8 +58,8 @@ def test_parameters_in_every_style(
             "headers": {"Content-Type": "multipart/form-data; boundary=x"},
         },
         "mixed": {"path": GENERATE + "?inputs=other&max_new_tokens=12", "body": {"inputs": PROMPT}},
-    }[style]
-    status, _, body = call(live_app.url, **arguments)
+    }
+    status, _, body = call(live_app.url, **styles[style])
     assert (status, body) == (200, {"ok": True, "outputs": expected})
 
 
@@ -71,7 +72,7 @@ def test_max_length_counts_the_prompt(
 
 
 def test_sampling_is_repeated_by_its_seed(live_app: LiveApp) -> None:
-    params = {"inputs": PROMPT, "max_new_tokens": 16, "do_sample": 1, "temperature": 0.9, "top_p": 0.9, "seed": 7}
+    params: dict = {"inputs": PROMPT, "max_new_tokens": 16, "do_sample": 1, "temperature": 0.9, "top_p": 0.9, "seed": 7}
     assert generated(live_app, **params) == generated(live_app, **params)
     assert generated(live_app, **params) != generated(live_app, **params | {"seed": 8})
 
@@ -230,7 +231,7 @@ def test_bad_request_loses_nothing(live_app: LiveApp) -> None:
     whole = generated(live_app, inputs=PROMPT, max_new_tokens=10)
     session_id = opened(live_app, 64)
     first = generated(live_app, session_id=session_id, inputs=PROMPT, max_new_tokens=5)
-    refused = [
+    refused: list[dict[str, Any]] = [
         {"max_new_tokens": 1000},
         {"inputs": "x " * 100, "max_new_tokens": 1},
         {"max_new_tokens": "x"},

@@ -229,7 +229,9 @@ def lose(session: SwarmSession, index: int) -> None:
     """Cut the connection to a server under the session, as a network does."""
 
     async def cut() -> None:
-        session._chain.spans[index]._streams[1].close()
+        streams = session._chain.spans[index]._streams
+        assert streams is not None
+        streams[1].close()
 
     RemoteExpertWorker.run_coroutine(cut())
 
