@@ -36,6 +36,7 @@ class ServerOptions:
     num_handlers: int = 2  # more processes than cores only take turns
     threads: int | None = None
     cache_dir: Path | None = None
+    public_name: str | None = None
     host_maddrs: Sequence[str] = ("/ip4/127.0.0.1/tcp/0",)
 
     def arguments(self) -> list[str]:
@@ -49,6 +50,7 @@ class ServerOptions:
             "--num-handlers": self.num_handlers,
             "--threads": self.threads,
             "--cache-dir": self.cache_dir,
+            "--public-name": self.public_name,
         }
         given = [item for flag, value in flags.items() if value is not None for item in (flag, str(value))]
         return [self.model, *given, "--host-maddrs", *self.host_maddrs]
@@ -65,12 +67,15 @@ class LocalServer:
         self._watcher = threading.Thread(target=self._watch, name=f"watch-server-{options.model}", daemon=True)
         self._watcher.start()
 
+    def command(self) -> list[str]:
+        """Return the command that starts the server."""
+        server = [sys.executable, "-W", "ignore", "-m", "swarm.server", *self.options.arguments()]
+        return [*server, "--initial-peers", *self._initial_peers, "--end-with-parent", "--quiet"]
+
     def _start(self) -> subprocess.Popen:
-        command = [sys.executable, "-W", "ignore", "-m", "swarm.server", *self.options.arguments()]
-        command += ["--initial-peers", *self._initial_peers, "--end-with-parent", "--quiet"]
         # A session of its own, so that Ctrl-C in a terminal reaches this program first, which then stops its servers in
         # order; its standard input is a pipe that ends when this program does, even with SIGKILL.
-        return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, start_new_session=True)
+        return subprocess.Popen(self.command(), cwd=ROOT, stdin=subprocess.PIPE, start_new_session=True)
 
     def _watch(self) -> None:
         backoff = FIRST_BACKOFF

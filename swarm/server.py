@@ -1,8 +1,9 @@
 """Serve blocks of a model to a swarm: ``python -m swarm.server MODEL [--initial-peers ...] [--blocks 0:10] ...``
 
 A real Petals server, built directly from petals' ``Server`` (its own command line asks the package index for newer
-versions first), which also counts what it computes: its ``rpc_info`` carries ``inference_tokens``, the number of tokens
-that inference sessions have sent through it.
+versions first), which also tells more of itself: its ``rpc_info`` carries ``inference_tokens``, the number of tokens
+that inference sessions have sent through it, and ``silent_for``, the seconds since its computing process was last seen
+alive.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -43,12 +45,16 @@ STEP_TIMEOUT = 3600.0  # seconds between two steps of one session
 SESSION_TIMEOUT = 24 * 3600.0  # seconds from the first step to the last
 # How long an orderly stop may take before everything below this process is killed.
 STOP_TIMEOUT = 10.0  # seconds
+# Several of these fit into the time after which clients give up on a silent server; see session.py.
+HEARTBEAT_PERIOD = 0.25  # seconds
 
 
 class TransformerConnectionHandler(petals_handler.TransformerConnectionHandler):
-    """Petals' handler, with counts. The class keeps its name because the name is part of the wire protocol."""
+    """Petals' handler, which tells more. The class keeps its name because the name is part of the wire protocol."""
 
-    inference_tokens: Any  # a shared counter: each handler is a process of its own
+    # Shared, because each handler is a process of its own.
+    inference_tokens: Any  # tokens received for inference
+    heartbeat: Any  # time.monotonic() of the computing process, as it last told
 
     async def _iterate_inference_steps(self, *args: Any) -> AsyncIterator[tuple[Any, dict]]:
         async for request, metadata in super()._iterate_inference_steps(*args):
@@ -62,6 +68,8 @@ class TransformerConnectionHandler(petals_handler.TransformerConnectionHandler):
     ) -> runtime_pb2.ExpertInfo:
         info = MSGPackSerializer.loads((await super().rpc_info(request, context)).serialized_info)
         info["inference_tokens"] = self.inference_tokens.value
+        # A handler answers even if the process that computes is stopped or hangs: a waiting client must learn of it.
+        info["silent_for"] = time.monotonic() - self.heartbeat.value
         return runtime_pb2.ExpertInfo(serialized_info=MSGPackSerializer.dumps(info))
 
 
@@ -87,6 +95,7 @@ def make_server(args: argparse.Namespace) -> Server:
     """
     import_quietly("bitsandbytes")
     TransformerConnectionHandler.inference_tokens = multiprocessing.Value(ctypes.c_uint64)
+    TransformerConnectionHandler.heartbeat = multiprocessing.Value(ctypes.c_double, time.monotonic())
     use_handler(TransformerConnectionHandler)
     public = args.initial_peers == ["public"]
     device = args.device or hardware.pick_device()
@@ -147,11 +156,18 @@ def serve(server: Server, on_ready: Any) -> None:
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     threading.Thread(target=on_ready, args=(server,), name="announce-ready", daemon=True).start()
+    threading.Thread(target=beat, args=(server.stop,), name="heartbeat", daemon=True).start()
     try:
         server.run()
     finally:
         server.shutdown()
         kill_descendants()
+
+
+def beat(stop: threading.Event) -> None:
+    """Tell the handlers again and again that this process runs."""
+    while not stop.wait(HEARTBEAT_PERIOD):
+        TransformerConnectionHandler.heartbeat.value = time.monotonic()
 
 
 def die() -> None:

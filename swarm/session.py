@@ -72,8 +72,8 @@ class SessionLimits:
 
     connect_timeout: float = 5.0  # seconds to open a stream to a server
     step_timeout: float = 120.0  # seconds for one server to answer one step
-    probe_after: float = 1.5  # seconds a step may be late before its server is asked whether it lives
-    probe_timeout: float = 2.0  # seconds for that question
+    probe_after: float = 1.0  # seconds a step may be late before its server is asked whether it lives
+    probe_timeout: float = 2.0  # seconds for that question, and for which a living server's process may be silent
     recovery_timeout: float = 60.0  # seconds to wait for lost blocks to be served again
     cache_timeout: float = 10.0  # seconds to wait for a server with free attention cache
 
@@ -271,8 +271,16 @@ class _Chain:
             self._task = None
 
     async def _forward(self, inputs: torch.Tensor, end: int) -> torch.Tensor | None:
-        if not self.spans:
-            self.spans = [_Span.vacancy(0, self.state.num_blocks)]
+        turn = _Turn(self.state.cache_turn, self.limits.cache_timeout)
+        try:
+            if not self.spans:
+                self.spans = [_Span.vacancy(0, self.state.num_blocks)]
+                await turn.wait_behind_others()
+            return await self._pass_through(inputs, end, turn)
+        finally:
+            turn.end()
+
+    async def _pass_through(self, inputs: torch.Tensor, end: int, turn: "_Turn") -> torch.Tensor | None:
         hidden, index = inputs, 0
         failing_since, delays = None, _retry_delays()
         while index < len(self.spans):
@@ -286,6 +294,8 @@ class _Chain:
                 if not self._vacate(index, failure):
                     self._drop()
                     return None
+                if isinstance(failure.error, CacheFull):
+                    await turn.take()
                 await asyncio.sleep(next(delays))
             else:
                 self.state.unban(self.spans[index].peer_id)
@@ -335,6 +345,38 @@ class _Chain:
             self.budget.used -= size
             size = 0
         self._history_bytes = size
+
+
+class _Turn:
+    """A place among the sessions that wait for attention cache to become free: first come, first served."""
+
+    def __init__(self, lock: asyncio.Lock, timeout: float) -> None:
+        self._lock = lock
+        self._timeout = timeout  # seconds
+        self._has_it = False
+
+    async def wait_behind_others(self) -> None:
+        """Let those go first who wait already; costs nothing if there are none."""
+        if self._lock.locked():
+            await self.take()
+
+    async def take(self) -> None:
+        """Wait for the turn.
+
+        :raises CacheFull: if it does not come in time
+        """
+        if not self._has_it:
+            try:
+                await asyncio.wait_for(self._lock.acquire(), self._timeout)
+            except asyncio.TimeoutError:
+                raise CacheFull(f"others waited for attention cache before, for {self._timeout:.0f} s") from None
+            self._has_it = True
+
+    def end(self) -> None:
+        """Let the next one."""
+        if self._has_it:
+            self._lock.release()
+            self._has_it = False
 
 
 def _retry_delays() -> Iterator[float]:
@@ -479,10 +521,19 @@ class _Span:
             await self._probe()
 
     async def _probe(self) -> None:
+        """Ask the server whether it lives; ours also tell whether the process that computes does.
+
+        :raises asyncio.TimeoutError, P2PDaemonError, P2PHandlerError: if not
+        """
         stub = TransformerConnectionHandler.get_stub(self._p2p, self.peer_id)
-        await stub.rpc_info(
-            runtime_pb2.ExpertUID(uid=self._uid.split(CHAIN_DELIMITER)[0]), timeout=self._limits.probe_timeout
-        )
+        uid = self._uid.split(CHAIN_DELIMITER)[0]
+        try:
+            reply = await stub.rpc_info(runtime_pb2.ExpertUID(uid=uid), timeout=self._limits.probe_timeout)
+        except asyncio.TimeoutError:
+            raise asyncio.TimeoutError(f"silent for {self._limits.probe_timeout:.1f} s") from None
+        silent_for = MSGPackSerializer.loads(reply.serialized_info).get("silent_for", 0.0)
+        if silent_for > self._limits.probe_timeout:
+            raise asyncio.TimeoutError(f"its process has been silent for {silent_for:.1f} s")
 
     def _refusal(self, message: str) -> _ServerFailed:
         """Turn the error that a server answered with into ours. The texts are those of petals 2.2.0."""

@@ -38,6 +38,7 @@ class SwarmState:
         self.manager = manager
         self.model = model
         self.num_blocks = len(manager)
+        self.cache_turn = asyncio.Lock()  # held by the session that waits for attention cache; for the event loop
 
     def start(self, timeout: float) -> bool:
         """Start the background thread; return whether the DHT was read within ``timeout`` seconds."""

@@ -527,6 +527,12 @@ def test_special_tokens_are_spelled() -> None:
     assert detokenizer.add(TOKENIZER.bos_token_id) == detokenizer.spell(TOKENIZER.bos_token_id) == "<s>"
 
 
+def test_spaces_stay_as_they_are() -> None:
+    token_ids = TOKENIZER.encode("Who said that ? Nobody , he did n't .")
+    detokenizer = Detokenizer(TOKENIZER)
+    assert "".join(detokenizer.add(token_id) for token_id in token_ids) == "Who said that ? Nobody , he did n't ."
+
+
 def make_sentence_piece() -> PreTrainedTokenizerFast:
     """A tokenizer that is made as Llama's: spaces are part of words, and unknown characters are spelled in bytes."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdelo,"]

@@ -640,7 +640,7 @@ def test_cache_is_not_freed_under_a_user(
 
 def test_cache_is_not_freed_if_a_user_was_faster(sessions: InferenceSessions, model: FakeModel, clock: Clock) -> None:
     """Between the look for expired sessions and the freeing a user may come, and go."""
-    used = []
+    used: list[str] = []
 
     class FasterUser(WatchedLock):
         def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
@@ -768,7 +768,7 @@ def test_shut_down_lets_users_finish(sessions: InferenceSessions, model: FakeMod
     with contextlib.ExitStack() as users:
         for session_id in ids:
             users.enter_context(sessions.use(session_id, wait=0))
-        ending = pool.submit(sessions.shut_down, LIMIT)
+        ending = pool.submit(sessions.shut_down, 3 * LIMIT)
         wait_until_refusing(sessions, model)
         assert not ending.done()
         assert [session.calls for session in model.opened[:2]] == [[], []]

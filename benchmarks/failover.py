@@ -1,0 +1,193 @@
+"""Generations in each of which a serving process is lost at a random moment: all must finish with the reference's text.
+
+    python -m benchmarks.failover --fault kill --count 100
+    python -m benchmarks.failover --fault stop --count 20
+    python -m benchmarks.failover --fault silence --count 20     (needs root and iproute2: network namespaces)
+
+Each generation runs over a chain of two spans, each held by several servers. The pause is the longest time between two
+tokens of the generation, less what a token takes otherwise. With `kill`, a server's main process gets SIGKILL; with
+`stop`, all its processes get SIGSTOP, with `stop-main` only the one that computes; with `silence`, its host drops all
+that it would send.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from swarm.compat import set_threads
+
+import psutil
+import torch
+
+from swarm.client import SwarmModel
+from swarm.local import LocalServer, LocalSwarm, ServerOptions
+from tests.hosts import Host, ServerOnHost
+from tests.tiny import load_reference, make_tiny_bloom
+
+SPANS = ("0:2", "2:4")
+PROMPTS = ["The quick brown fox", "Ein Schwarm von Servern", "分散された大規模", "Nobody, said"]
+TOKENS = 60  # tokens per generation
+# A server of a tiny model is back in about 8 s when two cores have nothing else to do.
+BACK_TIMEOUT = 180.0  # seconds
+
+
+class Fault:
+    """Something that happens to a server, and the end of it."""
+
+    def strike(self, server: LocalServer) -> None:
+        raise NotImplementedError
+
+    def heal(self, server: LocalServer) -> None:
+        """Undo it, once the generation has finished."""
+
+
+class Kill(Fault):
+    def strike(self, server: LocalServer) -> None:
+        server.process.kill()
+
+
+class Stop(Fault):
+    """SIGSTOP to the server's main process and all below it, its p2pd included; or to the main process alone."""
+
+    def __init__(self, whole: bool) -> None:
+        self.whole = whole
+
+    def strike(self, server: LocalServer) -> None:
+        main = psutil.Process(server.process.pid)
+        self.stopped = [main, *(main.children(recursive=True) if self.whole else [])]
+        for process in self.stopped:
+            process.suspend()
+
+    def heal(self, server: LocalServer) -> None:
+        for process in self.stopped:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.resume()
+
+
+class Silence(Fault):
+    """The server's host drops what it would send: for the others the network is silent."""
+
+    def strike(self, server: LocalServer) -> None:
+        assert isinstance(server, ServerOnHost)
+        server.host.silence()
+
+    def heal(self, server: LocalServer) -> None:
+        assert isinstance(server, ServerOnHost)
+        server.host.speak()
+
+
+def main() -> None:
+    """Run the generations and print what came of them."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--fault", choices=("kill", "stop", "stop-main", "silence"), default="kill")
+    parser.add_argument("--count", type=int, default=20, help="generations (default: %(default)s)")
+    parser.add_argument("--replicas", type=int, default=2, help="servers of each span (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments and the victims")
+    args = parser.parse_args()
+    set_threads(1)
+    faults = {"kill": Kill(), "stop": Stop(whole=True), "stop-main": Stop(whole=False), "silence": Silence()}
+    with contextlib.ExitStack() as stack:
+        path = make_tiny_bloom(Path(stack.enter_context(tempfile.TemporaryDirectory())) / "tiny-bloom")
+        numbers = range(2 * args.replicas)
+        hosts = [stack.enter_context(Host(i)) if args.fault == "silence" else None for i in numbers]
+        local = stack.enter_context(LocalSwarm(["/ip4/0.0.0.0/tcp/0"]))
+        servers = [start_server(local, path, i, hosts[i]) for i in numbers]
+        model = load_model(path, local)
+        run(model, servers, path, faults[args.fault], args)
+        model.close()
+
+
+def start_server(local: LocalSwarm, path: Path, number: int, host: Host | None) -> LocalServer:
+    """Start server ``number``, every second one of the same span; on a host of its own if there is one."""
+    options = ServerOptions(
+        str(path), blocks=SPANS[number % 2], torch_dtype="float32", threads=1, public_name=f"server-{number}"
+    )
+    if host is None:
+        return local.start_server(options)
+    server = host.start_server(local, options)
+    return server
+
+
+def load_model(path: Path, local: LocalSwarm) -> SwarmModel:
+    model = SwarmModel.load(str(path), local.swarm, cache_dir=path.parent, device="cpu", torch_dtype="float32")
+    model.state.start(timeout=60)
+    return model
+
+
+def run(model: SwarmModel, servers: list[LocalServer], path: Path, fault: Fault, args: argparse.Namespace) -> None:
+    """Generate, strike, compare, and report."""
+    rng = random.Random(args.seed)
+    reference = load_reference(path)
+    pauses, equal, began = [], 0, time.monotonic()
+    for number in range(args.count):
+        await_servers(model, len(servers))
+        prompt = rng.choice(PROMPTS)
+        tokens, times, victim = generate(model, servers, prompt, rng.randrange(TOKENS - 1), rng, fault)
+        expected = reference.generate(
+            torch.tensor([model.tokenizer.encode(prompt)]), max_new_tokens=TOKENS, do_sample=False
+        )[0, -len(tokens) :].tolist()
+        equal += tokens == expected
+        gaps = [after - before for before, after in zip(times, times[1:], strict=False)]
+        pauses.append(max(gaps) - statistics.median(gaps))
+        fault.heal(victim)
+        print(f"{number + 1}: {'equal' if tokens == expected else 'DIFFERENT'}, pause {pauses[-1]:.2f} s", flush=True)
+    print(
+        json.dumps(
+            {
+                "fault": args.fault,
+                "generations": args.count,
+                "equal": equal,
+                "median_pause_s": round(statistics.median(pauses), 2),
+                "worst_pause_s": round(max(pauses), 2),
+                "minutes": round((time.monotonic() - began) / 60, 1),
+            }
+        )
+    )
+
+
+def await_servers(model: SwarmModel, count: int) -> None:
+    """Wait until all servers are back and announced."""
+    if not model.state.wait(lambda: len(model.state.servers()) >= count, BACK_TIMEOUT):
+        raise SystemExit(f"{len(model.state.servers())} of {count} servers came back")
+
+
+def generate(
+    model: SwarmModel, servers: list[LocalServer], prompt: str, moment: int, rng: random.Random, fault: Fault
+) -> tuple[list[int], list[float], LocalServer]:
+    """Generate greedily; while token ``moment`` is being computed, strike one of the servers that compute."""
+    tokens: list[int] = []
+    times = [time.monotonic()]
+    with model.open_session(256) as session:
+        logits = session.step(model.tokenizer.encode(prompt))
+        victim = rng.choice(serving(model, servers, session.route))
+        while True:
+            tokens.append(int(logits.argmax()))
+            times.append(time.monotonic())
+            if len(tokens) == TOKENS:
+                return tokens, times[1:], victim
+            if len(tokens) == moment + 1:
+                # From another thread, so that it falls anywhere within a step.
+                threading.Timer(rng.random() * 0.02, fault.strike, (victim,)).start()
+            logits = session.step(tokens[-1:])
+
+
+def serving(model: SwarmModel, servers: list[LocalServer], route: list[tuple[str, int, int]]) -> list[LocalServer]:
+    """Return the servers that the route goes through."""
+    names = {view.peer_id: view.public_name for view in model.state.servers()}
+    used = {names.get(peer) for peer, _, _ in route}
+    return [server for server in servers if server.options.public_name in used]
+
+
+if __name__ == "__main__":
+    main()
+    sys.stdout.flush()
+    # Threads of the libraries below may hold the interpreter; everything that was started has been ended.
+    os._exit(0)

@@ -1,0 +1,236 @@
+"""Settings from the environment, each type rightly and wrongly; models and how they are talked to; the machine."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from config import DIALOGUE, KNOWN_MODELS, ChatFormat, ModelConfig, Settings
+from errors import ConfigError
+from parameters import parse_generation
+from swarm import weights
+
+FIELDS = dataclasses.fields(Settings)
+DEFAULT = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def refusal(**environ: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        Settings.from_environment(environ)
+    (name,) = environ
+    assert name in str(caught.value)
+    return str(caught.value)
+
+
+def test_defaults() -> None:
+    settings = Settings.from_environment({})
+    assert settings == Settings()
+    assert settings.default_model == DEFAULT
+    assert settings.INITIAL_PEERS == ()
+    assert settings.SESSION_TIMEOUT == 300
+    assert [model.name for model in settings.models()] == [DEFAULT]
+
+
+@pytest.mark.parametrize("name", [field.name for field in FIELDS])
+def test_empty_is_as_if_not_set(name: str) -> None:
+    assert Settings.from_environment({name: ""}) == Settings.from_environment({name: "  "}) == Settings()
+
+
+def test_other_variables_do_not_matter() -> None:
+    assert Settings.from_environment({"PATH": "/bin", "max_sessions": "x", "default_model": "x"}) == Settings()
+
+
+VALUES: dict[type, tuple[str, Any]] = {
+    bool: ("true", True),
+    int: ("7", 7),
+    float: ("7.5", 7.5),
+    str: ("some text", "some text"),
+    tuple: ("a, b", ("a", "b")),
+}
+
+
+@pytest.mark.parametrize("field", FIELDS, ids=lambda field: field.name)
+def test_each_setting_can_be_set(field: dataclasses.Field) -> None:
+    text, value = VALUES[type(field.default)]
+    text, value = {
+        "DEFAULT_MODEL_NAME": (DEFAULT, DEFAULT),
+        "TORCH_DTYPE": ("bfloat16", "bfloat16"),
+        "LOG_LEVEL": ("DEBUG", "DEBUG"),
+    }.get(field.name, (text, value))
+    settings = Settings.from_environment({field.name: text})
+    assert getattr(settings, field.name) == value
+    assert type(getattr(settings, field.name)) is type(value)
+    assert settings == dataclasses.replace(Settings(), **{field.name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("LOG_TEXTS", "1", True),
+        ("LOG_TEXTS", " Yes ", True),
+        ("LOG_TEXTS", "TRUE", True),
+        ("LOG_TEXTS", "0", False),
+        ("LOG_TEXTS", "no", False),
+        ("LOG_TEXTS", "False", False),
+        ("MAX_SESSIONS", " 5\n", 5),
+        ("SESSION_TIMEOUT", "5", 5.0),
+        ("SESSION_TIMEOUT", "1e3", 1000.0),
+        ("MODELS", "one", ("one",)),
+        ("MODELS", " one ,, , two,", ("one", "two")),
+        ("INITIAL_PEERS", "public", ("public",)),
+        ("CACHE_DIR", " /some/place ", "/some/place"),
+        ("DEVICE", "cuda:1", "cuda:1"),
+    ],
+)
+def test_values(name: str, text: str, value: Any) -> None:
+    parsed = getattr(Settings.from_environment({name: text}), name)
+    assert parsed == value and type(parsed) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "kind"),
+    [
+        ("LOG_TEXTS", "maybe", "bool"),
+        ("LOG_TEXTS", "2", "bool"),
+        ("MAX_SESSIONS", "many", "int"),
+        ("MAX_SESSIONS", "1.5", "int"),
+        ("MAX_SESSIONS", "1e3", "int"),
+        ("MAX_SESSIONS", "1,5", "int"),
+        ("MAX_SESSIONS", "9" * 5000, "int"),
+        ("SESSION_TIMEOUT", "5 minutes", "float"),
+        ("SESSION_TIMEOUT", "1,5", "float"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_wrong_type(name: str, text: str, kind: str) -> None:
+    assert refusal(**{name: text}) == f"{name}={text} is not of type {kind}"
+
+
+@pytest.mark.parametrize(
+    "name", ["MAX_SESSIONS", "SESSION_TIMEOUT", "REQUEST_TIMEOUT", "MAX_BODY_BYTES", "UPDATE_PERIOD"]
+)
+@pytest.mark.parametrize("text", ["0", "-1"])
+def test_bounds_are_positive(name: str, text: str) -> None:
+    assert "must be greater than zero" in refusal(**{name: text})
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("name", [field.name for field in FIELDS if type(field.default) is float])
+def test_numbers_are_finite(name: str, text: str) -> None:
+    """A wait of NaN seconds never ends or never begins, and threads cannot wait for infinitely many."""
+    refusal(**{name: text})
+
+
+def test_at_least_one_model() -> None:
+    refusal(MODELS=" , ")
+
+
+@pytest.mark.parametrize("text", ["LOUD", "debug info"])
+def test_log_level(text: str) -> None:
+    refusal(LOG_LEVEL=text)
+
+
+def test_default_model_is_one_of_the_models() -> None:
+    message = refusal(DEFAULT_MODEL_NAME="gpt2")
+    assert message == f"DEFAULT_MODEL_NAME=gpt2 is not one of MODELS={DEFAULT}"
+    settings = Settings.from_environment({"DEFAULT_MODEL_NAME": "two", "MODELS": "one,two"})
+    assert settings.default_model == "two"
+    assert Settings.from_environment({"MODELS": "one,two"}).default_model == "one"
+
+
+def test_dtype_is_known() -> None:
+    assert "is not one of auto, float32, bfloat16, float16" in refusal(TORCH_DTYPE="int8")
+    for name in ("auto", "float32", "bfloat16", "float16"):
+        assert Settings.from_environment({"TORCH_DTYPE": name}).TORCH_DTYPE == name
+        assert name == "auto" or isinstance(getattr(torch, name), torch.dtype)
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Settings().MAX_SESSIONS = 5  # type: ignore[misc]
+
+
+# Models
+
+
+CHATS = [*KNOWN_MODELS.values(), ModelConfig("any/other", DIALOGUE)]
+
+
+@pytest.mark.parametrize("model", CHATS, ids=lambda model: model.name)
+def test_chat_formats(model: ModelConfig) -> None:
+    assert model.chat.user.count("{text}") == 1
+    for part in (model.chat.begin, model.chat.turn_end, *model.chat.stop):
+        assert "{text}" not in part
+    assert model.chat.stop and all(model.chat.stop)
+    assert model.chat.turn_end
+    # A stop sequence ends the answer, not the person's turn before it: the next turn must begin with what it was.
+    turn = model.chat.turn_end + model.chat.user
+    assert any(turn.startswith(stop) for stop in model.chat.stop)
+
+
+@pytest.mark.parametrize("model", CHATS, ids=lambda model: model.name)
+def test_what_the_page_asks_for_is_accepted(model: ModelConfig) -> None:
+    params = parse_generation(
+        {**model.generation, "max_new_tokens": 1, "stop_sequence": "\n", "extra_stop_sequences": list(model.chat.stop)}
+    )
+    assert params.do_sample and params.temperature and params.top_p
+    assert model.session_length == 2048  # what a stock server takes
+
+
+def test_known_models_go_by_their_names() -> None:
+    assert all(name == model.name for name, model in KNOWN_MODELS.items())
+    assert DEFAULT in KNOWN_MODELS
+
+
+def test_models_keep_their_order_and_unknown_ones_are_talked_to_as_in_a_script() -> None:
+    models = Settings(MODELS=("/my/model", "bigscience/bloomz")).models()
+    assert models == [ModelConfig("/my/model", DIALOGUE), KNOWN_MODELS["bigscience/bloomz"]]
+
+
+def test_chat_format_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        DIALOGUE.begin = ""  # type: ignore[misc]
+    assert ChatFormat("", "{text}", "", ()) == ChatFormat("", "{text}", "", ())
+
+
+# The machine
+
+
+@pytest.fixture(params=[True, False], ids=["cuda", "no cuda"])
+def cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: request.param)
+    return request.param
+
+
+def test_device(cuda: bool) -> None:
+    assert Settings().device() == ("cuda" if cuda else "cpu")
+    assert Settings(DEVICE="cpu").device() == "cpu"
+    assert Settings(DEVICE="cuda:1").device() == "cuda:1"
+
+
+@pytest.mark.parametrize(
+    ("capability", "on_cpu"),
+    [
+        ("AVX512", "bfloat16"),
+        ("AVX512_VNNI", "bfloat16"),
+        ("AVX2", "float32"),
+        ("DEFAULT", "float32"),
+        ("NO AVX", "float32"),
+    ],
+)
+def test_dtype(cuda: bool, capability: str, on_cpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert Settings().torch_dtype() == ("auto" if cuda else on_cpu)
+    assert Settings(DEVICE="cpu").torch_dtype() == on_cpu
+    assert Settings(DEVICE="cuda:1").torch_dtype() == "auto"
+    for name in ("auto", "float32", "float16"):
+        assert Settings(TORCH_DTYPE=name).torch_dtype() == name
+
+
+def test_cache_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Settings(CACHE_DIR="~/models").cache_dir == tmp_path / "models"
+    assert Settings(CACHE_DIR="/models").cache_dir == Path("/models")
+    assert Settings().cache_dir == weights.default_cache_dir()
