@@ -50,6 +50,17 @@ INSTRUCTION = ChatFormat(begin="", user="Question: {text}\n\nAnswer:", turn_end=
 FALCON = ChatFormat(begin="", user="User: {text}\nFalcon:", turn_end="\n", stop=("\nUser:",))
 LLAMA_2 = ChatFormat(begin="", user="[INST] {text} [/INST]", turn_end="</s><s>", stop=("</s>",))
 
+# Settings that make no sense at zero.
+POSITIVE = (
+    "MAX_SESSIONS",
+    "MAX_CONCURRENT_GENERATIONS",
+    "SESSION_TIMEOUT",
+    "REQUEST_TIMEOUT",
+    "SEND_TIMEOUT",
+    "MAX_BODY_BYTES",
+    "UPDATE_PERIOD",
+)
+
 # Models that are known by name: how they are talked to. Any other name works too, with DIALOGUE.
 KNOWN_MODELS = {
     model.name: model
@@ -92,7 +103,13 @@ class Settings:
     # Bounds
     MAX_SESSIONS: int = 64  # inference sessions open at a time
     SESSION_TIMEOUT: float = 300.0  # seconds after which an unused session is closed
+    MAX_CONCURRENT_GENERATIONS: int = 32  # answers computed at a time; the swarm's speed is shared among them
+    MAX_QUEUE: int = (
+        32  # requests that may wait for a session, and as many for their answer's turn; each takes a thread
+    )
+    QUEUE_TIMEOUT: float = 30.0  # seconds that each may wait, for these and for attention cache on the servers
     REQUEST_TIMEOUT: float = 600.0  # seconds a request may wait for its session to be free
+    SEND_TIMEOUT: float = 30.0  # seconds a WebSocket client may take no data before it is given up
     MAX_BODY_BYTES: int = 1_048_576  # bytes of a request body or WebSocket message
     # Manners
     WEBSOCKET_PING_INTERVAL: float = 25.0  # seconds; proxies often cut lines that are silent for 60
@@ -127,7 +144,7 @@ class Settings:
             )
         if self.TORCH_DTYPE not in ("", "auto", "float32", "bfloat16", "float16"):
             raise ConfigError(f"TORCH_DTYPE={self.TORCH_DTYPE} is not one of auto, float32, bfloat16, float16")
-        for name in ("MAX_SESSIONS", "SESSION_TIMEOUT", "REQUEST_TIMEOUT", "MAX_BODY_BYTES", "UPDATE_PERIOD"):
+        for name in POSITIVE:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be greater than zero")
 

@@ -77,6 +77,12 @@ class TooManySessions(ApiError):
     status, code, retry_after = 429, "too_many_sessions", 5
 
 
+class TooManyRequests(ApiError):
+    """More answers are asked for than are computed at a time, and too many wait already."""
+
+    status, code, retry_after = 429, "too_many_requests", 5
+
+
 class ModelNotReady(ApiError):
     """The model is still loading, or failed to load."""
 

@@ -6,6 +6,7 @@ order, so that results equal ``model.generate``; the loop is ours, so that it ca
 """
 
 import secrets
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -26,7 +27,7 @@ from errors import InvalidParameter, TooLong
 from parameters import GenerationParams
 from swarm.errors import Cancelled
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "time", "cancelled"]
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 # Tokens before the first generated one that are decoded along with it: sentence-piece tokenizers write the first token
 # of a text without its space.
@@ -104,6 +105,16 @@ class Detokenizer:
         spellings = [spelling for byte in (0x80, 0xA0) for spelling in (bytes_to_unicode()[byte], f"<0x{byte:02X}>")]
         token_ids = [tokenizer.convert_tokens_to_ids(spelling) for spelling in spellings]
         self._continuations = [id for id in token_ids if id not in (None, tokenizer.unk_token_id)]
+
+    @property
+    def state(self) -> tuple[tuple[int, ...], int, int]:
+        """What is held back, to go back to later."""
+        return tuple(self._ids), self._start, self._sent
+
+    @state.setter
+    def state(self, state: tuple[tuple[int, ...], int, int]) -> None:
+        token_ids, self._start, self._sent = state
+        self._ids = list(token_ids)
 
     def restart(self, context: Sequence[int]) -> None:
         """Forget what is held back and go on after these tokens."""
@@ -242,14 +253,19 @@ def generate(
         detokenizer.restart([*session.token_ids[-CONTEXT_TOKENS:], *input_ids])
     sampler, matcher = Sampler(params, defaults), StopMatcher(params.stop_sequences)
     ends = end_tokens(defaults)
+    out_of_time = time_limit(params.max_time)
     session.append(input_ids)
+
+    def stopped() -> bool:
+        return out_of_time() or (cancelled is not None and cancelled())
+
     for left in range(budget - 1, -1, -1):
         try:
-            if cancelled is not None and cancelled():
+            if stopped():
                 raise Cancelled("the answer was stopped")
-            logits = session.step(cancelled=cancelled)
+            logits = session.step(cancelled=stopped)
         except Cancelled:
-            yield Chunk(matcher.flush(), (), "cancelled")
+            yield Chunk(matcher.flush(), (), "time" if out_of_time() else "cancelled")
             return
         token_id = sampler.choose(logits, session.token_ids)
         session.append((token_id,))
@@ -266,6 +282,14 @@ def generate(
             yield Chunk(text + matcher.flush(), (token_id,), "length")
             return
         yield Chunk(text, (token_id,))
+
+
+def time_limit(seconds: float | None) -> Callable[[], bool]:
+    """Return a function that tells whether the time, which begins now, is over."""
+    if seconds is None:
+        return lambda: False
+    deadline = time.monotonic() + seconds
+    return lambda: time.monotonic() > deadline
 
 
 def end_tokens(defaults: GenerationConfig) -> frozenset[int]:

@@ -25,8 +25,9 @@ def generate_text() -> Response:
     params = parse_generation(values)
     service = get_service(current_app)
     service.log_text("inputs", params.inputs)
-    with _session(service, values, params) as session:
-        outputs = _answer(session, params, client_gone(request.environ))
+    cancelled = client_gone(request.environ)
+    with _session(service, values, params, cancelled) as session, service.generating(cancelled):
+        outputs = _answer(session, params, cancelled)
     service.log_text("outputs", outputs)
     return jsonify(ok=True, outputs=outputs)
 
@@ -38,7 +39,8 @@ def open_inference_session() -> Response:
     max_length = require_int(values, "max_length", minimum=1)
     service = get_service(current_app)
     model = service.models.get(get_text(values, "model"))
-    return jsonify(ok=True, session_id=service.sessions.open(model, max_length))
+    session_id = service.sessions.open(model, max_length, cancelled=client_gone(request.environ))
+    return jsonify(ok=True, session_id=session_id)
 
 
 @blueprint.route("/close_inference_session", methods=["GET", "POST"])
@@ -50,7 +52,9 @@ def close_inference_session() -> Response:
 
 
 @contextlib.contextmanager
-def _session(service: Service, values: Mapping[str, Any], params: GenerationParams) -> Iterator[InferenceSession]:
+def _session(
+    service: Service, values: Mapping[str, Any], params: GenerationParams, cancelled: Callable[[], bool]
+) -> Iterator[InferenceSession]:
     """The session that the request names, or one of its own."""
     model_name, session_id = get_text(values, "model"), get_text(values, "session_id")
     if not session_id:
@@ -58,10 +62,11 @@ def _session(service: Service, values: Mapping[str, Any], params: GenerationPara
         # The session is as long as the request: known once its inputs are tokens.
         length = len(model.tokenizer.encode(params.inputs))
         wanted = params.max_length or length + (params.max_new_tokens or 0)
-        with service.sessions.temporary(model, max(wanted, length)) as session:
+        with service.sessions.temporary(model, max(wanted, length), cancelled=cancelled) as session:
             yield session
         return
-    with service.sessions.use(session_id, wait=service.settings.REQUEST_TIMEOUT) as session:
+    wait = service.settings.REQUEST_TIMEOUT
+    with service.sessions.use(session_id, wait=wait, cancelled=cancelled) as session:
         if model_name and model_name != session.model.name:
             raise WrongModel(f"session {session_id} was opened for {session.model.name}, not for {model_name}")
         yield session

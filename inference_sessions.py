@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from admission import POLL, FairQueue, QueueFull, WaitedTooLong
 from errors import SessionNotFound, ShuttingDown, TimedOut, TooManySessions
 from generation import Detokenizer
+from swarm.errors import Cancelled
 
 log = logging.getLogger(__name__)
 
@@ -37,31 +39,40 @@ class InferenceSession:
     @contextlib.contextmanager
     def undone_on_error(self) -> Iterator[None]:
         """Undo what was added to the session if the block fails: its client can send the same request again."""
-        length = len(self.session.token_ids)
+        length, text_state = len(self.session.token_ids), self.detokenizer.state
         try:
             yield
         except BaseException:
             self.session.truncate(length)
-            self.detokenizer.restart(self.session.token_ids)
+            self.detokenizer.state = text_state
             raise
 
 
 class InferenceSessions:
     """All inference sessions of the program."""
 
-    def __init__(self, max_sessions: int, timeout: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        max_sessions: int,
+        timeout: float,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        max_waiting: int = 0,
+        queue_timeout: float = 0.0,
+    ) -> None:
         """Make an empty registry.
 
         :param max_sessions: sessions open at a time
         :param timeout: seconds after which an unused session is closed
         :param clock: returns seconds; tests bring their own
+        :param max_waiting: how many may wait for a session to be closed when all are taken
+        :param queue_timeout: seconds that each of them may wait
         """
-        self.max_sessions = max_sessions
         self.timeout = timeout
         self._clock = clock
         self._lock = threading.Lock()
         self._sessions: dict[str, InferenceSession] = {}
-        self._opening = 0  # places taken by sessions that are being opened
+        self._places = FairQueue(max_sessions, max_waiting=max_waiting, timeout=queue_timeout)
         self._refusing = False
         self._stop = threading.Event()
         self._idle = threading.Condition(self._lock)
@@ -69,60 +80,104 @@ class InferenceSessions:
     def __len__(self) -> int:
         return len(self._sessions)
 
-    def open(self, model: Any, max_length: int, *, kept: bool = False) -> str:
-        """Open a session and return its id.
+    @property
+    def max_sessions(self) -> int:
+        """Sessions open at a time."""
+        return self._places.places
+
+    @max_sessions.setter
+    def max_sessions(self, value: int) -> None:
+        self._places.places = value
+
+    def open(
+        self,
+        model: Any,
+        max_length: int,
+        *,
+        kept: bool = False,
+        cancelled: Callable[[], bool] | None = None,
+        on_position: Callable[[int], None] | None = None,
+    ) -> str:
+        """Open a session and return its id; if all are taken, wait for one to be closed.
 
         :param kept: the session belongs to an open connection: when unused for ``timeout`` seconds it is not closed,
             but its attention cache is freed, and built anew when it is used again. Its place is given to others only
             when there is no other.
-        :raises TooManySessions: if ``max_sessions`` are open
+        :param cancelled: looked at while waiting; ends it when it returns true
+        :param on_position: told the place among those who wait, whenever it changes
+        :raises TooManySessions: if ``max_sessions`` are open, and too many wait or no place becomes free in time
         :raises ShuttingDown: if the program is ending
         :raises SessionLengthExceeded: if the model takes no session so long
+        :raises Cancelled: if the wait was ended
         """
-        self.expire()
-        with self._lock:
-            if self._refusing:
-                raise ShuttingDown("the server is shutting down and opens no new sessions")
-            if len(self._sessions) + self._opening >= self.max_sessions and not self._evict():
-                raise TooManySessions(f"all {self.max_sessions} inference sessions are taken, try again later")
-            self._opening += 1
+        self._check_open()
         try:
+            self._places.take(
+                cancelled=lambda: self._refusing or (cancelled is not None and cancelled()),
+                on_position=on_position,
+                make_room=self._make_room,
+            )
+        except (QueueFull, WaitedTooLong) as error:
+            raise TooManySessions(f"all {self.max_sessions} inference sessions are taken: {error}") from None
+        try:
+            self._check_open()
             session = model.open_session(max_length)
             entry = InferenceSession(str(uuid.uuid4()), model, session, Detokenizer(model.tokenizer), kept=kept)
-        finally:
-            with self._lock:
-                self._opening -= 1
+        except BaseException:
+            self._places.give_back()
+            raise
         with self._lock:
             entry.last_used = self._clock()
             self._sessions[entry.session_id] = entry
+        if self._refusing:  # the program began to end meanwhile, and may have missed this session
+            with contextlib.suppress(SessionNotFound):
+                self.close(entry.session_id)
+            self._check_open()
         return entry.session_id
 
-    def _evict(self) -> bool:
-        """Give up the place of the parked session that was unused for longest, if there is one. Under the lock."""
-        parked = [entry for entry in self._sessions.values() if entry.parked and entry.users == 0]
-        if not parked:
-            return False
-        entry = min(parked, key=lambda entry: entry.last_used)
+    def _check_open(self) -> None:
+        if self._refusing:
+            raise ShuttingDown("the server is shutting down and opens no new sessions")
+
+    def _make_room(self) -> None:
+        """When all places are taken: close what has expired, or else the parked session unused for longest."""
+        self.expire()
+        with self._lock:
+            parked = [entry for entry in self._sessions.values() if entry.parked and entry.users == 0]
+            if not parked or len(self._sessions) < self.max_sessions:
+                return
+            entry = min(parked, key=lambda entry: entry.last_used)
+            self._remove(entry)
+        self._close(entry)
+
+    def _remove(self, entry: InferenceSession) -> None:
+        """Take a session out of the registry, under the lock; its last user, or ``_close``, ends it."""
         del self._sessions[entry.session_id]
         entry.closing = True
-        entry.session.close()  # it holds nothing on the servers any more, so that this does not touch the network
-        return True
+
+    def _close(self, entry: InferenceSession) -> None:
+        """End a removed session that nobody uses, and give its place to the next."""
+        entry.session.close()
+        self._places.give_back()
 
     @contextlib.contextmanager
-    def use(self, session_id: str, *, wait: float) -> Iterator[InferenceSession]:
+    def use(
+        self, session_id: str, *, wait: float, cancelled: Callable[[], bool] | None = None
+    ) -> Iterator[InferenceSession]:
         """Have a session alone for the time of the block; others who want it wait for their turn.
 
         :param wait: seconds to wait for one's turn
+        :param cancelled: looked at while waiting; ends it when it returns true
         :raises SessionNotFound: if there is no such session
         :raises TimedOut: if one's turn does not come in time
+        :raises Cancelled: if the wait was ended
         """
         with self._lock:
             entry = self._find(session_id)
             entry.users += 1
             entry.parked = False
         try:
-            if not entry.lock.acquire(timeout=wait):
-                raise TimedOut(f"session {session_id} was busy for {wait:.0f} s")
+            self._await_turn(entry, wait, cancelled)
             try:
                 if entry.closing:
                     raise SessionNotFound(f"session {session_id} was closed")
@@ -131,6 +186,15 @@ class InferenceSessions:
                 entry.lock.release()
         finally:
             self._leave(entry)
+
+    @staticmethod
+    def _await_turn(entry: InferenceSession, wait: float, cancelled: Callable[[], bool] | None) -> None:
+        deadline = time.monotonic() + wait
+        while not entry.lock.acquire(timeout=max(0.0, min(POLL, deadline - time.monotonic()))):
+            if time.monotonic() >= deadline:
+                raise TimedOut(f"session {entry.session_id} was busy for {wait:.0f} s")
+            if cancelled is not None and cancelled():
+                raise Cancelled("the wait for the session was given up")
 
     def _find(self, session_id: str) -> InferenceSession:
         entry = self._sessions.get(session_id)
@@ -145,12 +209,14 @@ class InferenceSessions:
             close = entry.closing and entry.users == 0
             self._idle.notify_all()
         if close:
-            entry.session.close()
+            self._close(entry)
 
     @contextlib.contextmanager
-    def temporary(self, model: Any, max_length: int) -> Iterator[InferenceSession]:
-        """Open a session for the time of the block."""
-        session_id = self.open(model, max_length)
+    def temporary(
+        self, model: Any, max_length: int, *, cancelled: Callable[[], bool] | None = None
+    ) -> Iterator[InferenceSession]:
+        """Open a session for the time of the block; see ``open``."""
+        session_id = self.open(model, max_length, cancelled=cancelled)
         try:
             with self.use(session_id, wait=0) as entry:
                 yield entry
@@ -165,11 +231,10 @@ class InferenceSessions:
         """
         with self._lock:
             entry = self._find(session_id)
-            del self._sessions[session_id]
-            entry.closing = True
+            self._remove(entry)
             unused = entry.users == 0
         if unused:
-            entry.session.close()
+            self._close(entry)
 
     def expire(self) -> int:
         """Close, or park, the sessions that nobody has used for ``timeout`` seconds; return how many."""
@@ -181,13 +246,13 @@ class InferenceSessions:
                 if entry.users == 0 and not entry.parked and now - entry.last_used >= self.timeout
             ]
             for entry in expired:
-                entry.parked = entry.kept
-                entry.closing = not entry.kept
-                if entry.closing:
-                    del self._sessions[entry.session_id]
+                if entry.kept:
+                    entry.parked = True
+                else:
+                    self._remove(entry)
         for entry in expired:
             if entry.closing:
-                entry.session.close()
+                self._close(entry)
             else:
                 self._free_cache(entry)
         if expired:
@@ -200,6 +265,8 @@ class InferenceSessions:
             try:
                 if entry.parked:
                     entry.session.release()
+            except Exception:  # of one session: the caches of the others must be freed all the same
+                log.exception("the attention cache of session %s could not be freed", entry.session_id)
             finally:
                 entry.lock.release()
 
@@ -219,8 +286,10 @@ class InferenceSessions:
             self._refusing = True
             self._idle.wait_for(lambda: not any(e.users for e in self._sessions.values()), timeout)
             entries = list(self._sessions.values())
-            self._sessions.clear()
+            unused = [entry for entry in entries if entry.users == 0]
             for entry in entries:
-                entry.closing = True
+                self._remove(entry)
         for entry in entries:
-            entry.session.close()
+            entry.session.close()  # those in use as well: their time is over
+        for _ in unused:
+            self._places.give_back()

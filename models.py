@@ -214,7 +214,11 @@ class Models:
             device=settings.device(),
             torch_dtype=settings.torch_dtype(),
             update_period=settings.UPDATE_PERIOD,
-            limits=SessionLimits(recovery_timeout=settings.RECOVERY_TIMEOUT, step_timeout=settings.STEP_TIMEOUT),
+            limits=SessionLimits(
+                step_timeout=settings.STEP_TIMEOUT,
+                recovery_timeout=settings.RECOVERY_TIMEOUT,
+                cache_timeout=settings.QUEUE_TIMEOUT,
+            ),
             budget=self._budget,
         )
 

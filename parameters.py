@@ -25,6 +25,7 @@ class GenerationParams:
     top_p: float | None = None
     repetition_penalty: float | None = None
     seed: int | None = None
+    max_time: float | None = None  # seconds after which the answer ends as it is
     stop_sequence: str | None = None  # generate in rounds until this text
     extra_stop_sequences: tuple[str, ...] = ()
 
@@ -50,6 +51,7 @@ def parse_generation(values: Mapping[str, Any]) -> GenerationParams:
         top_p=get_float(values, "top_p", minimum=0.0, maximum=1.0),
         repetition_penalty=get_float(values, "repetition_penalty", above=0.0),
         seed=get_int(values, "seed", minimum=0, maximum=MAX_SEED),
+        max_time=get_float(values, "max_time", above=0.0),
         stop_sequence=get_text(values, "stop_sequence") or None,
         extra_stop_sequences=get_texts(values, "extra_stop_sequences"),
     )

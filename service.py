@@ -1,10 +1,14 @@
 """What the transports share: settings, models and sessions, with one beginning and one end. Knows nothing of routes."""
 
+import contextlib
 import logging
 import threading
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from admission import FairQueue, QueueFull, WaitedTooLong
 from config import Settings
+from errors import TooManyRequests
 from inference_sessions import InferenceSessions
 from models import Models
 
@@ -23,7 +27,15 @@ class Service:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.models = Models(settings)
-        self.sessions = InferenceSessions(settings.MAX_SESSIONS, settings.SESSION_TIMEOUT)
+        self.sessions = InferenceSessions(
+            settings.MAX_SESSIONS,
+            settings.SESSION_TIMEOUT,
+            max_waiting=settings.MAX_QUEUE,
+            queue_timeout=settings.QUEUE_TIMEOUT,
+        )
+        self._generations = FairQueue(
+            settings.MAX_CONCURRENT_GENERATIONS, max_waiting=settings.MAX_QUEUE, timeout=settings.QUEUE_TIMEOUT
+        )
         self.ending = threading.Event()  # set when the program is told to end
         self._lock = threading.Lock()
         self._started = False
@@ -38,6 +50,27 @@ class Service:
             self._started = True
         self.models.start()
         self.sessions.start()
+
+    @contextlib.contextmanager
+    def generating(
+        self, cancelled: Callable[[], bool], on_position: Callable[[int], None] | None = None
+    ) -> Iterator[None]:
+        """Have a place among the answers that are computed at a time; wait for it in a fair queue.
+
+        :param cancelled: looked at while waiting; ends it when it returns true
+        :param on_position: told the place in the queue, whenever it changes
+        :raises TooManyRequests: if too many wait already, or no place becomes free in time
+        :raises Cancelled: if the wait was ended
+        """
+        try:
+            self._generations.take(cancelled=cancelled, on_position=on_position)
+        except (QueueFull, WaitedTooLong) as error:
+            places = self._generations.places
+            raise TooManyRequests(f"{places} answers are computed at a time: {error}") from None
+        try:
+            yield
+        finally:
+            self._generations.give_back()
 
     def log_text(self, kind: str, text: str) -> None:
         """Log a prompt or an answer, if the operator wants that."""

@@ -4,6 +4,9 @@ import contextlib
 import functools
 import json
 import logging
+import math
+import socket
+import struct
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -18,9 +21,9 @@ from config import Settings
 from errors import ApiError, InvalidParameter, describe, error_body
 from generation import Chunk, encode_inputs, generate, token_budget
 from inference_sessions import InferenceSession
-from parameters import GenerationParams, get_text, parse_generation, require_int
+from parameters import GenerationParams, get_bool, get_text, parse_generation, require_int
 from service import Service, get_service
-from swarm.errors import SwarmError
+from swarm.errors import Cancelled, SwarmError
 
 log = logging.getLogger(__name__)
 sock = Sock()
@@ -28,7 +31,7 @@ sock = Sock()
 # How often an idle connection looks whether the program is ending.
 IDLE_POLL = 1.0  # seconds
 # Requests that a client may send ahead while an answer is running; one that sends more does not read its answers.
-MAX_PENDING = 64  # messages
+MAX_PENDING, MAX_PENDING_SIZE = 64, 4_194_304  # messages, characters
 GOING_AWAY, POLICY_VIOLATION = 1001, 1008  # RFC 6455, section 7.4.1
 
 
@@ -48,6 +51,8 @@ class Connection:
         self.session_id: str | None = None
         self._pending: deque[str | bytes] = deque()  # messages that came while an answer was running
         self._stopped = False
+        self._queue_updates = False
+        websocket.sock = WholeSends(websocket.sock, service.settings.SEND_TIMEOUT)
 
     def serve(self) -> None:
         """Answer messages one after the other; close the session in the end, however the end comes."""
@@ -92,7 +97,11 @@ class Connection:
         if self.session_id is not None:
             raise InvalidParameter("this connection has an inference session already; open another connection")
         model = self.service.models.get(get_text(request, "model"))
-        self.session_id = self.service.sessions.open(model, max_length, kept=True)
+        self._queue_updates = get_bool(request, "queue_updates")
+        self._stopped = False
+        self.session_id = self.service.sessions.open(
+            model, max_length, kept=True, cancelled=self._cancelled, on_position=self._tell_position
+        )
         self._send({"ok": True})
 
     def _generate(self, request: dict[str, Any]) -> None:
@@ -101,11 +110,18 @@ class Connection:
             raise InvalidParameter("send open_inference_session before generate")
         self._stopped = False
         self.service.log_text("inputs", params.inputs)
-        with self.service.sessions.use(self.session_id, wait=self.service.settings.REQUEST_TIMEOUT) as session:
-            for chunks in rounds(self._chunks(session, params), params):
-                response = answer(chunks)
-                self.service.log_text("outputs", response["outputs"])
-                self._send(response)
+        wait = self.service.settings.REQUEST_TIMEOUT
+        try:
+            with (
+                self.service.sessions.use(self.session_id, wait=wait, cancelled=self._cancelled) as session,
+                self.service.generating(self._cancelled, self._tell_position),
+            ):
+                for chunks in rounds(self._chunks(session, params), params):
+                    response = answer(chunks)
+                    self.service.log_text("outputs", response["outputs"])
+                    self._send(response)
+        except Cancelled:  # before the answer began
+            self._send(answer([Chunk("", (), "cancelled")]))
 
     def _chunks(self, session: InferenceSession, params: GenerationParams) -> Iterator[Chunk]:
         input_ids = encode_inputs(params.inputs, session.session, session.model.tokenizer)
@@ -119,19 +135,27 @@ class Connection:
             cancelled=self._cancelled,
         )
 
+    def _tell_position(self, position: int) -> None:
+        """Tell a client that wants to know how many are before it; others see no message that they do not expect."""
+        if self._queue_updates:
+            self._send({"ok": True, "queue": {"position": position}})
+
     def _cancelled(self) -> bool:
         """Whether the client has stopped the answer, or has gone; other messages wait for the answer to end."""
         try:
             while not self._stopped and (message := self.websocket.receive(timeout=0)) is not None:
                 if is_stop(message):
                     self._stopped = True
-                elif len(self._pending) < MAX_PENDING:
+                elif len(self._pending) < MAX_PENDING and self._pending_size() < MAX_PENDING_SIZE:
                     self._pending.append(message)
                 else:
-                    self.websocket.close(POLICY_VIOLATION, f"more than {MAX_PENDING} requests sent ahead")
+                    self.websocket.close(POLICY_VIOLATION, "too many requests sent ahead")
         except ConnectionClosed:
             return True
         return self._stopped or not self.websocket.connected
+
+    def _pending_size(self) -> int:
+        return sum(map(len, self._pending))
 
     def _send(self, response: dict[str, Any]) -> None:
         try:
@@ -146,6 +170,31 @@ class Connection:
         else:
             log.info("WebSocket request refused: %s", error if isinstance(error, (ApiError, SwarmError)) else status)
         self._send(error_body(error, self.request_id))
+
+
+class WholeSends:
+    """A connection's socket, on which ``send`` sends all or fails within a limit, one message after the other.
+
+    simple-websocket takes it that ``send`` always does; and it sends its pings from another thread.
+    """
+
+    def __init__(self, sock: socket.socket, timeout: float) -> None:
+        """Wrap a socket.
+
+        :param timeout: seconds after which a client that takes no data is given up
+        """
+        self._sock = sock
+        self._lock = threading.Lock()
+        # Not `settimeout`, which would let the reader time out as well.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", math.ceil(timeout), 0))
+
+    def send(self, data: bytes) -> int:
+        with self._lock:
+            self._sock.sendall(data)
+        return len(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sock, name)
 
 
 def parse_message(message: str | bytes) -> dict[str, Any]:

@@ -98,6 +98,8 @@ def live_app(tiny_bloom: Path, swarm: LocalSwarm, model: SwarmModel) -> Iterator
         DEVICE="cpu",
         CACHE_DIR=str(tiny_bloom.parent),
         MAX_SESSIONS=24,
+        MAX_QUEUE=2,
+        QUEUE_TIMEOUT=1.0,
         SHUTDOWN_TIMEOUT=1.0,
     )
     with serve(settings) as live:
