@@ -1,6 +1,7 @@
 """Settings and models. Each setting is a name, a default and a unit; an environment variable of its name sets it."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -142,6 +143,14 @@ class Settings:
             raise ConfigError(
                 f"DEFAULT_MODEL_NAME={self.DEFAULT_MODEL_NAME} is not one of MODELS={','.join(self.MODELS)}"
             )
+        if not self.MODELS:
+            raise ConfigError("MODELS names no model")
+        if self.LOG_LEVEL not in ("DEBUG", "INFO", "WARNING", "ERROR"):
+            raise ConfigError(f"LOG_LEVEL={self.LOG_LEVEL} is not one of DEBUG, INFO, WARNING, ERROR")
+        for setting in dataclasses.fields(self):
+            value = getattr(self, setting.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{setting.name}={value} must be a finite number")
         if self.TORCH_DTYPE not in ("", "auto", "float32", "bfloat16", "float16"):
             raise ConfigError(f"TORCH_DTYPE={self.TORCH_DTYPE} is not one of auto, float32, bfloat16, float16")
         for name in POSITIVE:

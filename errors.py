@@ -8,6 +8,7 @@ ApiError                        a failure with a code, a status and a message fo
  ├── RequestTooLarge            413
  ├── TooLong                    422
  ├── TooManySessions            429, with Retry-After
+ ├── TooManyRequests            429, with Retry-After
  ├── ModelNotReady              503, with Retry-After
  ├── ShuttingDown               503, with Retry-After
  └── TimedOut                   504
@@ -20,7 +21,7 @@ from typing import Any
 
 from swarm import errors as swarm_errors
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).parent  # not resolved: frames have the path that was imported
 
 
 class ConfigError(Exception):

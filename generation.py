@@ -5,9 +5,10 @@ It knows nothing of how logits come about (a session is anything with ``token_id
 order, so that results equal ``model.generate``; the loop is ours, so that it can stream, stop exactly and be cancelled.
 """
 
+import codecs
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -78,6 +79,7 @@ class Sampler:
             if (top_p := setting("top_p")) not in (None, 1.0):
                 self._processors.append(TopPLogitsWarper(top_p))
 
+    @torch.inference_mode()
     def choose(self, logits: torch.Tensor, token_ids: Sequence[int]) -> int:
         """Return the id of the next token.
 
@@ -86,7 +88,7 @@ class Sampler:
         """
         scores = logits[None]
         if self._processors:
-            scores = self._processors(torch.tensor([token_ids]), scores)
+            scores = self._processors(torch.tensor([token_ids]), scores.clone())  # some of them write into their input
         if self._generator is None:
             return int(scores.argmax())
         return int(torch.multinomial(scores.softmax(dim=-1), num_samples=1, generator=self._generator))
@@ -100,29 +102,41 @@ class Detokenizer:
         self._ids: list[int] = []
         self._start = 0  # ids before this are context, whose text was returned or was input
         self._sent = 0  # characters of the ids from `_start` on that were returned
-        # Tokens of one byte that continue a UTF-8 character: every character that can be continued at all can be
-        # continued with one of these two bytes (Unicode Standard, table 3-7).
-        spellings = [spelling for byte in (0x80, 0xA0) for spelling in (bytes_to_unicode()[byte], f"<0x{byte:02X}>")]
-        token_ids = [tokenizer.convert_tokens_to_ids(spelling) for spelling in spellings]
-        self._continuations = [id for id in token_ids if id not in (None, tokenizer.unk_token_id)]
+        # Byte-level tokenizers: tokens of one byte that continue a UTF-8 character. Every character that can be
+        # continued at all can be continued with one of these two bytes (Unicode Standard, table 3-7).
+        self._continuations = self._token_ids(bytes_to_unicode()[byte] for byte in (0x80, 0xA0))
+        # Sentence-piece tokenizers: tokens that stand for one byte. Their own decoder turns a run of them into text
+        # all or not at all, so that these are decoded here.
+        self._bytes = {token_id: byte for byte in range(256) for token_id in self._token_ids([f"<0x{byte:02X}>"])}
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def _token_ids(self, spellings: Iterable[str]) -> list[int]:
+        """Return the ids of those spellings that are tokens."""
+        token_ids = map(self._tokenizer.convert_tokens_to_ids, spellings)
+        return [token_id for token_id in token_ids if token_id not in (None, self._tokenizer.unk_token_id)]
 
     @property
-    def state(self) -> tuple[tuple[int, ...], int, int]:
+    def state(self) -> tuple[Any, ...]:
         """What is held back, to go back to later."""
-        return tuple(self._ids), self._start, self._sent
+        return tuple(self._ids), self._start, self._sent, self._utf8.getstate()
 
     @state.setter
-    def state(self, state: tuple[tuple[int, ...], int, int]) -> None:
-        token_ids, self._start, self._sent = state
+    def state(self, state: tuple[Any, ...]) -> None:
+        token_ids, self._start, self._sent, utf8 = state
         self._ids = list(token_ids)
+        self._utf8.setstate(utf8)
 
     def restart(self, context: Sequence[int]) -> None:
         """Forget what is held back and go on after these tokens."""
-        self._ids = list(context[-CONTEXT_TOKENS:])
+        self._utf8.reset()
+        self._ids = [token_id for token_id in context if token_id not in self._bytes][-CONTEXT_TOKENS:]
         self._start, self._sent = len(self._ids), 0
 
     def add(self, token_id: int) -> str:
         """Add a token and return the text that is decided now."""
+        if token_id in self._bytes:
+            return self._utf8.decode(bytes([self._bytes[token_id]]))
+        broken = self._utf8.decode(b"", final=True)  # bytes that this token does not continue
         self._ids.append(token_id)
         text = self._new_text()
         undecided = text.endswith(REPLACEMENT) and self._can_be_continued(text)
@@ -131,11 +145,11 @@ class Detokenizer:
             self._sent += len(decided)
         else:
             self.restart(self._ids)
-        return decided
+        return broken + decided
 
     def flush(self) -> str:
         """Return what is held back as it is: the text ends here, so that a broken character stays broken."""
-        text = self._new_text()[self._sent :]
+        text = self._new_text()[self._sent :] + self._utf8.decode(b"", final=True)
         self.restart(self._ids)
         return text
 

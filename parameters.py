@@ -9,6 +9,10 @@ from errors import InvalidParameter
 
 # More and longer ones than anybody needs, few and short enough to look for after every token.
 MAX_STOP_SEQUENCES, MAX_STOP_LENGTH = 64, 1024  # sequences, characters each
+# Logits are divided by these; smaller ones make them overflow.
+SMALLEST_FACTOR = 1e-6
+# Far more than any model takes, and few enough digits to be written into a message.
+MAX_TOKENS = 10**15
 MAX_SEED = 2**63 - 1  # what a PyTorch generator takes
 
 
@@ -43,13 +47,13 @@ def parse_generation(values: Mapping[str, Any]) -> GenerationParams:
     """
     params = GenerationParams(
         inputs=get_text(values, "inputs") or "",
-        max_length=get_int(values, "max_length", minimum=1),
-        max_new_tokens=get_int(values, "max_new_tokens", minimum=1),
+        max_length=get_int(values, "max_length", minimum=1, maximum=MAX_TOKENS),
+        max_new_tokens=get_int(values, "max_new_tokens", minimum=1, maximum=MAX_TOKENS),
         do_sample=get_bool(values, "do_sample"),
-        temperature=get_float(values, "temperature", above=0.0),
+        temperature=get_float(values, "temperature", minimum=SMALLEST_FACTOR),
         top_k=get_int(values, "top_k", minimum=0),
         top_p=get_float(values, "top_p", minimum=0.0, maximum=1.0),
-        repetition_penalty=get_float(values, "repetition_penalty", above=0.0),
+        repetition_penalty=get_float(values, "repetition_penalty", minimum=SMALLEST_FACTOR),
         seed=get_int(values, "seed", minimum=0, maximum=MAX_SEED),
         max_time=get_float(values, "max_time", above=0.0),
         stop_sequence=get_text(values, "stop_sequence") or None,
@@ -164,11 +168,11 @@ def get_float(
 
 def _check_range(name: str, number: float, minimum: float | None, maximum: float | None, above: float | None) -> None:
     if minimum is not None and number < minimum:
-        raise InvalidParameter(f"{name} must be at least {minimum}, not {number}")
+        raise InvalidParameter(f"{name} must be at least {minimum}, not {_describe(number)}")
     if maximum is not None and number > maximum:
-        raise InvalidParameter(f"{name} must be at most {maximum}, not {number}")
+        raise InvalidParameter(f"{name} must be at most {maximum}, not {_describe(number)}")
     if above is not None and number <= above:
-        raise InvalidParameter(f"{name} must be greater than {above}, not {number}")
+        raise InvalidParameter(f"{name} must be greater than {above}, not {_describe(number)}")
 
 
 def _describe(value: Any) -> str:

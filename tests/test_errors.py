@@ -29,6 +29,7 @@ ANSWERS: dict[str, tuple[int, str, int | None]] = {
     "RequestTooLarge": (413, "request_too_large", None),
     "TooLong": (422, "too_long", None),
     "TooManySessions": (429, "too_many_sessions", 5),
+    "TooManyRequests": (429, "too_many_requests", 5),
     "ModelNotReady": (503, "model_not_ready", 5),
     "ShuttingDown": (503, "shutting_down", 10),
     "TimedOut": (504, "timed_out", None),

@@ -80,6 +80,7 @@ def test_defaults() -> None:
         "top_p": None,
         "repetition_penalty": None,
         "seed": None,
+        "max_time": None,
         "stop_sequence": None,
         "extra_stop_sequences": (),
     }
