@@ -2,6 +2,7 @@
 
 HOST ?= 127.0.0.1
 PORT ?= 5000
+MINUTES ?= 10
 export HOST PORT
 
 VENV := .venv
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 TESTABLE := $(VENV)/testable
 
-.PHONY: run install test lint bench help
+.PHONY: run install test lint bench soak help
 .DEFAULT_GOAL := help
 
 help:
@@ -17,6 +18,7 @@ help:
 	@echo "make test   install, run every test"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  measure against the bare Petals client"
+	@echo "make soak   MINUTES=30: use it while its servers are killed"
 
 run: $(INSTALLED)
 	@$(BIN)/python -m swarm.weights
@@ -47,3 +49,6 @@ lint: $(TESTABLE)
 
 bench: $(TESTABLE)
 	$(BIN)/python -m benchmarks.overhead
+
+soak: $(TESTABLE)
+	$(BIN)/python -W ignore -m benchmarks.soak --minutes $(MINUTES)

@@ -1,0 +1,331 @@
+"""Hours of use in minutes: clients of every kind against the app, while servers are killed and stopped under it.
+
+    make soak MINUTES=30
+
+A swarm of four servers, two for each half of a tiny BLOOM, and the app under gunicorn. Clients generate over HTTP and
+WebSockets, continue sessions, stop, hang up, vanish and send rubbish. Every greedy answer that ends is compared with
+plain Transformers. At the end nothing may be left: no session, no process, no growth of threads, descriptors or memory.
+"""
+
+import argparse
+import collections
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import AutoTokenizer
+from websockets.exceptions import ConnectionClosed
+
+from swarm.local import LocalServer, LocalSwarm, ServerOptions
+from tests.client import call, websocket
+from tests.processes import GUNICORN, Program, running, survivors
+from tests.tiny import load_reference, make_tiny_bloom
+
+PROMPTS = [
+    "The quick brown fox",
+    "Ein Schwarm von Servern",
+    "分散された大規模",
+    "блоки модели",
+    "a b c",
+    "Nobody, said",
+]
+LONGEST = 60  # tokens of an answer
+CLIENTS = 6  # at a time; two cores compute for all of them
+# What may be answered while servers are being killed: asked again later it would have worked.
+REFUSALS = {"blocks_missing", "cache_full", "swarm_timeout", "too_many_sessions", "too_many_requests"}
+NEVER = "no such text is ever generated"
+# Memory of a Python program with a hundred threads moves by some percent; a leak goes on growing.
+MEMORY_TOLERANCE = 0.15
+
+
+class Soak:
+    """The state of a run: what was done, and what went wrong."""
+
+    def __init__(self, program: Program, path: Path, seed: int) -> None:
+        self.program = program
+        self.rng = random.Random(seed)
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.faults: list[str] = []
+        self.ending = threading.Event()
+        self.texts = expected_texts(path)
+        self._lock = threading.Lock()
+
+    def count(self, what: str) -> None:
+        with self._lock:
+            self.counts[what] += 1
+
+    def fault(self, what: str) -> None:
+        """Something that must not happen."""
+        with self._lock:
+            self.faults.append(what)
+        print(f"FAULT: {what}", flush=True)
+
+    def check(self, prompt: str, length: int, text: str) -> None:
+        """Compare a finished answer with the reference's."""
+        if text != self.texts[prompt][length]:
+            self.fault(f"{prompt!r}, {length} tokens: {text!r} instead of {self.texts[prompt][length]!r}")
+        self.count("equal answers")
+
+    def refused(self, status: int, body: Any) -> None:
+        """A refusal must be one that the swarm's troubles explain."""
+        code = body["error"]["code"] if isinstance(body, dict) else str(body)[:100]
+        if code not in REFUSALS:
+            self.fault(f"status {status}: {body}")
+        self.count(f"refused: {code}")
+
+
+def expected_texts(path: Path) -> dict[str, list[str]]:
+    """Return the reference's text of each prompt for each length, less half a character at the end."""
+    tokenizer, reference = AutoTokenizer.from_pretrained(path), load_reference(path)
+    texts = {}
+    for prompt in PROMPTS:
+        ids = tokenizer.encode(prompt)
+        output = reference.generate(torch.tensor([ids]), max_new_tokens=LONGEST, do_sample=False)[0, len(ids) :]
+        texts[prompt] = [whole_text(tokenizer, output[:length].tolist()) for length in range(LONGEST + 1)]
+    return texts
+
+
+def whole_text(tokenizer: Any, token_ids: list[int]) -> str:
+    """Decode; what may become a character with the next token is left out."""
+    from generation import Detokenizer
+
+    detokenizer = Detokenizer(tokenizer)
+    text = ""
+    for token_id in token_ids:
+        text += detokenizer.flush() if token_id == tokenizer.eos_token_id else detokenizer.add(token_id)
+    return text
+
+
+def http_answer(soak: Soak, rng: random.Random) -> None:
+    """One request."""
+    prompt, length = rng.choice(PROMPTS), rng.randint(1, LONGEST)
+    params = {"inputs": prompt, "max_new_tokens": length}
+    status, _, body = call(soak.program.url, "/api/v1/generate", body=params)
+    if status == 200:
+        soak.check(prompt, length, body["outputs"])
+    else:
+        soak.refused(status, body)
+
+
+def http_session(soak: Soak, rng: random.Random) -> None:
+    """A session in several requests; every second one is left open."""
+    prompt, step, times = rng.choice(PROMPTS), rng.randint(2, 10), rng.randint(2, 6)
+    url = soak.program.url
+    status, _, body = call(url, "/api/v1/open_inference_session", body={"max_length": 160})
+    if status != 200:
+        return soak.refused(status, body)
+    session_id, text, done = body["session_id"], "", 0
+    while done < times:
+        params = {"session_id": session_id, "max_new_tokens": step, **({"inputs": prompt} if done == 0 else {})}
+        status, _, body = call(url, "/api/v1/generate", body=params)
+        if status == 200:
+            text, done = text + body["outputs"], done + 1
+        else:
+            soak.refused(status, body)  # and the same again: nothing was lost by it
+            if soak.ending.is_set():
+                return None
+    soak.check(prompt, step * times, text)
+    if rng.random() < 0.5:
+        call(url, "/api/v1/close_inference_session", body={"session_id": session_id})
+    return None
+
+
+def stream(soak: Soak, rng: random.Random) -> None:
+    """A WebSocket stream that is read to the end, stopped, or left in the middle."""
+    prompt, end = rng.choice(PROMPTS), rng.choice(["finish", "stop", "close", "vanish"])
+    with websocket(soak.program.url.replace("http", "ws") + "/api/v2/generate") as ws:
+        reply = ws.ask({"type": "open_inference_session", "max_length": 160})
+        if not reply["ok"]:
+            return soak.refused(0, reply)
+        length = rng.randint(1, LONGEST)
+        if end == "finish":
+            reply = ws.ask({"type": "generate", "inputs": prompt, "max_new_tokens": length})
+            if not reply["ok"]:
+                return soak.refused(0, reply)
+            return soak.check(prompt, length, reply["outputs"])
+        ws.send({"type": "generate", "inputs": prompt, "max_new_tokens": 1, "stop_sequence": NEVER})
+        text, tokens = "", 0
+        while tokens < length:
+            reply = ws.receive()
+            if not reply["ok"]:
+                return soak.refused(0, reply)
+            if reply["stop"]:
+                return None  # the text came to its end
+            text, tokens = text + reply["outputs"], tokens + reply["token_count"]
+        soak.check(prompt, tokens, text)
+        if end == "stop":
+            ws.send({"type": "stop"})
+            while not reply.get("stop") and reply["ok"]:
+                reply = ws.receive()
+        elif end == "vanish":
+            ws.connection.socket.close()
+        soak.count(f"streams left by {end}")
+    return None
+
+
+def rubbish(soak: Soak, rng: random.Random) -> None:
+    """Bad requests: clear answers, and no status above 499."""
+    bodies: list[Any] = [
+        {},
+        {"inputs": "a"},
+        {"inputs": "a", "max_new_tokens": -1},
+        {"inputs": "word " * 3000, "max_new_tokens": 1},
+        {"inputs": "a", "max_new_tokens": 1, "session_id": "nobody's"},
+        [],
+    ]
+    status, _, body = call(soak.program.url, "/api/v1/generate", body=rng.choice(bodies))
+    if not 400 <= status < 500 or body["ok"] is not False:
+        soak.fault(f"rubbish was answered with {status}: {body}")
+    soak.count("bad requests")
+
+
+def client(soak: Soak, seed: int) -> None:
+    """Do one thing after the other until the end."""
+    rng = random.Random(seed)
+    kinds: list[Callable[[Soak, random.Random], None]] = [http_answer, http_session, stream, stream, rubbish]
+    while not soak.ending.is_set():
+        kind = rng.choice(kinds)
+        try:
+            kind(soak, rng)
+        except ConnectionClosed as error:
+            soak.fault(f"{kind.__name__}: the connection was closed: {error}")
+        except (OSError, TimeoutError) as error:
+            soak.fault(f"{kind.__name__}: {type(error).__name__}: {error}")
+        except Exception as error:  # whatever it is, it is a finding
+            soak.fault(f"{kind.__name__}: {type(error).__name__}: {error}")
+
+
+def trouble(soak: Soak, servers: list[LocalServer], period: float) -> None:
+    """Kill or stop a server every now and then."""
+    while not soak.ending.wait(soak.rng.uniform(0.5, 1.5) * period):
+        server = soak.rng.choice(servers)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            main = psutil.Process(server.process.pid)
+            if soak.rng.random() < 0.7:
+                main.kill()
+                soak.count("servers killed")
+            else:
+                family = [main, *main.children(recursive=True)]
+                for process in family:
+                    process.suspend()
+                soak.count("servers stopped")
+                soak.ending.wait(6)
+                for process in family:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        process.resume()
+
+
+def sample(program: Program) -> dict[str, int]:
+    """Return threads, descriptors and memory of the app's worker, and its open sessions."""
+    (worker,) = psutil.Process(program.process.pid).children()
+    return {
+        "threads": worker.num_threads(),
+        "descriptors": worker.num_fds(),
+        "memory_mib": worker.memory_info().rss >> 20,
+        "sessions": call(program.url, "/healthz")[2]["sessions"]["open"],
+    }
+
+
+def run(minutes: float, *, period: float = 8.0, seed: int = 0) -> dict[str, Any]:
+    """Run a soak test and return what came of it; ``faults`` must be empty.
+
+    :param minutes: how long clients and trouble go on
+    :param period: mean seconds between two troubles
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        path = make_tiny_bloom(Path(directory) / "tiny-bloom")
+        with LocalSwarm() as local:
+            options = ServerOptions(str(path), torch_dtype="float32", threads=1, attn_cache_tokens=65536)
+            servers = [local.start_server(dataclasses.replace(options, blocks=b)) for b in ("0:2", "2:4") * 2]
+            environment = {
+                "MODELS": str(path),
+                "INITIAL_PEERS": ",".join(local.swarm.initial_peers),
+                "TORCH_DTYPE": "float32",
+                "CACHE_DIR": directory,
+                "SESSION_TIMEOUT": "5",
+                "LOG_LEVEL": "WARNING",
+                "UPDATE_PERIOD": "2",
+            }
+            with running(GUNICORN, Path(directory) / "log", **environment) as program:
+                program.wait_ready()
+                report = soak_program(Soak(program, path, seed), servers, minutes, period)
+                family = program.family()
+                program.end()
+                left = survivors(family)
+                report["faults"] += [f"left running: {name}" for name in left]
+                report["tracebacks"] = program.output.count("Traceback (most recent call last)")
+    return report
+
+
+def soak_program(soak: Soak, servers: list[LocalServer], minutes: float, period: float) -> dict[str, Any]:
+    """Let clients and trouble loose, wait, and look at what is left."""
+    threads = [threading.Thread(target=client, args=(soak, seed), daemon=True) for seed in range(CLIENTS)]
+    threads.append(threading.Thread(target=trouble, args=(soak, servers, period), daemon=True))
+    for thread in threads:
+        thread.start()
+    began, samples, end = time.monotonic(), [], time.monotonic() + minutes * 60
+    while (left := end - time.monotonic()) > 0:
+        # The first sample is the measure for the last one: when everything has been used once.
+        soak.ending.wait(min(left, max(10.0, minutes * 60 / 10)))
+        samples.append(sample(soak.program))
+        print(f"{(time.monotonic() - began) / 60:5.1f} min {samples[-1]} {dict(soak.counts)}", flush=True)
+    soak.ending.set()
+    for thread in threads:
+        thread.join(timeout=180)
+        if thread.is_alive():
+            soak.fault("a client hangs")
+    await_rest(soak)
+    samples.append(sample(soak.program))
+    judge(soak, samples)
+    return {"counts": dict(soak.counts), "first": samples[0], "last": samples[-1], "faults": soak.faults}
+
+
+def await_rest(soak: Soak) -> None:
+    """Wait until the dropped sessions have expired."""
+    waiting = threading.Event()
+    for _ in range(120):
+        if sample(soak.program)["sessions"] == 0:
+            return
+        waiting.wait(0.5)
+    soak.fault("sessions are left")
+
+
+def judge(soak: Soak, samples: list[dict[str, int]]) -> None:
+    first, last = samples[0], samples[-1]
+    if last["threads"] > first["threads"] + CLIENTS:  # gunicorn's pool grows with the most requests at a time
+        soak.fault(f"threads: {first['threads']}, in the end {last['threads']}")
+    if last["descriptors"] > first["descriptors"]:
+        soak.fault(f"descriptors: {first['descriptors']}, in the end {last['descriptors']}")
+    if last["memory_mib"] > first["memory_mib"] * (1 + MEMORY_TOLERANCE):
+        soak.fault(f"memory: {first['memory_mib']} MiB, in the end {last['memory_mib']} MiB")
+
+
+def main() -> int:
+    """Run from the command line; the exit status is 1 if there were faults."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--period", type=float, default=8.0, help="mean seconds between two troubles")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    report = run(args.minutes, period=args.period, seed=args.seed)
+    print(json.dumps(report, ensure_ascii=False))
+    return 1 if report["faults"] else 0
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stdout.flush()
+    # Threads of the libraries below may hold the interpreter; everything that was started has been ended.
+    os._exit(status)

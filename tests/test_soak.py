@@ -1,0 +1,10 @@
+"""A short soak test; `make soak MINUTES=30` is the long one."""
+
+from benchmarks import soak
+
+
+def test_soak() -> None:
+    report = soak.run(minutes=0.5, period=6.0)
+    assert report["faults"] == []
+    assert report["counts"]["equal answers"] > 10
+    assert report["counts"]["servers killed"] + report["counts"].get("servers stopped", 0) > 0
