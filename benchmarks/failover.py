@@ -30,6 +30,7 @@ import torch
 from swarm.client import SwarmModel
 from swarm.local import LocalServer, LocalSwarm, ServerOptions
 from tests.hosts import Host, ServerOnHost
+from tests.swarms import server_info
 from tests.tiny import load_reference, make_tiny_bloom
 
 SPANS = ("0:2", "2:4")
@@ -128,7 +129,7 @@ def run(model: SwarmModel, servers: list[LocalServer], path: Path, fault: Fault,
     reference = load_reference(path)
     pauses, equal, began = [], 0, time.monotonic()
     for number in range(args.count):
-        await_servers(model, len(servers))
+        await_servers(model, servers)
         prompt = rng.choice(PROMPTS)
         tokens, times, victim = generate(model, servers, prompt, rng.randrange(TOKENS - 1), rng, fault)
         expected = reference.generate(
@@ -153,10 +154,16 @@ def run(model: SwarmModel, servers: list[LocalServer], path: Path, fault: Fault,
     )
 
 
-def await_servers(model: SwarmModel, count: int) -> None:
-    """Wait until all servers are back and announced."""
-    if not model.state.wait(lambda: len(model.state.servers()) >= count, BACK_TIMEOUT):
-        raise SystemExit(f"{len(model.state.servers())} of {count} servers came back")
+def await_servers(model: SwarmModel, servers: list[LocalServer]) -> None:
+    """Wait until all servers are announced and answer; the announcements of dead ones outlive them for a while."""
+    names = {server.options.public_name for server in servers}
+    if not model.state.wait(lambda: answering(model) >= names, BACK_TIMEOUT):
+        raise SystemExit(f"of {names} only {answering(model)} came back")
+
+
+def answering(model: SwarmModel) -> set[str | None]:
+    """Return the names of the announced servers that answer."""
+    return {view.public_name for view in model.state.servers() if server_info(model, view) is not None}
 
 
 def generate(

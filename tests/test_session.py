@@ -2,14 +2,11 @@
 
 import gc
 import threading
+from typing import Any
 
 import pytest
 import torch
-from hivemind import MSGPackSerializer
 from hivemind.moe.client.remote_expert_worker import RemoteExpertWorker
-from hivemind.p2p import PeerID
-from hivemind.proto import runtime_pb2
-from petals.server.handler import TransformerConnectionHandler
 from transformers import BloomForCausalLM, PreTrainedTokenizerBase
 
 from swarm.client import SwarmModel
@@ -17,20 +14,15 @@ from swarm.errors import CacheFull, Cancelled, SessionClosed, SessionLengthExcee
 from swarm.local import LocalSwarm
 from swarm.session import HistoryBudget, SwarmSession
 from tests.conftest import greedy, load_model, tiny_server
+from tests.swarms import server_info
 
 PROMPTS = ["The quick brown fox", "Ein Schwarm von Servern", "分散された", "a"]
 
 
-def server_info(model: SwarmModel, peer_id: str, block: int) -> dict:
-    """What a server says of itself, its counts among it."""
-    stub = TransformerConnectionHandler.get_stub(model.state.manager.state.p2p, PeerID.from_base58(peer_id))
-    uid = model.state.manager.block_uids[block]
-    reply = RemoteExpertWorker.run_coroutine(stub.rpc_info(runtime_pb2.ExpertUID(uid=uid), timeout=10))
-    return MSGPackSerializer.loads(reply.serialized_info)
-
-
-def infos(model: SwarmModel) -> list[dict]:
-    return [server_info(model, server.peer_id, server.start) for server in model.state.servers()]
+def infos(model: SwarmModel) -> list[dict[str, Any]]:
+    """What the servers say of themselves, in the order of their blocks."""
+    found = [server_info(model, view) for view in sorted(model.state.servers(), key=lambda view: view.start)]
+    return [info for info in found if info is not None]
 
 
 def run_greedy(session: SwarmSession, token_ids: list[int], count: int) -> list[int]:
