@@ -1,6 +1,7 @@
 """The WebSocket API through its real door, with somebody else's client."""
 
 import itertools
+import socket
 
 import pytest
 
@@ -9,6 +10,7 @@ from tests.client import websocket
 from tests.conftest import LiveApp
 from tests.test_http_api import generated
 from tests.test_session import infos, wait_until
+from websocket_api import WholeSends
 
 PROMPTS = ["The quick brown fox", "Ein Schwarm", "分散された大規模", "блоки модели", "a b c", "Nobody, said"]
 
@@ -149,3 +151,13 @@ def test_closing_in_mid_answer_frees_the_attention_cache(live_app: LiveApp, mode
         if how == "abort":
             ws.connection.socket.close()
     wait_until(lambda: free() == before, "the attention cache was not freed")
+
+
+def test_client_that_takes_no_data_is_given_up() -> None:
+    """Sending waits for a stalled reader, so that nothing piles up here, but not for ever."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        whole = WholeSends(ours, timeout=0.5)
+        assert whole.send(b"x" * 1000) == 1000
+        with pytest.raises(OSError):
+            whole.send(b"x" * 100_000_000)
