@@ -109,9 +109,8 @@ def report(alone: list[Outcome], together: list[Outcome], limit: float) -> None:
     print(f"{len(alone)} alone: {len(speeds[0])} answered at a median of {medians[0]:.1f} tokens/s each")
     print(f"{len(together)} at once: {dict(collections.Counter(outcome.result for outcome in together))}")
     print(f"  those let in: {medians[1]:.1f} tokens/s each, {medians[1] / medians[0]:.2f} times the speed alone")
-    print(
-        f"  until the yes or the no: median {statistics.median(waits):.2f} s, longest {waits[-1]:.2f} s, limit {limit} s"
-    )
+    median = statistics.median(waits)
+    print(f"  yes or no came after a median of {median:.2f} s, at most {waits[-1]:.2f} s; the limit is {limit} s")
     print(
         json.dumps(
             {

@@ -149,11 +149,16 @@ class SwarmSession:
         self.append(token_ids)
         if self.position == len(self.token_ids):
             raise ValueError("there is no unprocessed token to step from")
+        lost_since = None
         while True:
             start = self.position
             chunk = self.token_ids[start : start + PREFILL_CHUNK]
             hidden = self._run(self._chain.forward(self._head.embed(chunk), start), cancelled)
-            if hidden is not None and start + len(chunk) == len(self.token_ids):
+            if hidden is None:
+                lost_since = lost_since or time.monotonic()
+                if time.monotonic() - lost_since > self._chain.limits.recovery_timeout:
+                    raise SwarmTimeout("servers were lost again and again while the session was being restored")
+            elif start + len(chunk) == len(self.token_ids):
                 return self._head.logits(hidden[:, -1])[0]
 
     def _run(self, coroutine: Coroutine[Any, Any, Result], cancelled: Callable[[], bool] | None) -> Result:
