@@ -104,6 +104,38 @@ def _close_sessions_without_waiting() -> None:
     inference_session._ServerInferenceSession.__del__ = close
 
 
+class _RecordingConnector:
+    """Stands in for a control client of p2pd during one call, and remembers the connections that the call opens."""
+
+    def __init__(self, control: Any) -> None:
+        self.daemon_connector = self
+        self._connector = control.daemon_connector
+        self.writers: list[asyncio.StreamWriter] = []
+
+    async def open_connection(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, writer = await self._connector.open_connection()
+        self.writers.append(writer)
+        return reader, writer
+
+
+def _close_connections_that_fail() -> None:
+    """hivemind leaves its connection to p2pd open when a stream to a peer cannot be opened."""
+    from hivemind.p2p.p2p_daemon_bindings.control import ControlClient
+
+    open_stream = ControlClient.stream_open
+
+    async def stream_open(self: Any, *args: Any, **kwargs: Any) -> Any:
+        connector = _RecordingConnector(self)
+        try:
+            return await open_stream(connector, *args, **kwargs)
+        except BaseException:
+            for writer in connector.writers:
+                writer.close()
+            raise
+
+    ControlClient.stream_open = stream_open
+
+
 _shared_dht: ContextVar[Any] = ContextVar("shared_dht", default=None)
 
 
@@ -150,6 +182,7 @@ hivemind.utils.logging.use_hivemind_log_handler("nowhere")
 logging.root.handlers[:] = _handlers
 logging.root.setLevel(_level)
 _close_sessions_without_waiting()
+_close_connections_that_fail()
 _accept_shared_dht()
 
 PETALS_VERSION: str = petals.__version__

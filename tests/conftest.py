@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from flask import Flask
 from transformers import BloomForCausalLM, PreTrainedTokenizerBase
 from werkzeug.serving import make_server
 
@@ -80,6 +81,7 @@ class LiveApp:
     """The app behind a real port."""
 
     url: str  # http://127.0.0.1:PORT
+    app: Flask
     service: Service
     model_name: str
 
@@ -126,7 +128,7 @@ class serve:  # noqa: N801  reads as a verb
             ready.wait(0.1)
             deadline -= 0.1
         assert served.ready, served.status
-        return LiveApp(f"http://127.0.0.1:{self.server.server_port}", self.service, name)
+        return LiveApp(f"http://127.0.0.1:{self.server.server_port}", self.app, self.service, name)
 
     def __exit__(self, *_: object) -> None:
         self.service.close()

@@ -4,9 +4,12 @@ import gc
 import threading
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from hivemind.moe.client.remote_expert_worker import RemoteExpertWorker
+from hivemind.p2p import PeerID
+from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure, P2PDaemonError
 from transformers import BloomForCausalLM, PreTrainedTokenizerBase
 
 from swarm.client import SwarmModel
@@ -265,3 +268,23 @@ def wait_until(condition, message: str, timeout: float = 10.0) -> None:  # type:
             return
         waiting.wait(0.05)
     pytest.fail(message)
+
+
+def test_failed_dials_leave_no_descriptors(model: SwarmModel) -> None:
+    """hivemind leaves the closing of its connection to p2pd to the garbage collector, which may come much later."""
+    p2p = model.state.manager.state.p2p
+    nobody = PeerID.from_base58("QmNLei78zWmzUdbeRB3CiUfAizWUrbeeZh5K1rhAQKCh51")
+    failures: list[Exception] = []  # kept, and with them all that their frames know
+
+    async def dial() -> None:
+        try:
+            await p2p.call_binary_stream_handler(nobody, "nothing")
+        except (P2PDaemonError, ControlFailure) as failure:
+            failures.append(failure)
+
+    RemoteExpertWorker.run_coroutine(dial())
+    before = psutil.Process().num_fds()
+    for _ in range(20):
+        RemoteExpertWorker.run_coroutine(dial())
+    assert len(failures) == 21
+    wait_until(lambda: psutil.Process().num_fds() <= before + 1, "descriptors are left")

@@ -10,11 +10,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from transformers import AutoTokenizer, FalconForCausalLM
 from websockets.exceptions import ConnectionClosed
 
 from tests.client import call, websocket
 from tests.processes import GUNICORN, ROOT, Program, running, survivors
 from tests.test_session import wait_until
+from tests.tiny import make_tiny_falcon
 
 PROMPT = "The quick brown fox"
 
@@ -31,11 +34,16 @@ def environment(tiny_bloom: Path, **more: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def program(tiny_bloom: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
-    """gunicorn with the published options, serving one good model and one whose hub cannot be reached."""
+def tiny_falcon(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_falcon(tmp_path_factory.mktemp("models") / "tiny-falcon")
+
+
+@pytest.fixture(scope="module")
+def program(tiny_bloom: Path, tiny_falcon: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
+    """gunicorn with the published options, serving two good models and one whose hub cannot be reached."""
     log = tmp_path_factory.mktemp("start") / "gunicorn.log"
     command = [*GUNICORN, "--bind", "127.0.0.1:{port}", "--threads", "100", "--timeout", "1000"]
-    models = {"MODELS": f"{tiny_bloom},bigscience/bloom-560m", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    models = {"MODELS": f"{tiny_bloom},{tiny_falcon},bigscience/bloom-560m", "HF_ENDPOINT": "http://127.0.0.1:9"}
     with running(command, log, **environment(tiny_bloom, **models)) as program:
         wait_until(lambda: generate(program) is not None, "not ready", timeout=120)
         yield program
@@ -61,6 +69,17 @@ def test_failed_hub_is_one_models_failure(program: Program) -> None:
     assert (status, body["error"]["code"]) == (503, "model_unavailable")
 
 
+def test_several_models_at_once(program: Program, tiny_bloom: Path, tiny_falcon: Path) -> None:
+    reference = FalconForCausalLM.from_pretrained(tiny_falcon).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_falcon)
+    token_ids = tokenizer.encode(PROMPT)
+    expected = reference.generate(torch.tensor([token_ids]), max_new_tokens=12, do_sample=False)[0, len(token_ids) :]
+    wait_until(lambda: state(program, tiny_falcon) == "ready", "the second model is not ready", timeout=120)
+    text = generate(program, 12, model=str(tiny_falcon))
+    assert text == tokenizer.decode(expected, clean_up_tokenization_spaces=False)
+    assert generate(program, 12, model=str(tiny_bloom)) == generate(program, 12) != text
+
+
 def test_page_is_served_with_its_parts(program: Program) -> None:
     status, headers, page = call(program.url, "/")
     assert status == 200 and headers["content-type"].startswith("text/html")
@@ -79,22 +98,22 @@ def test_too_large_a_message_closes_the_connection(program: Program) -> None:
         assert closed.value.rcvd is not None and closed.value.rcvd.code == 1009
 
 
-def test_killed_server_comes_back_and_the_session_goes_on(program: Program) -> None:
+def test_killed_server_comes_back_and_the_session_goes_on(program: Program, tiny_bloom: Path) -> None:
     whole = generate(program, 30)
     status, _, body = call(program.url, "/api/v1/open_inference_session", body={"max_length": 128})
     assert status == 200
     session_id = body["session_id"]
     first = generate(program, 10, session_id=session_id)
-    server_of(program).kill()
+    server_of(program, tiny_bloom).kill()
     params = {"session_id": session_id, "max_new_tokens": 20}
     status, _, body = call(program.url, "/api/v1/generate", body=params)
     assert status == 200, body
     assert first is not None and first + body["outputs"] == whole
 
 
-def server_of(program: Program) -> psutil.Process:
-    """The main process of the embedded server; it has children of the same command line."""
-    servers = [process for process in program.family() if "swarm.server" in process.cmdline()]
+def server_of(program: Program, model: Path) -> psutil.Process:
+    """The main process of a model's embedded server; it has children of the same command line."""
+    servers = [process for process in program.family() if {"swarm.server", str(model)} <= set(process.cmdline())]
     return next(process for process in servers if process.parent() not in servers)
 
 
@@ -205,5 +224,5 @@ def test_the_app_may_be_started_before_its_swarm(tiny_bloom: Path, tmp_path: Pat
         port_holder.close()
 
 
-def state(program: Program, tiny_bloom: Path) -> str:
-    return call(program.url, "/readyz")[2]["models"][str(tiny_bloom)]["state"]
+def state(program: Program, model: Path) -> str:
+    return call(program.url, "/readyz")[2]["models"][str(model)]["state"]

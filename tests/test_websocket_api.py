@@ -1,6 +1,7 @@
 """The WebSocket API through its real door, with somebody else's client."""
 
 import itertools
+import logging
 import socket
 
 import pytest
@@ -161,3 +162,16 @@ def test_client_that_takes_no_data_is_given_up() -> None:
         assert whole.send(b"x" * 1000) == 1000
         with pytest.raises(OSError):
             whole.send(b"x" * 100_000_000)
+
+
+def test_pings_keep_the_line(live_app: LiveApp, caplog: pytest.LogCaptureFixture) -> None:
+    """With the interval of the settings; a shorter one here."""
+    options = live_app.app.config["SOCK_SERVER_OPTIONS"]
+    assert options["ping_interval"] == live_app.service.settings.WEBSOCKET_PING_INTERVAL == 25.0
+    live_app.app.config["SOCK_SERVER_OPTIONS"] = {**options, "ping_interval": 0.1}
+    try:
+        with caplog.at_level(logging.DEBUG, "websockets.client"), websocket(live_app.websocket_url) as ws:
+            wait_until(lambda: caplog.text.count("< PING") >= 3, "there were no pings")
+            ws.open(16)  # and the connection lives
+    finally:
+        live_app.app.config["SOCK_SERVER_OPTIONS"] = options

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
+from transformers import BloomConfig, BloomForCausalLM, FalconConfig, FalconForCausalLM, PreTrainedTokenizerFast
 
 # Text in several scripts, so that the tokenizer learns merges and still has to spell some characters in bytes.
 CORPUS = [
@@ -58,6 +58,28 @@ def make_tiny_bloom(directory: Path, *, n_layer: int = 4, hidden_size: int = 64,
             block.mlp.dense_4h_to_h.weight *= 3
     # From `.transformer`, as on the hub: the servers look for the keys h.N.*.
     model.transformer.save_pretrained(directory, safe_serialization=True)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def make_tiny_falcon(directory: Path) -> Path:
+    """Write a random Falcon checkpoint of the newer architecture, as Falcon-40B's and 180B's."""
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    config = FalconConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_kv_heads=2,
+        new_decoder_architecture=True,
+        alibi=False,
+        bias=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        initializer_range=0.2,
+    )
+    FalconForCausalLM(config).save_pretrained(directory, safe_serialization=True)
     tokenizer.save_pretrained(directory)
     return directory
 
