@@ -17,6 +17,7 @@ from service import Service, get_service
 from swarm.client import SwarmModel
 from swarm.local import LocalSwarm, ServerOptions
 from swarm.session import SessionLimits
+from tests.processes import GUNICORN, Program, running
 from tests.tiny import load_reference, make_tiny_bloom
 
 # A tiny model on two cores is ready within seconds; a busy machine may take several times as long.
@@ -134,6 +135,14 @@ class serve:  # noqa: N801  reads as a verb
         self.service.close()
         self.server.shutdown()
         self.thread.join(timeout=10)
+
+
+@pytest.fixture(scope="session")
+def default_program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
+    """The app as `make run` starts it, with SmolLM2 in its embedded swarm."""
+    with running(GUNICORN, tmp_path_factory.mktemp("default") / "log") as program:
+        program.wait_ready()
+        yield program
 
 
 def greedy(reference: BloomForCausalLM, token_ids: list[int], count: int) -> list[int]:

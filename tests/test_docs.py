@@ -11,7 +11,7 @@ import pytest
 from app import app
 from config import KNOWN_MODELS, Settings
 from errors import SWARM_ERRORS, ApiError
-from tests.processes import ROOT, Program, running
+from tests.processes import ROOT, Program
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
@@ -48,15 +48,6 @@ def test_pictures_and_files_that_are_named_exist() -> None:
         assert link.startswith("https://") or (ROOT / link).exists(), link
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
-    from tests.processes import GUNICORN
-
-    with running(GUNICORN, tmp_path_factory.mktemp("docs") / "log") as program:
-        program.wait_ready()
-        yield program
-
-
 def examples(language: str, containing: str) -> list[str]:
     return [text for kind, text in BLOCKS if kind == language and containing in text]
 
@@ -69,21 +60,21 @@ def run(command: list[str], program: Program, text: str, tmp_path: Path) -> str:
     return result.stdout
 
 
-def test_curl_example(program: Program, tmp_path: Path) -> None:
+def test_curl_example(default_program: Program, tmp_path: Path) -> None:
     (example,) = examples("bash", "curl")
     (answer,) = examples("json", "outputs")
-    assert run(["bash"], program, example, tmp_path) == answer
+    assert run(["bash"], default_program, example, tmp_path) == answer
 
 
-def test_http_session_example(program: Program, tmp_path: Path) -> None:
+def test_http_session_example(default_program: Program, tmp_path: Path) -> None:
     (example,) = examples("python", 'open_inference_session", max_length')
-    output = run([sys.executable], program, example, tmp_path)
+    output = run([sys.executable], default_program, example, tmp_path)
     assert "Paris" in output and "Berlin" in output
 
 
-def test_websocket_example(program: Program, tmp_path: Path) -> None:
+def test_websocket_example(default_program: Program, tmp_path: Path) -> None:
     (example,) = examples("python", "websockets")
-    assert run([sys.executable], program, example, tmp_path).endswith("The capital of France is Paris.")
+    assert run([sys.executable], default_program, example, tmp_path).endswith("The capital of France is Paris.")
 
 
 def test_server_example_is_a_valid_command_line() -> None:

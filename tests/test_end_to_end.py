@@ -9,7 +9,7 @@ import pytest
 from playwright.sync_api import Page, expect, sync_playwright
 
 from tests.client import call, websocket
-from tests.processes import GUNICORN, Program, running
+from tests.processes import Program
 
 QUESTION = "What is the capital of France?"
 # SmolLM2's chat format, as the README shows it.
@@ -19,15 +19,8 @@ ANSWER_TIMEOUT = 60_000  # milliseconds; an answer takes about a second on two i
 QUIET = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
-    with running(GUNICORN, tmp_path_factory.mktemp("end-to-end") / "log") as program:
-        program.wait_ready()
-        yield program
-
-
 @pytest.fixture
-def page(program: Program) -> Iterator[Page]:
+def page(default_program: Program) -> Iterator[Page]:
     browser_path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser_path is None:
         assert not os.environ.get("CI"), "CI has no Chromium: bin/get-browser failed"
@@ -36,25 +29,25 @@ def page(program: Program) -> Iterator[Page]:
         # Chromium's sandbox needs rights that containers and root do not have; the only page visited is our own.
         browser = playwright.chromium.launch(executable_path=browser_path, args=["--no-sandbox", *QUIET])
         page = browser.new_page(viewport={"width": 1100, "height": 760}, color_scheme="light")
-        page.goto(program.url)
+        page.goto(default_program.url)
         yield page
         browser.close()
 
 
-def test_http(program: Program) -> None:
+def test_http(default_program: Program) -> None:
     form = {"inputs": INPUTS, "max_new_tokens": 16}
-    status, _, body = call(program.url, "/api/v1/generate", form=form)
+    status, _, body = call(default_program.url, "/api/v1/generate", form=form)
     assert (status, body) == (200, {"ok": True, "outputs": "The capital of France is Paris."})
 
 
-def test_websocket(program: Program) -> None:
-    with websocket(program.url.replace("http", "ws") + "/api/v2/generate") as ws:
+def test_websocket(default_program: Program) -> None:
+    with websocket(default_program.url.replace("http", "ws") + "/api/v2/generate") as ws:
         ws.open(512)
         replies = ws.generate(inputs=INPUTS, max_new_tokens=1, stop_sequence="<|im_end|>")
         assert "".join(reply["outputs"] for reply in replies) == "The capital of France is Paris."
 
 
-def test_chat_in_the_browser(program: Program, page: Page) -> None:
+def test_chat_in_the_browser(page: Page) -> None:
     errors: list[str] = []
     page.on("pageerror", lambda error: errors.append(str(error)))
     expect(page.locator("body[data-state=ready]")).to_be_attached(timeout=ANSWER_TIMEOUT)
