@@ -10,10 +10,10 @@ from flask import Blueprint, Response, current_app, jsonify, request
 from werkzeug.exceptions import BadRequest
 
 from errors import InvalidParameter, WrongModel
-from generation import encode_inputs, generate, token_budget
 from inference_sessions import InferenceSession
 from parameters import GenerationParams, get_text, parse_generation, require_int, require_text
 from service import Service, get_service
+from swarm.errors import Cancelled
 
 blueprint = Blueprint("http_api", __name__, url_prefix="/api/v1")
 
@@ -73,18 +73,11 @@ def _session(
 
 
 def _answer(session: InferenceSession, params: GenerationParams, cancelled: Callable[[], bool]) -> str:
-    """Generate the whole answer; if that fails the session is as it was."""
+    """Generate the whole answer; if that fails, or nobody is left to read it, the session is as it was."""
     with session.undone_on_error():
-        input_ids = encode_inputs(params.inputs, session.session, session.model.tokenizer)
-        chunks = generate(
-            session.session,
-            input_ids,
-            params,
-            budget=token_budget(params, session.session, len(input_ids)),
-            detokenizer=session.detokenizer,
-            defaults=session.model.generation_config,
-            cancelled=cancelled,
-        )
+        chunks = list(session.generate(params, cancelled))
+        if chunks[-1].finish_reason == "cancelled":
+            raise Cancelled("the client has hung up")
         return "".join(chunk.text for chunk in chunks)
 
 

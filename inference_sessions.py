@@ -15,7 +15,8 @@ from typing import Any
 
 from admission import POLL, FairQueue, QueueFull, WaitedTooLong
 from errors import SessionNotFound, ShuttingDown, TimedOut, TooManySessions
-from generation import Detokenizer
+from generation import Chunk, Detokenizer, encode_inputs, generate, token_budget
+from parameters import GenerationParams
 from swarm.errors import Cancelled
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,22 @@ class InferenceSession:
     kept: bool = False  # whether it outlives its timeout, without its attention cache, until its place is needed
     parked: bool = False  # whether its attention cache was freed by the timeout; guarded by the registry's lock
     closing: bool = False  # to be closed by its last user; guarded by the registry's lock
+
+    def generate(self, params: GenerationParams, cancelled: Callable[[], bool]) -> Iterator[Chunk]:
+        """Generate an answer; see ``generation.generate``.
+
+        :raises InvalidParameter, TooLong: at once, if the request does not fit the session, which is then unchanged
+        """
+        input_ids = encode_inputs(params.inputs, self.session, self.model.tokenizer)
+        return generate(
+            self.session,
+            input_ids,
+            params,
+            budget=token_budget(params, self.session, len(input_ids)),
+            detokenizer=self.detokenizer,
+            defaults=self.model.generation_config,
+            cancelled=cancelled,
+        )
 
     @contextlib.contextmanager
     def undone_on_error(self) -> Iterator[None]:

@@ -19,8 +19,7 @@ from simple_websocket import Server as WebSocket
 
 from config import Settings
 from errors import ApiError, InvalidParameter, describe, error_body
-from generation import Chunk, encode_inputs, generate, token_budget
-from inference_sessions import InferenceSession
+from generation import Chunk
 from parameters import GenerationParams, get_bool, get_text, parse_generation, require_int
 from service import Service, get_service
 from swarm.errors import Cancelled, SwarmError
@@ -116,24 +115,12 @@ class Connection:
                 self.service.sessions.use(self.session_id, wait=wait, cancelled=self._cancelled) as session,
                 self.service.generating(self._cancelled, self._tell_position),
             ):
-                for chunks in rounds(self._chunks(session, params), params):
+                for chunks in rounds(session.generate(params, self._cancelled), params):
                     response = answer(chunks)
                     self.service.log_text("outputs", response["outputs"])
                     self._send(response)
         except Cancelled:  # before the answer began
             self._send(answer([Chunk("", (), "cancelled")]))
-
-    def _chunks(self, session: InferenceSession, params: GenerationParams) -> Iterator[Chunk]:
-        input_ids = encode_inputs(params.inputs, session.session, session.model.tokenizer)
-        return generate(
-            session.session,
-            input_ids,
-            params,
-            budget=token_budget(params, session.session, len(input_ids)),
-            detokenizer=session.detokenizer,
-            defaults=session.model.generation_config,
-            cancelled=self._cancelled,
-        )
 
     def _tell_position(self, position: int) -> None:
         """Tell a client that wants to know how many are before it; others see no message that they do not expect."""

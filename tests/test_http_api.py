@@ -4,6 +4,7 @@ import dataclasses
 import json
 import socket
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -258,15 +259,34 @@ def test_too_many_sessions(live_app: LiveApp) -> None:
 
 def test_hanging_up_stops_the_answer(live_app: LiveApp, model: SwarmModel) -> None:
     sessions_before = len(live_app.service.sessions)
-    body = json.dumps({"inputs": PROMPT, "max_new_tokens": 1900}).encode()
-    head = (
-        f"POST {GENERATE} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    params = {"inputs": PROMPT, "max_new_tokens": 1900}
+    send_and_hang_up(live_app, params, lambda: len(live_app.service.sessions) > sessions_before)
+    wait_until(lambda: len(live_app.service.sessions) == sessions_before, "the answer went on for nobody")
+
+
+def test_hanging_up_undoes_the_request(live_app: LiveApp) -> None:
+    """Whoever hangs up has seen nothing of the answer: the same request, sent again, gets it from its beginning."""
+    whole = generated(live_app, inputs=PROMPT, max_new_tokens=12)
+    session_id = opened(live_app, 2000)
+    first = generated(live_app, session_id=session_id, inputs=PROMPT, max_new_tokens=6)
+    entry = live_app.service.sessions._sessions[session_id]
+    length = len(entry.session.token_ids)
+    send_and_hang_up(
+        live_app,
+        {"session_id": session_id, "max_new_tokens": 1900},
+        lambda: len(entry.session.token_ids) > length,
     )
+    assert first + generated(live_app, session_id=session_id, max_new_tokens=6) == whole
+
+
+def send_and_hang_up(live_app: LiveApp, params: dict, when: Callable[[], bool]) -> None:
+    body = json.dumps(params).encode()
+    head = f"POST {GENERATE} HTTP/1.1\r\nHost: x\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     host, port = live_app.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(head.encode() + body)
-        wait_until(lambda: len(live_app.service.sessions) > sessions_before, "the request did not begin")
-    wait_until(lambda: len(live_app.service.sessions) == sessions_before, "the answer went on for nobody")
+        wait_until(when, "the request did not begin")
 
 
 def test_cors_and_request_id(live_app: LiveApp) -> None:
