@@ -256,6 +256,8 @@ def run(minutes: float, *, period: float = 8.0, seed: int = 0) -> dict[str, Any]
                 "SESSION_TIMEOUT": "5",
                 "LOG_LEVEL": "WARNING",
                 "UPDATE_PERIOD": "2",
+                # With all servers of some blocks gone, the app's clear refusal must come before the clients give up.
+                "RECOVERY_TIMEOUT": "30",
             }
             with running(GUNICORN, Path(directory) / "log", **environment) as program:
                 program.wait_ready()
