@@ -19,6 +19,7 @@ from swarm.session import HistoryBudget, SwarmSession
 from tests.conftest import greedy, load_model, tiny_server
 from tests.swarms import server_info
 
+SETTLED = 8  # equal readings in a row, each a twentieth of a second and more after the last
 PROMPTS = ["The quick brown fox", "Ein Schwarm von Servern", "分散された", "a"]
 
 
@@ -26,6 +27,23 @@ def infos(model: SwarmModel) -> list[dict[str, Any]]:
     """What the servers say of themselves, in the order of their blocks."""
     found = [server_info(model, view) for view in sorted(model.state.servers(), key=lambda view: view.start)]
     return [info for info in found if info is not None]
+
+
+def free_cache(model: SwarmModel) -> list[int]:
+    """Free attention cache of each server, in tokens times blocks."""
+    return [info["cache_tokens_available"] for info in infos(model)]
+
+
+def settled_cache(model: SwarmModel) -> list[int]:
+    """The same, once the sessions that were closed before are gone from the servers: closing does not wait for them."""
+    readings = [free_cache(model)]
+
+    def settled() -> bool:
+        readings.append(free_cache(model))
+        return len(readings) > SETTLED and len({tuple(reading) for reading in readings[-SETTLED:]}) == 1
+
+    wait_until(settled, "the attention cache does not settle")
+    return readings[-1]
 
 
 def run_greedy(session: SwarmSession, token_ids: list[int], count: int) -> list[int]:
@@ -137,24 +155,21 @@ def test_closed_session(model: SwarmModel) -> None:
 
 
 def test_closing_frees_the_attention_cache(model: SwarmModel) -> None:
-    def free() -> list[int]:
-        return [info["cache_tokens_available"] for info in infos(model)]
-
-    before = free()
+    before = settled_cache(model)
     session = model.open_session(512)
     session.step([5])
-    assert all(now < then for now, then in zip(free(), before, strict=True))
+    assert all(now < then for now, then in zip(free_cache(model), before, strict=True))
     session.close()
-    wait_until(lambda: free() == before, "the cache was not freed")
+    wait_until(lambda: free_cache(model) == before, "the cache was not freed")
 
 
 def test_dropped_session_frees_the_attention_cache(model: SwarmModel) -> None:
-    before = [info["cache_tokens_available"] for info in infos(model)]
+    before = settled_cache(model)
     session = model.open_session(512)
     session.step([5])
     del session
     gc.collect()
-    wait_until(lambda: [i["cache_tokens_available"] for i in infos(model)] == before, "the cache was not freed")
+    wait_until(lambda: free_cache(model) == before, "the cache was not freed")
 
 
 def test_collecting_on_the_event_loop_thread_does_not_hang(model: SwarmModel) -> None:

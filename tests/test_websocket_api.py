@@ -10,7 +10,7 @@ from swarm.client import SwarmModel
 from tests.client import websocket
 from tests.conftest import LiveApp
 from tests.test_http_api import generated
-from tests.test_session import infos, wait_until
+from tests.test_session import free_cache, settled_cache, wait_until
 from websocket_api import WholeSends
 
 PROMPTS = ["The quick brown fox", "Ein Schwarm", "分散された大規模", "блоки модели", "a b c", "Nobody, said"]
@@ -140,18 +140,15 @@ def test_requests_may_be_sent_ahead(live_app: LiveApp) -> None:
 
 @pytest.mark.parametrize("how", ["close", "abort"])
 def test_closing_in_mid_answer_frees_the_attention_cache(live_app: LiveApp, model: SwarmModel, how: str) -> None:
-    def free() -> list[int]:
-        return [info["cache_tokens_available"] for info in infos(model)]
-
-    before = free()
+    before = settled_cache(model)
     with websocket(live_app.websocket_url) as ws:
         ws.open(2048)
         ws.send({"type": "generate", "inputs": "a b c", "max_new_tokens": 1, "stop_sequence": "never to be seen"})
         ws.receive()
-        assert all(now < then for now, then in zip(free(), before, strict=True))
+        assert all(now < then for now, then in zip(free_cache(model), before, strict=True))
         if how == "abort":
             ws.connection.socket.close()
-    wait_until(lambda: free() == before, "the attention cache was not freed")
+    wait_until(lambda: free_cache(model) == before, "the attention cache was not freed")
 
 
 def test_client_that_takes_no_data_is_given_up() -> None:
