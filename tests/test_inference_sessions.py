@@ -522,14 +522,14 @@ def test_opening_makes_room_of_expired_sessions(sessions: InferenceSessions, mod
 def test_expiry_in_the_background(model: FakeModel, clock: Clock) -> None:
     sessions = InferenceSessions(3, 0.5, clock)
     sessions.open(model, 16)
+    others = set(threading.enumerate())  # an app of other tests has such a thread too
     sessions.start()
+    (thread,) = set(threading.enumerate()) - others
     clock.now += 1
     assert model.opened[0].closed.wait(LIMIT)
     sessions.shut_down(0)
-    for thread in threading.enumerate():
-        if thread.name == "expire-sessions":
-            thread.join(LIMIT)
-            assert not thread.is_alive()
+    thread.join(LIMIT)
+    assert not thread.is_alive()
 
 
 def test_failure_of_one_session_does_not_keep_others_from_expiring(
