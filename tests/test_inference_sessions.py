@@ -524,7 +524,7 @@ def test_expiry_in_the_background(model: FakeModel, clock: Clock) -> None:
     sessions.open(model, 16)
     others = set(threading.enumerate())  # an app of other tests has such a thread too
     sessions.start()
-    (thread,) = set(threading.enumerate()) - others
+    (thread,) = {thread for thread in threading.enumerate() if thread.name == "expire-sessions"} - others
     clock.now += 1
     assert model.opened[0].closed.wait(LIMIT)
     sessions.shut_down(0)
