@@ -138,7 +138,7 @@ def test_sigterm_lets_the_running_answer_finish_and_leaves_nothing(tiny_bloom: P
             while not replies[-1]["stop"]:
                 replies.append(ws.receive())
             assert sum(reply["token_count"] for reply in replies) > 450
-        program.process.wait(timeout=60)
+        program.process.wait(timeout=120)
         assert survivors(family) == []
         assert "Traceback" not in program.output
 
@@ -163,7 +163,7 @@ def test_ctrl_c_leaves_nothing(tiny_bloom: Path, tmp_path: Path) -> None:
         program.wait_ready()
         family = program.family()
         os.killpg(program.process.pid, signal.SIGINT)
-        program.process.wait(timeout=60)
+        program.process.wait(timeout=120)
         assert survivors(family) == []
 
 
@@ -174,7 +174,7 @@ def test_flask_run(tiny_bloom: Path, tmp_path: Path) -> None:
         assert generate(program)
         family = program.family()
         program.send(signal.SIGINT)
-        program.process.wait(timeout=60)
+        program.process.wait(timeout=120)
         assert survivors(family) == []
 
 

@@ -24,7 +24,7 @@ def test_one_answer_without_a_stop_sequence(live_app: LiveApp) -> None:
     assert reply["outputs"] == generated(live_app, inputs=PROMPTS[0], max_new_tokens=12)
 
 
-@pytest.mark.parametrize(("prompt", "size"), itertools.product(PROMPTS, (1, 3)))
+@pytest.mark.parametrize(("prompt", "size"), list(itertools.product(PROMPTS, (1, 3))))
 def test_streamed_equals_unstreamed(live_app: LiveApp, prompt: str, size: int) -> None:
     """Rounds of ``size`` tokens until a stop sequence, against one response of many tokens."""
     whole = generated(live_app, inputs=prompt, max_new_tokens=40)
