@@ -77,12 +77,10 @@ class Models:
         self._budget: HistoryBudget | None = None
         self._stop = threading.Event()
         self._loading = threading.Lock()  # Transformers patches torch.nn while it loads: one model at a time
-        self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Begin to load in the background."""
-        self._thread = threading.Thread(target=self._load_all, name="load-models", daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._load_all, name="load-models", daemon=True).start()
 
     def get(self, name: str | None) -> "SwarmModel":
         """Return a model that can be used; None: the default model.

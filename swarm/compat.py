@@ -149,11 +149,13 @@ def shared_dht(dht: Any) -> Iterator[None]:
         _shared_dht.reset(token)
 
 
-def use_handler(handler_class: type) -> None:
-    """Let petals' servers take requests with ``handler_class``: petals' server offers no parameter for it."""
+def use_server_parts(handler: type, memory_cache: type, container: type) -> None:
+    """Let petals' server be made of these subclasses of its parts: it offers no parameters for them."""
     import petals.server.server
 
-    petals.server.server.TransformerConnectionHandler = handler_class
+    petals.server.server.TransformerConnectionHandler = handler
+    petals.server.server.MemoryCache = memory_cache
+    petals.server.server.ModuleContainer = container
 
 
 def _accept_shared_dht() -> None:
@@ -176,7 +178,7 @@ _end_with_parent(hivemind.moe.server.connection_handler.ConnectionHandler)
 _handlers, _level = logging.root.handlers[:], logging.root.level
 
 import petals  # noqa: E402  the names above must be there first
-import petals.utils.convert_block  # noqa: E402
+import petals.utils.convert_block  # noqa: E402, F401
 
 hivemind.utils.logging.use_hivemind_log_handler("nowhere")
 logging.root.handlers[:] = _handlers
@@ -184,8 +186,6 @@ logging.root.setLevel(_level)
 _close_sessions_without_waiting()
 _close_connections_that_fail()
 _accept_shared_dht()
-
-PETALS_VERSION: str = petals.__version__
 
 
 def set_threads(count: int) -> None:

@@ -38,6 +38,7 @@ class ServerOptions:
     threads: int | None = None
     cache_dir: Path | None = None
     public_name: str | None = None
+    batching: bool = True  # whether steps of different sessions are computed together; stock servers do not
     host_maddrs: Sequence[str] = ("/ip4/127.0.0.1/tcp/0",)
 
     def arguments(self) -> list[str]:
@@ -54,6 +55,8 @@ class ServerOptions:
             "--public-name": self.public_name,
         }
         given = [item for flag, value in flags.items() if value is not None for item in (flag, str(value))]
+        if not self.batching:
+            given.append("--no-batching")
         return [self.model, *given, "--host-maddrs", *self.host_maddrs]
 
 

@@ -1,9 +1,9 @@
 """Serve blocks of a model to a swarm: ``python -m swarm.server MODEL [--initial-peers ...] [--blocks 0:10] ...``
 
 A real Petals server, built directly from petals' ``Server`` (its own command line asks the package index for newer
-versions first), which also tells more of itself: its ``rpc_info`` carries ``inference_tokens``, the number of tokens
-that inference sessions have sent through it, and ``silent_for``, the seconds since its computing process was last seen
-alive.
+versions first), which computes the steps of different sessions in batches, see ``swarm.batching``, and tells more of
+itself: its ``rpc_info`` carries ``inference_tokens``, the number of tokens that inference sessions have sent through
+it, and ``silent_for``, the seconds since its computing process was last seen alive.
 """
 
 import argparse
@@ -19,21 +19,21 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from swarm.compat import kill_descendants, set_threads, use_handler
+from swarm.compat import kill_descendants, set_threads, use_server_parts
 
-from hivemind import MSGPackSerializer
-from hivemind.proto import runtime_pb2
 from petals.constants import PUBLIC_INITIAL_PEERS
-from petals.server import handler as petals_handler
-from petals.server.server import Server
+from petals.server.server import ModuleContainer, Server
 from petals.utils.convert_block import QuantType
 
 from swarm import hardware, weights
+from swarm.batching import Batcher, SharedMemoryCache
+from swarm.blocks import RaggedBlocks, make_ragged_blocks
 from swarm.errors import ModelUnavailable
+from swarm.handler import TransformerConnectionHandler
 
 log = logging.getLogger(__name__)
 
@@ -49,28 +49,38 @@ STOP_TIMEOUT = 10.0  # seconds
 HEARTBEAT_PERIOD = 0.25  # seconds
 
 
-class TransformerConnectionHandler(petals_handler.TransformerConnectionHandler):
-    """Petals' handler, which tells more. The class keeps its name because the name is part of the wire protocol."""
+class BatchingContainer(ModuleContainer):
+    """Petals' container of blocks, with a batcher beside petals' own runtime, if the blocks are of a known family."""
 
-    # Shared, because each handler is a process of its own.
-    inference_tokens: Any  # tokens received for inference
-    heartbeat: Any  # time.monotonic() of the computing process, as it last told
+    batcher: Batcher | None = None
 
-    async def _iterate_inference_steps(self, *args: Any) -> AsyncIterator[tuple[Any, dict]]:
-        async for request, metadata in super()._iterate_inference_steps(*args):
-            batch_size, length = (*request.tensors[0].size, 0, 0)[:2]
-            with self.inference_tokens.get_lock():
-                self.inference_tokens.value += batch_size * length
-            yield request, metadata
+    def run(self) -> None:
+        if (blocks := self._ragged_blocks()) is not None:
+            memory_cache = next(iter(self.module_backends.values())).memory_cache
+            self.batcher = Batcher(blocks, memory_cache, len(self.conn_handlers))
+            for index, handler in enumerate(self.conn_handlers):
+                handler.line = self.batcher.handler_line(index)
+                handler.cache_descriptor = blocks.cache_descriptor
+                handler.batches = self.batcher.batches
+        for handler in self.conn_handlers:
+            handler.run_in_background()  # forks: the batcher begins after that
+        if self.batcher is not None:
+            self.batcher.start()
+        self.runtime.run()
 
-    async def rpc_info(
-        self, request: runtime_pb2.ExpertUID, context: petals_handler.P2PContext
-    ) -> runtime_pb2.ExpertInfo:
-        info = MSGPackSerializer.loads((await super().rpc_info(request, context)).serialized_info)
-        info["inference_tokens"] = self.inference_tokens.value
-        # A handler answers even if the process that computes is stopped or hangs: a waiting client must learn of it.
-        info["silent_for"] = time.monotonic() - self.heartbeat.value
-        return runtime_pb2.ExpertInfo(serialized_info=MSGPackSerializer.dumps(info))
+    def _ragged_blocks(self) -> RaggedBlocks | None:
+        backends = list(self.module_backends.values())
+        modules, first = [backend.module for backend in backends], backends[0]
+        return make_ragged_blocks(modules, first.config, first.dtype, self.conn_handlers[0].inference_max_length)
+
+    def is_healthy(self) -> bool:
+        return super().is_healthy() and (self.batcher is None or self.batcher.is_alive())
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        if self.batcher is not None:
+            self.batcher.stop()
+            self.batcher.join(timeout=STOP_TIMEOUT)
 
 
 def is_abandoned_step(record: logging.LogRecord) -> bool:
@@ -96,7 +106,9 @@ def make_server(args: argparse.Namespace) -> Server:
     import_quietly("bitsandbytes")
     TransformerConnectionHandler.inference_tokens = multiprocessing.Value(ctypes.c_uint64)
     TransformerConnectionHandler.heartbeat = multiprocessing.Value(ctypes.c_double, time.monotonic())
-    use_handler(TransformerConnectionHandler)
+    use_server_parts(
+        TransformerConnectionHandler, SharedMemoryCache, BatchingContainer if args.batching else ModuleContainer
+    )
     public = args.initial_peers == ["public"]
     device = args.device or hardware.pick_device()
     path = weights.locate(args.model, cache_dir=args.cache_dir, progress=log.info)
@@ -221,6 +233,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--update-period", type=float, metavar="SECONDS", help="how often to announce the blocks")
     add("--threads", type=int, help="threads of PyTorch's operators; default: one per core")
     add("--cache-dir", type=Path, default=weights.default_cache_dir(), help="where prepared models are kept")
+    add("--no-batching", dest="batching", action="store_false", help="compute one session's step at a time, as petals")
     add("--end-with-parent", action="store_true", help="stop when standard input ends")
     add("--quiet", action="store_true", help="log warnings and errors only")
     return parser.parse_args(argv)

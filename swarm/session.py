@@ -13,7 +13,6 @@ import concurrent.futures
 import logging
 import threading
 import time
-import uuid
 import weakref
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
@@ -141,14 +140,16 @@ class SwarmSession:
 
         :param cancelled: looked at often while waiting; when it returns true the step ends with ``Cancelled``
         :returns: logits of shape [vocabulary], float32
-        :raises ValueError: if there is no unprocessed token
+        :raises ValueError: if the sequence is empty
         :raises SessionClosed, SessionLengthExceeded, Cancelled, BlocksMissing, CacheFull, SwarmTimeout, ModelMismatch:
             except after ``SessionClosed`` the session stays usable: its tokens are kept, and the next step processes
             what this one did not
         """
         self.append(token_ids)
-        if self.position == len(self.token_ids):
-            raise ValueError("there is no unprocessed token to step from")
+        if not self.token_ids:
+            raise ValueError("there is no token to step from")
+        if self.position == len(self.token_ids):  # the last token's logits once more
+            self._rewind(self.position - 1)
         lost_since = None
         while True:
             start = self.position
@@ -159,7 +160,7 @@ class SwarmSession:
                 if time.monotonic() - lost_since > self._chain.limits.recovery_timeout:
                     raise SwarmTimeout("servers were lost again and again while the session was being restored")
             elif start + len(chunk) == len(self.token_ids):
-                return self._head.logits(hidden[:, -1])[0]
+                return self._head.next_logits(hidden[0, -1])
 
     def _run(self, coroutine: Coroutine[Any, Any, Result], cancelled: Callable[[], bool] | None) -> Result:
         """Run a coroutine on the event loop and wait for it, looking for cancellation."""
@@ -180,13 +181,18 @@ class SwarmSession:
             raise SessionClosed("the session was closed during a step") from None
 
     def truncate(self, length: int) -> None:
-        """Set the session back to its first ``length`` tokens.
+        """Set the session back to its first ``length`` tokens. Not during a step, and not on the event-loop thread.
 
-        Stock servers cannot forget tokens; if they have processed more, they are let go and process the rest again.
+        Servers that cannot forget tokens, as stock ones, are let go; the next step computes their blocks again.
         """
-        if length < self.position:
-            self.release()
+        self._rewind(length)
         del self.token_ids[length:]
+
+    def _rewind(self, length: int) -> None:
+        """Let the servers forget what they have processed beyond ``length`` tokens."""
+        if length < self.position:
+            rewinding = RemoteExpertWorker.run_coroutine(self._chain.rewind(length), return_future=True)
+            rewinding.result(timeout=LOOP_TIMEOUT)
 
     def cancel(self) -> None:
         """End the step that is running, or else the next one; it raises ``Cancelled``. From any thread."""
@@ -252,6 +258,23 @@ class _Chain:
         for span in self.spans:
             span.close()
         self.spans, self.position = [], 0
+        self._account_history()
+
+    async def rewind(self, length: int) -> None:
+        """Set the spans back to their first ``length`` tokens; those that cannot go back are vacated."""
+        for index, span in enumerate(self.spans):
+            span.history.truncate(length)
+            if span.processed <= length:
+                continue
+            if span.rewinds:
+                span.rewind(length)
+            elif span.history.complete:
+                span.close()
+                self.spans[index] = _Span.vacancy(span.start, span.end, span.history)
+            else:
+                self._drop()
+                return
+        self.position = min(self.position, length)
         self._account_history()
 
     async def forward(self, inputs: torch.Tensor, start: int) -> torch.Tensor | None:
@@ -424,6 +447,16 @@ class _History:
             self._chunks = [torch.cat(self._chunks, dim=1)]
         return self._chunks[0][:, start - self._dropped : end - self._dropped]
 
+    def truncate(self, length: int) -> None:
+        """Forget the inputs of the tokens after the first ``length``."""
+        if length >= self.length:
+            return
+        self._dropped = min(self._dropped, length)
+        held = torch.cat(self._chunks, dim=1)[:, : length - self._dropped] if self._chunks else None
+        self._chunks = [] if held is None or not held.shape[1] else [held.clone()]
+        self.size = sum(chunk.numel() * chunk.element_size() for chunk in self._chunks)
+        self.length = length
+
     def drop(self) -> None:
         """Forget all inputs."""
         self._chunks.clear()
@@ -439,6 +472,8 @@ class _Span:
         self.history = history
         self.peer_id = peer_id
         self.processed = 0  # tokens in the server's attention cache
+        self.rewinds = False  # whether the server can forget tokens: it tells with its first answer
+        self._rewound = False  # whether it has to be told that it should
         if chain is not None:
             manager = chain.state.manager
             self._p2p: P2P = manager.state.p2p
@@ -466,6 +501,10 @@ class _Span:
             self.processed += inputs.shape[1]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
+    def rewind(self, length: int) -> None:
+        """Let the server forget all but its first ``length`` tokens, with the next step."""
+        self.processed, self._rewound = length, True
+
     async def _exchange(self, inputs: torch.Tensor) -> torch.Tensor:
         """Send inputs to the server and wait for its outputs."""
         reply = asyncio.ensure_future(self._call(inputs))
@@ -480,6 +519,8 @@ class _Span:
             reply.cancel()
         if error is not None:
             raise self._refusal(error.message)
+        if response.metadata:
+            self.rewinds = bool(MSGPackSerializer.loads(response.metadata).get("rewind"))
         output = deserialize_torch_tensor(response.tensors[0]) if response.tensors else torch.empty(0)
         if output.shape != inputs.shape:
             mismatch = ModelMismatch(
@@ -497,10 +538,12 @@ class _Span:
             )
             self._streams = (streams[0], streams[1])
             metadata = {
-                "session_id": str(uuid.uuid4()),
                 "max_length": self._max_length,
                 "args_structure": ARGS_STRUCTURE,
             }
+        if self._rewound:
+            metadata["start_from_position"] = self.processed
+            self._rewound = False
         reader, writer = self._streams
         if writer.is_closing():  # uvloop would raise a RuntimeError for it
             raise ConnectionResetError("the connection is closed")

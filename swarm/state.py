@@ -64,14 +64,6 @@ class SwarmState:
         self.manager.ready.clear()
         self.manager._thread.trigger.set()
 
-    async def wait_refreshed(self, timeout: float) -> None:
-        """Refresh, and wait up to ``timeout`` seconds for new information. For the event loop."""
-        before = self.manager.state.sequence_info.last_updated_time
-        deadline = time.monotonic() + timeout
-        self.refresh()
-        while self.manager.state.sequence_info.last_updated_time == before and time.monotonic() < deadline:
-            await asyncio.sleep(0.02)
-
     def missing_blocks(self) -> list[int]:
         """Return the numbers of the blocks that no known server holds."""
         with self.manager.lock_changes:

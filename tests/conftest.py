@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from flask import Flask
-from transformers import BloomForCausalLM, PreTrainedTokenizerBase
+from transformers import BloomForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from werkzeug.serving import make_server
 
 from app import create_app
@@ -44,9 +44,14 @@ def swarm(tiny_bloom: Path) -> Iterator[LocalSwarm]:
         yield local
 
 
-def tiny_server(model: Path, blocks: str, attn_cache_tokens: int = 65536) -> ServerOptions:
+def tiny_server(model: Path, blocks: str, attn_cache_tokens: int = 65536, *, batching: bool = True) -> ServerOptions:
     return ServerOptions(
-        str(model), blocks=blocks, torch_dtype="float32", threads=1, attn_cache_tokens=attn_cache_tokens
+        str(model),
+        blocks=blocks,
+        torch_dtype="float32",
+        threads=1,
+        attn_cache_tokens=attn_cache_tokens,
+        batching=batching,
     )
 
 
@@ -145,7 +150,7 @@ def default_program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Progra
         yield program
 
 
-def greedy(reference: BloomForCausalLM, token_ids: list[int], count: int) -> list[int]:
+def greedy(reference: PreTrainedModel, token_ids: list[int], count: int) -> list[int]:
     """Return the reference's next tokens, fewer than ``count`` if it ends the text."""
     output = reference.generate(torch.tensor([token_ids]), max_new_tokens=count, do_sample=False)
     return output[0, len(token_ids) :].tolist()

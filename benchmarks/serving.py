@@ -1,0 +1,328 @@
+"""How fast many users are served: this project's batching servers against stock Petals servers, in one run.
+
+    make bench        or        python -m benchmarks.serving --clients 1 4 16 64
+
+For each number of clients, each of them a WebSocket that streams token by token as the chat page does, the same load is
+put on two copies of the app: one in front of a batching server, one in front of a server that computes as stock Petals
+does. Beside them stand two loops without app and transport: petals' own client on the stock server, this project's on
+the batching one; and plain Transformers in one process, all clients' prompts in one batch. Only one of them computes at
+a time. The results go to standard output, to ``--json`` and, as a plot, to ``--plot``.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from swarm.compat import set_threads
+
+import psutil
+import torch
+from petals.client.inference_session import InferenceSession
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from websockets.asyncio.client import connect
+
+from config import Settings
+from swarm import weights
+from swarm.client import SwarmModel
+from swarm.hardware import attn_cache_tokens, cpu_count
+from swarm.local import LocalServer, LocalSwarm, ServerOptions
+from tests.processes import GUNICORN, Program, running
+
+TOPICS = [
+    "a river",
+    "two brothers",
+    "the first ship to Mars",
+    "a lighthouse keeper",
+    "bread",
+    "a lost letter",
+    "winter",
+]
+PROMPT = "<|im_start|>user\nWrite a long story about {topic}.<|im_end|>\n<|im_start|>assistant\n"
+NEVER = "no such text is ever generated"  # with it and rounds of one token an answer is streamed
+ANSWER_TIMEOUT = 600  # seconds for one message; stock servers let 64 clients wait for long
+STOCK, BATCHING = "stock Petals server", "batching server"
+
+
+@dataclass
+class Load:
+    """What one load of clients saw."""
+
+    seconds: float = 0.0  # from the first request to the last token
+    first: list[float] = field(default_factory=list)  # seconds to the first token, of each client
+    gaps: list[float] = field(default_factory=list)  # seconds between tokens
+    tokens: int = 0
+
+    def summary(self) -> dict[str, float]:
+        """Return what is told of it: tokens/s, and milliseconds."""
+        result = {"tokens_per_s": self.tokens / self.seconds}
+        for name, values in (("ttft", self.first), ("itl", self.gaps)):
+            if values:
+                result[f"{name}_p50_ms"] = 1000 * percentile(values, 50)
+                result[f"{name}_p99_ms"] = 1000 * percentile(values, 99)
+        return result
+
+
+def percentile(values: Sequence[float], percent: int) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, len(ordered) * percent // 100)]
+
+
+def main() -> None:
+    """Measure, and print a table and a line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--tokens", type=int, default=100, help="longest answer (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=25, help="longest load (default: %(default)s)")
+    parser.add_argument("--model", help="default: the app's")
+    parser.add_argument("--device", help="default: the app's")
+    parser.add_argument("--dtype", help="default: the app's")
+    parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--plot", type=Path, help="draw the results here (PNG)")
+    args = parser.parse_args()
+    settings = Settings.from_environment()
+    name = args.model or settings.default_model
+    device, dtype = args.device or settings.device(), args.dtype or settings.torch_dtype()
+    results: dict[str, Any] = {"model": name, "device": device, "dtype": dtype, "cores": cpu_count(), "runs": []}
+    with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
+        sides = {
+            kind: stack.enter_context(Side.started(kind, name, device, dtype, settings, Path(directory)))
+            for kind in (BATCHING, STOCK)
+        }
+        for side in sides.values():
+            asyncio.run(load(side.program.url, 2, 8, 60))  # warms everything up
+        for clients in args.clients:
+            for kind, side in sides.items():
+                measured = asyncio.run(load(side.program.url, clients, args.tokens, args.seconds)).summary()
+                note(results, f"app, {kind}", clients, measured | {"server_mib": side.memory()})
+        for kind, loop in ((BATCHING, own_loop), (STOCK, bare_loop)):
+            for _ in range(2):  # the first warms up
+                measured = loop(sides[kind].model, args.tokens).summary()
+            note(results, f"bare loop, {kind}", 1, measured)
+        model = plain_model(name, device, dtype, settings)
+        for clients in args.clients:
+            note(results, "plain Transformers, one batch", clients, plain(*model, clients, args.tokens).summary())
+    report(results)
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
+    if args.plot:
+        draw(results, args.plot)
+
+
+@dataclass
+class Side:
+    """A server, the app in front of it, and a client of our own."""
+
+    server: LocalServer
+    program: Program
+    model: SwarmModel
+
+    @classmethod
+    @contextlib.contextmanager
+    def started(
+        cls, kind: str, name: str, device: str, dtype: str, settings: Settings, directory: Path
+    ) -> Iterator["Side"]:
+        """Start everything, and end it after the block."""
+        set_threads(settings.CLIENT_THREADS)
+        with LocalSwarm() as local:
+            model = SwarmModel.load(name, local.swarm, cache_dir=settings.cache_dir, device=device, torch_dtype=dtype)
+            server = local.start_server(
+                ServerOptions(
+                    name,
+                    device=device,
+                    torch_dtype=dtype,
+                    attn_cache_tokens=attn_cache_tokens(model.config, dtype, share=0.1),
+                    threads=settings.SERVER_THREADS or None,
+                    cache_dir=settings.cache_dir,
+                    batching=kind == BATCHING,
+                )
+            )
+            environment = {
+                "INITIAL_PEERS": ",".join(local.swarm.initial_peers),
+                "MODELS": name,
+                "DEVICE": device,
+                "TORCH_DTYPE": dtype,
+                "MAX_SESSIONS": "96",
+                "MAX_CONCURRENT_GENERATIONS": "96",
+                "LOG_LEVEL": "WARNING",
+            }
+            log = directory / f"{kind.split()[0]}.log"
+            with running(GUNICORN, log, **environment) as program:
+                model.state.start(timeout=60)
+                if not model.state.wait(lambda: not model.state.missing_blocks(), timeout=120):
+                    raise SystemExit("the server did not come up")
+                program.wait_ready()
+                yield cls(server, program, model)
+            model.close()
+
+    def memory(self) -> int:
+        """Return the server's memory in MiB, what its processes share counted once."""
+        process = psutil.Process(self.server.process.pid)
+        return sum(p.memory_full_info().pss for p in (process, *process.children(recursive=True))) >> 20
+
+
+async def load(url: str, clients: int, tokens: int, seconds: float) -> Load:
+    """Let clients stream at the same time; those that are not done after ``seconds`` are cut off."""
+    result = Load()
+    start = time.perf_counter()
+    await asyncio.gather(*(client(url, i, tokens, start + seconds, result) for i in range(clients)))
+    result.seconds = time.perf_counter() - start
+    return result
+
+
+async def client(url: str, number: int, tokens: int, end: float, result: Load) -> None:
+    """Stream one answer."""
+    prompt = PROMPT.format(topic=TOPICS[number % len(TOPICS)])
+    async with connect(url.replace("http", "ws") + "/api/v2/generate") as ws:
+
+        async def receive() -> dict[str, Any]:
+            reply = json.loads(await asyncio.wait_for(ws.recv(), ANSWER_TIMEOUT))
+            if not reply["ok"]:
+                raise SystemExit(reply["error"]["message"])
+            return reply
+
+        await ws.send(json.dumps({"type": "open_inference_session", "max_length": 64 + tokens}))
+        await receive()
+        started = last = time.perf_counter()
+        await ws.send(json.dumps({"type": "generate", "inputs": prompt, "max_new_tokens": 1, "stop_sequence": NEVER}))
+        for i in range(tokens):
+            if (await receive())["stop"]:
+                break
+            now = time.perf_counter()
+            if i == 0:
+                result.first.append(now - started)
+            else:
+                result.gaps.append(now - last)
+            if now < end:
+                result.tokens += 1
+            elif i > 0:
+                break
+            last = now
+
+
+def timed(step: Callable[[list[int]], int], token_ids: list[int], tokens: int) -> Load:
+    """Run a loop that makes one token from the last one, and take its times."""
+    result = Load()
+    start = last = time.perf_counter()
+    for i in range(tokens):
+        token_ids = [step(token_ids)]
+        now = time.perf_counter()
+        (result.gaps if i else result.first).append(now - last)
+        last = now
+    result.seconds, result.tokens = last - start, tokens
+    return result
+
+
+def own_loop(model: SwarmModel, tokens: int) -> Load:
+    """This project's session, without text and transport."""
+    token_ids = model.tokenizer.encode(PROMPT.format(topic=TOPICS[0]))
+    with model.open_session(len(token_ids) + tokens) as session:
+        return timed(lambda ids: int(session.step(ids).argmax()), token_ids, tokens)
+
+
+@torch.inference_mode()
+def bare_loop(model: SwarmModel, tokens: int) -> Load:
+    """Petals' own session, used directly: embed, step, final norm, head, pick the likeliest."""
+    token_ids = model.tokenizer.encode(PROMPT.format(topic=TOPICS[0]))
+    with InferenceSession(model.state.manager, len(token_ids) + tokens) as session:
+
+        def step(ids: list[int]) -> int:
+            return int(model.head.logits(session.step(model.head.embed(ids))[:, -1])[0].argmax())
+
+        return timed(step, token_ids, tokens)
+
+
+def plain_model(name: str, device: str, dtype: str, settings: Settings) -> tuple[Any, Any]:
+    """Load the whole model into this process."""
+    set_threads(cpu_count())
+    path = weights.locate(name, cache_dir=settings.cache_dir, progress=lambda _: None)
+    model = AutoModelForCausalLM.from_pretrained(path, torch_dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.to(device).eval(), tokenizer
+
+
+@torch.inference_mode()
+def plain(model: Any, tokenizer: Any, clients: int, tokens: int) -> Load:
+    """Greedy decoding in one batch that begins and ends for all at once."""
+    texts = [PROMPT.format(topic=TOPICS[i % len(TOPICS)]) for i in range(clients)]
+    inputs = tokenizer(texts, padding=True, return_tensors="pt").to(model.device)
+    ids, mask, past = inputs["input_ids"], inputs["attention_mask"], None
+    result = Load()
+    start = last = time.perf_counter()
+    for i in range(tokens):
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        extra = {} if model.config.model_type == "bloom" else {"position_ids": positions}
+        output = model(input_ids=ids, attention_mask=mask, past_key_values=past, use_cache=True, **extra)
+        past, ids = output.past_key_values, output.logits[:, -1:].argmax(-1)
+        ids.tolist()  # as whoever sends them on would do; waits for a GPU
+        mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+        now = time.perf_counter()
+        (result.gaps if i else result.first).extend([now - last] * clients)
+        last = now
+    result.seconds, result.tokens = last - start, tokens * clients
+    return result
+
+
+def note(results: dict[str, Any], kind: str, clients: int, measured: dict[str, float]) -> None:
+    results["runs"].append({"kind": kind, "clients": clients, **measured})
+    print(f"{clients:4} {kind}: {measured['tokens_per_s']:.1f} tokens/s", file=sys.stderr, flush=True)
+
+
+COLUMNS = ("tokens_per_s", "ttft_p50_ms", "ttft_p99_ms", "itl_p50_ms", "itl_p99_ms", "server_mib")
+
+
+def report(results: dict[str, Any]) -> None:
+    """Print a table, and what batching gains."""
+    print(f"{results['model']}, {results['dtype']} on {results['device']}, {results['cores']} cores")
+    print(f"{'':34}{'clients':>8}" + "".join(f"{name:>14}" for name in COLUMNS))
+    runs = sorted(results["runs"], key=lambda run: run["clients"])
+    for run in runs:
+        values = "".join(f"{run[name]:14.1f}" if name in run else " " * 14 for name in COLUMNS)
+        print(f"{run['kind']:34}{run['clients']:8}{values}")
+    by_kind = {(run["kind"], run["clients"]): run for run in runs}
+    results["ratios"] = {}
+    for clients in sorted({run["clients"] for run in runs}):
+        ours, stock = (by_kind[f"app, {kind}", clients] for kind in (BATCHING, STOCK))
+        ratio = {name: ours[name] / stock[name] for name in ("tokens_per_s", "ttft_p50_ms", "itl_p50_ms")}
+        results["ratios"][clients] = ratio
+        print(f"{clients} clients: {ratio['tokens_per_s']:.2f} times the tokens/s of the stock server, ", end="")
+        print(f"{ratio['ttft_p50_ms']:.2f} times its TTFT p50, {ratio['itl_p50_ms']:.2f} times its ITL p50")
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Plot tokens/s over the number of clients."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    for kind in dict.fromkeys(run["kind"] for run in results["runs"]):
+        runs = [run for run in results["runs"] if run["kind"] == kind]
+        axes.plot(*zip(*((run["clients"], run["tokens_per_s"]) for run in runs), strict=True), marker="o", label=kind)
+    axes.set(xscale="log", yscale="log", xlabel="clients at a time", ylabel="tokens/s, all clients together")
+    clients = sorted({run["clients"] for run in results["runs"]})
+    axes.set_xticks(clients, [str(count) for count in clients])
+    axes.set_title(
+        f"{results['model']}, {results['dtype']}, {results['device']}, {results['cores']} cores", fontsize=10
+    )
+    axes.grid(which="both", alpha=0.3)
+    axes.legend(fontsize=9)
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    main()
+    # Threads of the libraries below may hold the interpreter; everything that was started has been ended.
+    sys.stdout.flush()
+    os._exit(0)

@@ -1,0 +1,392 @@
+"""Continuous batching: steps of different sessions that wait at the same time are computed as one batch.
+
+A server's handlers are processes of their own, which take requests from the network; the ``Batcher`` is a thread of the
+process that computes. Each handler has a line to it, a pair of connected sockets. The batcher never waits for company:
+whatever has arrived when a batch ends makes the next one (Yu et al., "Orca", OSDI 2022), and prompts are cut into
+chunks, so that others' decoding goes on between them (Agrawal et al., "Sarathi-Serve", OSDI 2024).
+"""
+
+import asyncio
+import contextlib
+import ctypes
+import itertools
+import logging
+import multiprocessing
+import pickle
+import selectors
+import socket
+import struct
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import swarm.compat  # noqa: F401
+
+import torch
+from petals.server.memory_cache import MemoryCache
+
+from swarm.blocks import Part, RaggedBlocks
+
+log = logging.getLogger(__name__)
+
+# Tokens of prompts in one batch. Alone they come in pieces that are large enough for matrix products to be efficient;
+# beside sessions that decode, in pieces that delay those by a few steps' time only.
+PREFILL_TOKENS, MIXED_TOKENS = 512, 128
+# A handler reads whatever it is sent at once; one that takes nothing for so long is stopped or hangs.
+SEND_TIMEOUT = 10  # seconds
+HEADER = struct.Struct("!I")  # length of a message in bytes
+READ_SIZE = 2**18  # bytes read at a time; a step of decoding is some kilobytes
+
+
+class SharedMemoryCache(MemoryCache):
+    """Petals' account of attention cache, used by its own runtime and by the batcher, which are two threads."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._lock_tensors = threading.Lock()
+
+    @contextlib.contextmanager
+    def use_cache(self, *handles: int) -> Iterator[Sequence[torch.Tensor]]:
+        """Return the tensors of these handles; with no handle, only allocate and free what was asked for."""
+        with self._lock_tensors, super().use_cache(*handles) as tensors:
+            pass
+        yield tensors
+
+
+@dataclass(frozen=True)
+class Opening:
+    """Open a session: from now on it may send steps."""
+
+    session: int  # its number on this line
+    handle: int  # of its attention cache
+    first: int  # it is computed by blocks [first, last) of the span
+    last: int
+
+
+@dataclass(frozen=True)
+class StepRequest:
+    """Compute tokens of a session."""
+
+    session: int
+    start: int  # position of the first token
+    shape: tuple[int, int, int]  # of the hidden states: [sequences, tokens, hidden size]
+    hidden: bytes
+    prompts: Sequence[torch.Tensor | None] | None = None  # deep prompts of each block: [sequences, tokens, hidden size]
+    hypotheses: Sequence[int] | None = None  # beam search: which sequence each of the sequences goes on from
+
+
+@dataclass(frozen=True)
+class Closing:
+    """Forget a session, and what it waits for."""
+
+    session: int
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The outputs of a step, or why there are none."""
+
+    session: int
+    hidden: bytes = b""
+    error: str | None = None
+
+
+def pack(message: Any) -> bytes:
+    """Return a message as it goes over a line."""
+    body = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+    return HEADER.pack(len(body)) + body
+
+
+def to_bytes(tensor: torch.Tensor) -> bytes:
+    """Return the values of a tensor of any dtype, on the CPU."""
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def from_bytes(data: bytes, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
+    """Return a tensor of its own memory with these values."""
+    return torch.frombuffer(bytearray(data), dtype=dtype).view(*shape)
+
+
+class HandlerLine:
+    """A handler's end of its line. For the handler's event loop."""
+
+    def __init__(self, connection: socket.socket, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._connection = connection
+        self._numbers = itertools.count()
+        self._waiting: dict[int, asyncio.Future[Reply]] = {}
+        self._writer: asyncio.StreamWriter | None = None
+        self._reading: asyncio.Task[None] | None = None
+
+    async def connect(self) -> None:
+        """Begin; once, in the handler's process."""
+        if self._writer is None:
+            reader, self._writer = await asyncio.open_connection(sock=self._connection)
+            self._reading = asyncio.create_task(self._read(reader))
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        try:
+            while True:
+                size = HEADER.unpack(await reader.readexactly(HEADER.size))[0]
+                reply: Reply = pickle.loads(await reader.readexactly(size))
+                future = self._waiting.pop(reply.session, None)
+                if future is not None and not future.done():
+                    future.set_result(reply)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            for future in self._waiting.values():
+                if not future.done():
+                    future.set_exception(RuntimeError("the process that computes is gone"))
+
+    async def _send(self, message: Any) -> None:
+        assert self._writer is not None  # connected
+        self._writer.write(pack(message))
+        await self._writer.drain()
+
+    async def open(self, handle: int, first: int, last: int) -> int:
+        """Open a session and return its number; it must be closed."""
+        session = next(self._numbers)
+        await self._send(Opening(session, handle, first, last))
+        return session
+
+    async def step(
+        self,
+        session: int,
+        start: int,
+        hidden: torch.Tensor,
+        prompts: Sequence[torch.Tensor | None] | None,
+        hypotheses: Sequence[int] | None,
+    ) -> torch.Tensor:
+        """Compute tokens of a session and return their hidden states, of the shape and dtype of ``hidden``.
+
+        :raises RuntimeError: if that failed
+        """
+        self._waiting[session] = future = asyncio.get_running_loop().create_future()
+        shape = (hidden.shape[0], hidden.shape[1], hidden.shape[2])
+        await self._send(StepRequest(session, start, shape, to_bytes(hidden), prompts, hypotheses))
+        reply = await future
+        if reply.error is not None:
+            raise RuntimeError(reply.error)
+        return from_bytes(reply.hidden, hidden.dtype, shape)
+
+    async def close(self, session: int) -> None:
+        """Close a session."""
+        self._waiting.pop(session, None)
+        with contextlib.suppress(ConnectionError):  # the batcher is gone, and the session with it
+            await self._send(Closing(session))
+
+
+class _BatcherLine:
+    """The batcher's end of a line."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_TIMEOUT, 0))
+        self.sessions: dict[int, _Session] = {}
+        self._received = bytearray()
+
+    def receive(self) -> Iterator[Any]:
+        """Yield the messages that have arrived; does not wait.
+
+        :raises EOFError: if the handler is gone
+        """
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                data = self.connection.recv(READ_SIZE, socket.MSG_DONTWAIT)
+                if not data:
+                    raise EOFError
+                self._received += data
+                if len(data) < READ_SIZE:
+                    break
+        while len(self._received) >= HEADER.size:
+            end = HEADER.size + HEADER.unpack_from(self._received)[0]
+            if len(self._received) < end:
+                return
+            message = pickle.loads(self._received[HEADER.size : end])
+            del self._received[:end]
+            yield message
+
+    def send(self, reply: Reply) -> None:
+        """Send a reply.
+
+        :raises OSError: if the handler is gone, or takes nothing
+        """
+        self.connection.sendall(pack(reply))
+
+
+@dataclass(eq=False)
+class _Session:
+    line: _BatcherLine
+    number: int
+    cache: torch.Tensor  # see RaggedBlocks.cache_descriptor
+    first: int
+    last: int
+
+
+@dataclass(eq=False)
+class _Step:
+    session: _Session
+    start: int
+    hidden: torch.Tensor  # inputs, and outputs where the step is done: [sequences, tokens, hidden size]
+    prompts: Sequence[torch.Tensor | None] | None
+    hypotheses: Sequence[int] | None
+    done: int = 0  # tokens that are computed
+
+    @property
+    def left(self) -> int:
+        return self.hidden.shape[1] - self.done
+
+
+class Batcher(threading.Thread):
+    """Computes the steps that handlers send, in batches."""
+
+    def __init__(self, blocks: RaggedBlocks, memory_cache: SharedMemoryCache, num_lines: int) -> None:
+        super().__init__(name="batcher", daemon=True)
+        self.blocks = blocks
+        self._memory_cache = memory_cache
+        pairs = [socket.socketpair() for _ in range(num_lines)]
+        self._lines = [_BatcherLine(ours) for ours, _ in pairs]
+        self._handler_ends = [theirs for _, theirs in pairs]
+        self._wake, self._woken = socket.socketpair()
+        # Waiting steps by the blocks that they need. Whoever was served goes to the end.
+        self._queues: dict[tuple[int, int], list[_Step]] = {}
+        self.batches: Any = multiprocessing.Value(ctypes.c_uint64)  # computed so far; handlers tell it
+
+    def handler_line(self, index: int) -> HandlerLine:
+        """Return the other end of a line, for a handler that is not forked yet."""
+        return HandlerLine(self._handler_ends[index], self.blocks.dtype)
+
+    @torch.inference_mode()
+    def run(self) -> None:
+        """Compute until ``stop``."""
+        for connection in self._handler_ends:
+            connection.close()  # the handlers have theirs: this process sees when they are gone
+        selector = selectors.DefaultSelector()
+        selector.register(self._woken, selectors.EVENT_READ)
+        for line in self._lines:
+            selector.register(line.connection, selectors.EVENT_READ, line)
+        try:
+            while True:
+                for key, _ in selector.select(timeout=0 if self._queues else None):
+                    if key.fileobj is self._woken:
+                        return
+                    if not self._receive(key.data):
+                        selector.unregister(key.fileobj)
+                if self._queues:
+                    self._compute_next()
+        except Exception:
+            log.exception("the batcher fails; all sessions of this server are lost")
+        finally:
+            selector.close()
+            for line in self._lines:
+                line.connection.close()
+
+    def stop(self) -> None:
+        """End the thread after the batch that it computes. Does not wait."""
+        with contextlib.suppress(OSError):
+            self._wake.send(b"\0")
+
+    def _receive(self, line: _BatcherLine) -> bool:
+        """Take the messages of a line; return whether there may be more later."""
+        try:
+            for message in line.receive():
+                if isinstance(message, StepRequest):
+                    self._add(line, message)
+                elif isinstance(message, Opening):
+                    with self._memory_cache.use_cache(message.handle) as (cache,):
+                        session = _Session(line, message.session, cache, message.first, message.last)
+                    line.sessions[message.session] = session
+                else:
+                    self._close(line, message.session)
+        except (EOFError, ConnectionError):
+            if line.sessions:
+                log.warning("a handler is gone, and with it %d sessions", len(line.sessions))
+            for number in list(line.sessions):
+                self._close(line, number)
+            return False
+        return True
+
+    def _add(self, line: _BatcherLine, request: StepRequest) -> None:
+        session = line.sessions.get(request.session)
+        if session is None:
+            return  # closed meanwhile: nobody waits for it
+        hidden = from_bytes(request.hidden, self.blocks.dtype, request.shape)
+        step = _Step(session, request.start, hidden, request.prompts, request.hypotheses)
+        self._queues.setdefault((session.first, session.last), []).append(step)
+
+    def _close(self, line: _BatcherLine, number: int) -> None:
+        session = line.sessions.pop(number, None)
+        for blocks, steps in list(self._queues.items()):
+            self._put_back(blocks, [step for step in steps if step.session is not session])
+        with self._memory_cache.use_cache():  # frees what it had
+            pass
+
+    def _put_back(self, blocks: tuple[int, int], steps: list[_Step]) -> None:
+        """Let steps wait, behind those for other blocks."""
+        self._queues.pop(blocks, None)
+        if steps:
+            self._queues[blocks] = steps
+
+    def _compute_next(self) -> None:
+        blocks, steps = next(iter(self._queues.items()))
+        batch = choose(steps)
+        try:
+            self._compute(batch, *blocks)
+        except Exception as error:  # out of memory, for one; the sessions are told, the others go on
+            log.exception("a batch of %d steps failed", len(batch))
+            for step, _ in batch:
+                self._reply(step, Reply(step.session.number, error=f"{type(error).__name__}: {error}"))
+            failed = {id(step) for step, _ in batch}
+            self._put_back(blocks, [step for step in steps if id(step) not in failed])
+            return
+        for step, _ in batch:
+            if not step.left:
+                self._reply(step, Reply(step.session.number, to_bytes(step.hidden)))
+        self._put_back(blocks, [step for step in steps if step.left])
+
+    @staticmethod
+    def _reply(step: _Step, reply: Reply) -> None:
+        # If it fails the handler is gone: reading from it tells so, and then its sessions are closed.
+        with contextlib.suppress(OSError):
+            step.session.line.send(reply)
+
+    def _compute(self, batch: Sequence[tuple["_Step", int]], first: int, last: int) -> None:
+        parts: list[Part] = []
+        pieces: list[torch.Tensor] = []
+        for step, count in batch:
+            if step.hypotheses is not None and not step.done:
+                cache = step.session.cache[:, :, : step.start]
+                cache.copy_(cache[:, list(step.hypotheses)])
+            inputs = step.hidden[:, step.done : step.done + count]
+            for row, cache in enumerate(step.session.cache.unbind(1)):
+                parts.append(Part(cache, step.start + step.done, count, self._prompts(step, row)))
+                pieces.append(inputs[row])
+        hidden = torch.cat(pieces).to(self.blocks.device)
+        outputs = iter(self.blocks.forward(hidden, parts, first, last).cpu().split([part.length for part in parts]))
+        for step, count in batch:
+            for row in step.hidden[:, step.done : step.done + count]:
+                row.copy_(next(outputs))
+            step.done += count
+        with self.batches.get_lock():
+            self.batches.value += 1
+
+    def _prompts(self, step: _Step, row: int) -> list[torch.Tensor | None] | None:
+        """Return what is left of a sequence's deep prompts."""
+        if step.prompts is None:
+            return None
+        return [None if p is None else p[row, step.done :].to(self.blocks.device) for p in step.prompts]
+
+
+def choose(steps: Sequence[_Step]) -> list[tuple[_Step, int]]:
+    """Return the steps of the next batch, and how many tokens of each.
+
+    All that decode take part. Prompts share what is left, the oldest first.
+    """
+    batch = [(step, 1) for step in steps if step.left == 1]
+    tokens = MIXED_TOKENS if batch else PREFILL_TOKENS
+    for step in steps:
+        if step.left > 1 and tokens > 0:
+            count = max(1, min(step.left, tokens // step.hidden.shape[0]))
+            batch.append((step, count))
+            tokens -= count * step.hidden.shape[0]
+    return batch

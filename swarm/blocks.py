@@ -1,0 +1,274 @@
+"""Transformer blocks computed for many sequences at once, each with its own length and its own attention cache.
+
+The tokens of a batch stand one after the other in one matrix, so that every matrix product serves all sequences: one
+reading of the weights, which is what decoding waits for, makes a token for each of them. Only attention is computed per
+sequence, over keys and values that are written and read where they are; nothing is padded and nothing is copied.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import swarm.compat  # noqa: F401
+
+import torch
+import torch.nn.functional as F
+from hivemind import TensorDescriptor
+from petals.models.bloom.block import WrappedBloomBlock
+from petals.models.llama.block import WrappedLlamaBlock
+from torch import nn
+from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+from transformers.models.llama.modeling_llama import LlamaDynamicNTKScalingRotaryEmbedding
+
+from swarm.projection import join
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one sequence adds to a batch: some tokens that follow each other."""
+
+    cache: torch.Tensor  # the sequence's: [blocks, max length, 2, key/value heads, head size]; keys, then values
+    start: int  # position of the first token
+    length: int  # tokens
+    prompts: Sequence[torch.Tensor | None] | None = None  # deep prompts to add before each block: [tokens, hidden size]
+
+
+class Batch:
+    """The parts of one batch, prepared for all blocks. Their tokens follow each other in the order of the parts."""
+
+    def __init__(self, parts: Sequence[Part], first: int, mask: Callable[[Part], torch.Tensor | None]) -> None:
+        self.parts = parts
+        self._first = first  # the block that the caches begin with
+        self.sizes = [part.length for part in parts]
+        self._masks = [mask(part) for part in parts]
+        # One call makes the views for all blocks: a call for each block and sequence would cost more than attention.
+        slots = [part.cache[:, part.start : part.start + part.length].unbind(0) for part in parts]
+        self._slots = list(zip(*slots, strict=True))
+        past = [part.cache[:, : part.start + part.length].unsqueeze(1) for part in parts]
+        self._keys = [cache[:, :, :, 0].transpose(2, 3).unbind(0) for cache in past]
+        self._values = [cache[:, :, :, 1].transpose(2, 3).unbind(0) for cache in past]
+
+    def positions(self, device: torch.device) -> torch.Tensor:
+        """Return the position of each token: [tokens]."""
+        spans = [torch.arange(part.start, part.start + part.length) for part in self.parts]
+        return torch.cat(spans).to(device)
+
+    def attend(self, block: int, queries: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        """Write new keys and values to the caches, and attend to all that are there.
+
+        Query heads that share a key/value head are computed as further queries of it, which needs no copy of it.
+
+        :param block: its number in the span
+        :param queries: [tokens, key/value heads, query heads of each, head size]
+        :param new: keys and values, [tokens, 2, key/value heads, head size]
+        :returns: [tokens, hidden size]
+        """
+        index = block - self._first
+        torch._foreach_copy_(self._slots[index], new.split(self.sizes))
+        outputs = []
+        for query, keys, values, mask in zip(
+            queries.split(self.sizes), self._keys, self._values, self._masks, strict=True
+        ):
+            if (length := query.shape[0]) == 1:
+                output = F.scaled_dot_product_attention(query, keys[index], values[index], attn_mask=mask)
+            else:
+                _, heads, group, size = query.shape
+                query = query.permute(1, 2, 0, 3).reshape(1, heads, group * length, size)
+                output = F.scaled_dot_product_attention(query, keys[index], values[index], attn_mask=mask)
+                output = output.view(heads, group, length, size).permute(2, 0, 1, 3)
+            outputs.append(output.reshape(length, -1))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def causal_mask(part: Part, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return what to add to attention scores so that no token sees a later one: [tokens, tokens up to the last]."""
+    allowed = torch.ones(part.length, part.start + part.length, dtype=torch.bool, device=device).tril(part.start)
+    return torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill_(~allowed, -math.inf)
+
+
+class RaggedBlocks:
+    """The blocks of a server's span. Subclasses know the families' mathematics."""
+
+    block_type: type[nn.Module]
+
+    def __init__(self, blocks: Sequence[Any], config: Any, dtype: torch.dtype, max_length: int) -> None:
+        """Prepare the blocks. Petals can go on using them: the weights are shared.
+
+        :param max_length: of a sequence, tokens
+        """
+        self.blocks = blocks
+        self.config = config
+        self.dtype = dtype
+        self.max_length = max_length
+        self.device = next(blocks[0].parameters()).device
+        self.kv_heads = config.num_attention_heads // config.num_key_value_groups
+        self.group = config.num_key_value_groups
+        self.head_size = config.hidden_size // config.num_attention_heads
+
+    def cache_descriptor(self, num_blocks: int, batch_size: int, max_length: int) -> TensorDescriptor:
+        """Describe the attention cache of a session of ``num_blocks`` blocks; it takes as much memory as petals' own.
+
+        Its shape is [blocks, sequences, max length, 2, key/value heads, head size].
+        """
+        shape = (num_blocks, batch_size, max_length, 2, self.kv_heads, self.head_size)
+        return TensorDescriptor(shape, dtype=self.dtype, device=self.device)
+
+    def forward(self, hidden: torch.Tensor, parts: Sequence[Part], first: int, last: int) -> torch.Tensor:
+        """Compute blocks [first, last) of the span, numbered from 0.
+
+        :param hidden: [tokens, hidden size], the parts' tokens one after the other
+        :returns: the same shape; the caches hold the keys and values of the new tokens
+        """
+        batch = Batch(parts, first, self.mask)
+        context = self.context(batch)
+        for block in range(first, last):
+            add_prompts(hidden, parts, block - first)
+            hidden = self.compute(block, hidden, batch, context)
+        return hidden
+
+    def mask(self, part: Part) -> torch.Tensor | None:
+        """Return what is added to a part's attention scores, broadcastable to
+        [1, key/value heads, queries, tokens up to the last], or None for nothing."""
+        raise NotImplementedError
+
+    def context(self, batch: Batch) -> Any:
+        """Return what all blocks need to know of a batch."""
+        raise NotImplementedError
+
+    def compute(self, number: int, hidden: torch.Tensor, batch: Batch, context: Any) -> torch.Tensor:
+        """Compute one block, given its number in the span."""
+        raise NotImplementedError
+
+
+def add_prompts(hidden: torch.Tensor, parts: Sequence[Part], index: int) -> None:
+    """Add the deep prompts of block ``index`` to the first tokens of the parts that have some, in place."""
+    offset = 0
+    for part in parts:
+        if part.prompts is not None and (prompt := part.prompts[index]) is not None:
+            count = min(part.length, prompt.shape[0])
+            hidden[offset : offset + count] += prompt[:count]
+        offset += part.length
+
+
+class BloomBlocks(RaggedBlocks):
+    """BLOOM: attention with linear biases (ALiBi, https://arxiv.org/abs/2108.12409) on the keys' positions."""
+
+    block_type = WrappedBloomBlock
+
+    def __init__(self, blocks: Sequence[Any], config: Any, dtype: torch.dtype, max_length: int) -> None:
+        super().__init__(blocks, config, dtype, max_length)
+        self._projections = [
+            (
+                join(block.self_attention, "query_key_value"),
+                join(block.self_attention, "dense"),
+                join(block.mlp, "dense_h_to_4h"),
+                join(block.mlp, "dense_4h_to_h"),
+            )
+            for block in blocks
+        ]
+        ones = torch.ones(1, max_length, device=self.device)
+        self._alibi = build_alibi_tensor(ones, config.num_attention_heads, dtype)[None]  # [1, heads, 1, max length]
+
+    def mask(self, part: Part) -> torch.Tensor:
+        alibi = self._alibi[..., : part.start + part.length]
+        return alibi if part.length == 1 else alibi + causal_mask(part, self.dtype, self.device)
+
+    def context(self, batch: Batch) -> None:
+        return None
+
+    def compute(self, number: int, hidden: torch.Tensor, batch: Batch, context: None) -> torch.Tensor:
+        block: Any = self.blocks[number]
+        query_key_value, dense, up, down = self._projections[number]
+        post_norm = block.apply_residual_connection_post_layernorm
+        normed = block.input_layernorm(hidden)
+        # The checkpoints keep query, key and value of one head together.
+        fused = query_key_value(normed).view(-1, self.kv_heads, 3, self.head_size)
+        attended = batch.attend(number, fused[:, :, :1], fused[:, :, 1:].transpose(1, 2))
+        hidden = dense(attended).add_(normed if post_norm else hidden)
+        normed = block.post_attention_layernorm(hidden)
+        return down(F.gelu(up(normed), approximate="tanh")).add_(normed if post_norm else hidden)
+
+
+class LlamaBlocks(RaggedBlocks):
+    """Llama: rotary positions (RoPE, https://arxiv.org/abs/2104.09864), RMS norms, grouped queries, gated MLP."""
+
+    block_type = WrappedLlamaBlock
+
+    def __init__(self, blocks: Sequence[Any], config: Any, dtype: torch.dtype, max_length: int) -> None:
+        super().__init__(blocks, config, dtype, max_length)
+        self._projections = [
+            (
+                join(block.self_attn, "q_proj", "k_proj", "v_proj"),
+                join(block.self_attn, "o_proj"),
+                join(block.mlp, "gate_proj", "up_proj"),
+                join(block.mlp, "down_proj"),
+            )
+            for block in blocks
+        ]
+        rotary: Any = blocks[0].self_attn.rotary_emb
+        cos, sin = rotary(torch.empty(0, dtype=dtype, device=self.device), seq_len=max_length)
+        half = self.head_size // 2
+        self._cos = cos[0, 0, :max_length, None]  # [max length, 1, head size]
+        # With the signs of the rotation in it, what is left to do is to swap the halves.
+        self._sin = torch.cat([-sin[0, 0, :max_length, None, :half], sin[0, 0, :max_length, None, half:]], dim=-1)
+
+    def mask(self, part: Part) -> torch.Tensor | None:
+        if part.length == 1:
+            return None
+        return causal_mask(part, self.dtype, self.device).repeat(self.group, 1)
+
+    def context(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        positions = batch.positions(self.device)
+        return self._cos[positions], self._sin[positions]
+
+    def compute(
+        self, number: int, hidden: torch.Tensor, batch: Batch, context: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        block: Any = self.blocks[number]
+        heads, kv_heads, size = self.kv_heads * self.group, self.kv_heads, self.head_size
+        query_key_value, output, gate_up, down = self._projections[number]
+        projected = query_key_value(norm(block.input_layernorm, hidden)).view(-1, heads + 2 * kv_heads, size)
+        self._rotate(projected[:, : heads + kv_heads], *context)
+        queries = projected[:, :heads].unflatten(1, (kv_heads, self.group))
+        attended = batch.attend(number, queries, projected[:, heads:].unflatten(1, (2, kv_heads)))
+        hidden = output(attended).add_(hidden)
+        normed = norm(block.post_attention_layernorm, hidden)
+        gate, up = gate_up(normed).chunk(2, dim=-1)
+        return down(block.mlp.act_fn(gate) * up).add_(hidden)
+
+    @staticmethod
+    def _rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        """Rotate queries and keys, [tokens, heads, head size], by their positions, in place."""
+        swapped = heads.roll(heads.shape[-1] // 2, -1)
+        torch.addcmul(heads * cos, swapped, sin, out=heads)
+
+
+def norm(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Compute an RMS norm (https://arxiv.org/abs/1910.07467)."""
+    return F.rms_norm(hidden, layer.weight.shape, layer.weight, layer.variance_epsilon)
+
+
+def make_ragged_blocks(modules: Sequence[Any], config: Any, dtype: torch.dtype, max_length: int) -> RaggedBlocks | None:
+    """Return the blocks of a server for batches, or None if they can only be computed by petals.
+
+    That is so for other families, quantised weights, adapters, and weights split over devices or into slices.
+
+    :param modules: what petals has loaded, wrapped in ``TensorParallel``
+    """
+    shards = [module.module_shards for module in modules]
+    if any(len(blocks) != 1 for blocks in shards) or getattr(config, "pretraining_tp", 1) != 1:
+        return None
+    blocks = [blocks[0] for blocks in shards]
+    for family in (BloomBlocks, LlamaBlocks):
+        if all(type(block) is family.block_type and is_plain(block) for block in blocks):
+            return family(blocks, config, dtype, max_length)
+    return None
+
+
+def is_plain(block: nn.Module) -> bool:
+    """Whether a block has the layers that it was published with, and nothing that depends on a sequence's length."""
+    kinds = {type(module) for module in block.modules()}
+    return LlamaDynamicNTKScalingRotaryEmbedding not in kinds and not any(
+        issubclass(kind, nn.Linear) and kind is not nn.Linear for kind in kinds
+    )

@@ -1,0 +1,375 @@
+"""Servers that batch: exact beside plain Transformers and stock servers, for this client and petals' own."""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from petals import AutoDistributedConfig
+from petals.client.inference_session import InferenceSession
+from petals.server.from_pretrained import load_pretrained_block
+from petals.utils.convert_block import QuantType, convert_block
+from transformers import BloomForCausalLM, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from swarm.batching import MIXED_TOKENS, Batcher, HandlerLine, SharedMemoryCache
+from swarm.blocks import BloomBlocks, LlamaBlocks, Part, RaggedBlocks, make_ragged_blocks
+from swarm.client import SwarmModel
+from swarm.local import LocalSwarm
+from tests.conftest import greedy, load_model, tiny_server
+from tests.test_session import PROMPTS, infos, run_greedy
+from tests.tiny import make_tiny_falcon, make_tiny_llama
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_llama(tmp_path_factory.mktemp("llama") / "tiny-llama")
+
+
+@pytest.fixture(scope="module")
+def stock_chain(tiny_bloom: Path) -> Iterator[SwarmModel]:
+    """A swarm in which a batching server is followed by a stock one."""
+    with LocalSwarm() as local:
+        local.start_server(tiny_server(tiny_bloom, "0:2"))
+        local.start_server(tiny_server(tiny_bloom, "2:4", batching=False))
+        model = load_model(tiny_bloom, local)
+        yield model
+        model.close()
+
+
+def load_blocks(path: Path) -> tuple[list[Any], Any]:
+    """Load blocks as petals' server does."""
+    config = AutoDistributedConfig.from_pretrained(str(path))
+    blocks = [
+        load_pretrained_block(str(path), i, config=config, torch_dtype=torch.float32)
+        for i in range(config.num_hidden_layers)
+    ]
+    return [convert_block(block, i, config, (CPU,), CPU, QuantType.NONE) for i, block in enumerate(blocks)], config
+
+
+def ragged(path: Path) -> tuple[RaggedBlocks, list[Any]]:
+    modules, config = load_blocks(path)
+    blocks = make_ragged_blocks(modules, config, torch.float32, 256)
+    assert blocks is not None
+    return blocks, modules
+
+
+@torch.inference_mode()
+def petals_outputs(modules: list[Any], hidden: torch.Tensor) -> torch.Tensor:
+    """What petals' own blocks make of a sequence: [tokens, hidden size]."""
+    hidden = hidden[None]
+    for module in modules:
+        (hidden,) = module.forward(hidden)
+    return hidden[0]
+
+
+@pytest.mark.parametrize("family", [BloomBlocks, LlamaBlocks])
+def test_ragged_blocks_equal_petals_blocks(family: type, tiny_bloom: Path, tiny_llama: Path) -> None:
+    blocks, modules = ragged(tiny_bloom if family is BloomBlocks else tiny_llama)
+    assert type(blocks) is family
+    torch.manual_seed(0)
+    lengths, hidden_size = [5, 9, 30], blocks.config.hidden_size
+    sequences = [torch.randn(length, hidden_size) for length in lengths]
+    caches = [blocks.cache_descriptor(4, 1, 64).make_zeros()[:, 0] for _ in lengths]
+    outputs: list[list[torch.Tensor]] = [[] for _ in lengths]
+    # Batches of pieces: prompts, single tokens and both together.
+    with torch.inference_mode():
+        for pieces in ([(0, 0, 4), (2, 0, 7)], [(0, 4, 1), (1, 0, 8), (2, 7, 22)], [(1, 8, 1), (2, 29, 1)]):
+            parts = [Part(caches[i], start, length) for i, start, length in pieces]
+            inputs = torch.cat([sequences[i][start : start + length] for i, start, length in pieces])
+            results = blocks.forward(inputs, parts, 0, 4).split([length for _, _, length in pieces])
+            for (i, _, _), result in zip(pieces, results, strict=True):
+                outputs[i].append(result)
+    for sequence, output in zip(sequences, outputs, strict=True):
+        torch.testing.assert_close(torch.cat(output), petals_outputs(modules, sequence), rtol=1e-4, atol=1e-4)
+
+
+def test_a_part_of_the_span(tiny_llama: Path) -> None:
+    """A session may need only some of a server's blocks; its cache is for those."""
+    blocks, modules = ragged(tiny_llama)
+    hidden = torch.randn(6, 64)
+    cache = blocks.cache_descriptor(2, 1, 8).make_zeros()[:, 0]
+    with torch.inference_mode():
+        output = blocks.forward(hidden.clone(), [Part(cache, 0, 6)], 1, 3)
+    torch.testing.assert_close(output, petals_outputs(modules[1:3], hidden), rtol=1e-4, atol=1e-4)
+
+
+def test_other_families_are_left_to_petals(tmp_path: Path) -> None:
+    modules, config = load_blocks(make_tiny_falcon(tmp_path / "falcon"))
+    assert make_ragged_blocks(modules, config, torch.float32, 256) is None
+
+
+class Bench:
+    """A batcher without servers: its one line and its cache are in this process."""
+
+    def __init__(self, blocks: RaggedBlocks) -> None:
+        self.blocks = blocks
+        self.cache = SharedMemoryCache(2**30)
+        self.batcher = Batcher(blocks, self.cache, 1)
+        self.line: HandlerLine = self.batcher.handler_line(0)
+        self.handles = 0
+
+    async def __aenter__(self) -> "Bench":
+        self.line._connection = self.line._connection.dup()  # as a handler's process has one of its own
+        await self.line.connect()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if not self.batcher.is_alive() and not self.batcher.ident:
+            self.batcher.start()
+        self.batcher.stop()
+        await asyncio.to_thread(self.batcher.join, 10)
+        assert not self.batcher.is_alive()
+
+    async def open(self, max_length: int, first: int = 0, last: int = 4, batch_size: int = 1) -> int:
+        self.handles += 1
+        descriptor = self.blocks.cache_descriptor(last - first, batch_size, max_length)
+        self.cache._pipe_send.send(((self.handles,), (descriptor,)))  # what `allocate_cache` does in a handler
+        return await self.line.open(self.handles, first, last)
+
+    async def step(self, session: int, start: int, hidden: torch.Tensor) -> torch.Tensor:
+        return (await asyncio.wait_for(self.line.step(session, start, hidden[None], None, None), 10))[0]
+
+
+async def all_sent() -> None:
+    """Let the tasks run up to where they wait for an answer."""
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+def test_steps_that_wait_are_one_batch(tiny_llama: Path) -> None:
+    blocks, modules = ragged(tiny_llama)
+
+    async def scenario() -> None:
+        async with Bench(blocks) as bench:
+            inputs = torch.randn(16, 1, 64)
+            sessions = [await bench.open(8) for _ in inputs]
+            steps = [asyncio.create_task(bench.step(s, 0, x)) for s, x in zip(sessions, inputs, strict=True)]
+            await all_sent()
+            bench.batcher.start()
+            outputs = await asyncio.gather(*steps)
+            assert bench.batcher.batches.value == 1
+            for x, output in zip(inputs, outputs, strict=True):
+                torch.testing.assert_close(output, petals_outputs(modules, x), rtol=1e-4, atol=1e-4)
+
+    asyncio.run(scenario())
+
+
+def test_a_long_prompt_lets_others_go_on(tiny_llama: Path) -> None:
+    """While a session decodes, another's prompt is computed in chunks; its steps take part in each batch."""
+    blocks, modules = ragged(tiny_llama)
+    chunks = 2
+
+    async def scenario() -> None:
+        async with Bench(blocks) as bench:
+            prompt, token = torch.randn(chunks * MIXED_TOKENS, 64)[:255], torch.randn(1, 64)
+            long, short = await bench.open(256), await bench.open(8)
+            prefill = asyncio.create_task(bench.step(long, 0, prompt))
+            decode = asyncio.create_task(bench.step(short, 0, token))
+            await all_sent()
+            bench.batcher.start()
+            await decode
+            assert bench.batcher.batches.value < chunks or not prefill.done()
+            output = await prefill
+            assert bench.batcher.batches.value == chunks
+            torch.testing.assert_close(output, petals_outputs(modules, prompt), rtol=1e-4, atol=1e-4)
+
+    asyncio.run(scenario())
+
+
+def test_different_parts_of_the_span_take_turns(tiny_llama: Path) -> None:
+    blocks, modules = ragged(tiny_llama)
+
+    async def scenario() -> None:
+        async with Bench(blocks) as bench:
+            x = torch.randn(3, 64)
+            whole, part = await bench.open(8), await bench.open(8, 1, 3)
+            steps = [asyncio.create_task(bench.step(session, 0, x)) for session in (whole, part)]
+            await all_sent()
+            bench.batcher.start()
+            outputs = await asyncio.gather(*steps)
+            torch.testing.assert_close(outputs[0], petals_outputs(modules, x), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(outputs[1], petals_outputs(modules[1:3], x), rtol=1e-4, atol=1e-4)
+
+    asyncio.run(scenario())
+
+
+def test_a_batch_that_fails_is_told_and_the_next_one_works(tiny_llama: Path) -> None:
+    blocks, _ = ragged(tiny_llama)
+
+    async def scenario() -> None:
+        async with Bench(blocks) as bench:
+            bench.batcher.start()
+            session = await bench.open(8)
+            with pytest.raises(RuntimeError):
+                await bench.step(session, 7, torch.randn(3, 64))  # does not fit its cache
+            again = await bench.open(8)
+            assert (await bench.step(again, 0, torch.randn(3, 64))).shape == (3, 64)
+
+    asyncio.run(scenario())
+
+
+def test_what_a_closed_session_waits_for_is_not_computed(tiny_llama: Path) -> None:
+    blocks, _ = ragged(tiny_llama)
+
+    async def scenario() -> None:
+        async with Bench(blocks) as bench:
+            session, other = await bench.open(256), await bench.open(8)
+            step = asyncio.create_task(bench.step(session, 0, torch.randn(200, 64)))
+            await all_sent()
+            await bench.line.close(session)
+            bench.batcher.start()
+            await bench.step(other, 0, torch.randn(1, 64))
+            assert bench.batcher.batches.value == 1
+            step.cancel()
+
+    asyncio.run(scenario())
+
+
+def test_sixteen_sessions_equal_transformers(
+    model: SwarmModel, reference: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Sessions of different lengths through a chain of two servers: some begin, with long prompts, while others decode,
+    and some end before the others."""
+    texts = (tokenizer.encode(" ".join(PROMPTS)) * 20)[:400]
+    prompts = [texts[i : i + 1 + (i * 7) % 40 + (300 if i % 5 == 4 else 0)] for i in range(16)]
+    expected = [greedy(reference, prompt, 10 + 3 * i) for i, prompt in enumerate(prompts)]
+    results: list[list[int] | None] = [None] * len(prompts)
+    before = infos(model)
+    begun = [threading.Event() for _ in prompts]
+
+    def work(i: int) -> None:
+        if i % 5 == 4:
+            assert begun[i - 1].wait(timeout=60)  # in the middle of the others' decoding
+        with model.open_session(512) as session:
+            first = int(session.step(prompts[i]).argmax())
+            begun[i].set()
+            rest = run_greedy(session, [first], len(expected[i]) - 1) if len(expected[i]) > 1 else []
+            results[i] = [first, *rest]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert results == expected
+    steps = sum(map(len, expected))
+    for now, then in zip(infos(model), before, strict=True):
+        assert 0 < now["inference_batches"] - then["inference_batches"] < steps, "nothing was computed together"
+
+
+def test_llama_through_servers(tiny_llama: Path) -> None:
+    reference = LlamaForCausalLM.from_pretrained(tiny_llama, torch_dtype=torch.float32).eval()
+    with LocalSwarm() as local:
+        for blocks in ("0:2", "2:4"):
+            local.start_server(tiny_server(tiny_llama, blocks))
+        model = load_model(tiny_llama, local)
+        for prompt in PROMPTS:
+            token_ids = model.tokenizer.encode(prompt)
+            expected = greedy(reference, token_ids, 30)
+            with model.open_session(128) as session:
+                assert run_greedy(session, token_ids, len(expected)) == expected
+        assert all(info["inference_batches"] for info in infos(model))
+        model.close()
+
+
+def test_beside_a_stock_server(
+    stock_chain: SwarmModel, reference: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    assert [info["batching"] for info in infos(stock_chain)] == [True, False]
+    token_ids = tokenizer.encode(PROMPTS[1])
+    expected = greedy(reference, token_ids, 30)
+    with stock_chain.open_session(64) as session:
+        assert run_greedy(session, token_ids, len(expected)) == expected
+
+
+def test_stock_client(model: SwarmModel, reference: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    token_ids = tokenizer.encode(PROMPTS[2])
+    expected = greedy(reference, token_ids, 20)
+    generated: list[int] = []
+    with InferenceSession(model.state.manager, 64) as session, torch.inference_mode():
+        inputs = token_ids
+        while len(generated) < len(expected):
+            logits = model.head.logits(session.step(model.head.embed(inputs))[:, -1])
+            inputs = [int(logits[0].argmax())]
+            generated += inputs
+    assert generated == expected
+
+
+@torch.inference_mode()
+def test_beam_search_of_a_stock_client(model: SwarmModel, stock_chain: SwarmModel) -> None:
+    """Hypotheses, sequences of one session that go on from each other's past, give what stock servers give."""
+    torch.manual_seed(0)
+    steps = [(torch.randn(3, 5, 64), None), (torch.randn(3, 1, 64), [2, 0, 0]), (torch.randn(3, 1, 64), [1, 1, 2])]
+
+    def outputs(manager: Any) -> list[torch.Tensor]:
+        with InferenceSession(manager, 16) as session:
+            return [session.step(x, hypo_ids=None if ids is None else torch.tensor(ids)) for x, ids in steps]
+
+    for ours, theirs in zip(outputs(model.state.manager), outputs(stock_chain.state.manager), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_deep_prompts_of_a_stock_client(model: SwarmModel, stock_chain: SwarmModel) -> None:
+    torch.manual_seed(0)
+    hidden, more, prompts = torch.randn(2, 6, 64), torch.randn(2, 1, 64), torch.randn(4, 2, 3, 64)
+
+    def outputs(manager: Any) -> list[torch.Tensor]:
+        with InferenceSession(manager, 16) as session:
+            return [session.step(hidden.clone(), prompts=prompts), session.step(more)]
+
+    for ours, theirs in zip(outputs(model.state.manager), outputs(stock_chain.state.manager), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("length", [0, 1, 7, 12])
+def test_rewind(
+    model: SwarmModel, stock_chain: SwarmModel, tokenizer: PreTrainedTokenizerBase, reference: Any, length: int
+) -> None:
+    """Going back costs batching servers nothing; stock servers compute the tokens again, with the same result."""
+    token_ids = (tokenizer.encode(PROMPTS[0]) * 4)[:12]
+    other = [9, 8, 7, 6]
+    expected = greedy(reference, token_ids[:length] + other, 12)
+    for swarm_model, again in ((model, [0, 0]), (stock_chain, [0, length])):
+        with swarm_model.open_session(64) as session:
+            run_greedy(session, token_ids, 10)
+            before = infos(swarm_model)
+            session.truncate(length)
+            assert session.position == length
+            assert run_greedy(session, other, len(expected)) == expected
+            processed = len(other) + len(expected) - 1
+            counts = [
+                now["inference_tokens"] - then["inference_tokens"]
+                for now, then in zip(infos(swarm_model), before, strict=True)
+            ]
+            assert counts == [processed + count for count in again]
+            assert session.recoveries == 0
+
+
+def test_the_last_logits_once_more(model: SwarmModel) -> None:
+    with model.open_session(16) as session:
+        logits = session.step([5, 6, 7])
+        torch.testing.assert_close(session.step(), logits)
+        assert session.position == 3
+
+
+def test_rewind_then_lose_the_server(
+    model: SwarmModel, reference: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """What was forgotten is not restored by failover."""
+    from tests.test_session import lose
+
+    token_ids = tokenizer.encode(PROMPTS[3])
+    expected = greedy(reference, [*token_ids, 9], 20)
+    with model.open_session(64) as session:
+        run_greedy(session, token_ids, 12)
+        session.truncate(len(token_ids))
+        generated = run_greedy(session, [9], 5)
+        lose(session, 1)
+        assert generated + run_greedy(session, generated[-1:], len(expected) - 5) == expected
+        assert session.recoveries == 1
