@@ -12,6 +12,7 @@ from typing import Any
 
 import swarm.compat  # noqa: F401
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from hivemind import TensorDescriptor
@@ -21,6 +22,7 @@ from torch import nn
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 from transformers.models.llama.modeling_llama import LlamaDynamicNTKScalingRotaryEmbedding
 
+from swarm import kernels
 from swarm.projection import join
 
 
@@ -37,48 +39,75 @@ class Part:
 class Batch:
     """The parts of one batch, prepared for all blocks. Their tokens follow each other in the order of the parts."""
 
-    def __init__(self, parts: Sequence[Part], first: int, mask: Callable[[Part], torch.Tensor | None]) -> None:
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        first: int,
+        mask: Callable[[Part], torch.Tensor | None],
+        attention: kernels.Attention | None,
+    ) -> None:
+        """Prepare a batch.
+
+        :param first: the block that the caches begin with
+        :param mask: see ``RaggedBlocks.mask``
+        :param attention: computes single tokens, which must come first; None: all parts are computed by PyTorch
+        """
         self.parts = parts
-        self._first = first  # the block that the caches begin with
-        self.sizes = [part.length for part in parts]
-        self._masks = [mask(part) for part in parts]
+        self._first = first
+        self._attention = attention
+        singles = 0
+        while attention is not None and singles < len(parts) and parts[singles].length == 1:
+            singles += 1
+        self._singles = singles
+        if singles:
+            caches = [part.cache for part in parts[:singles]]
+            starts = np.array([cache.data_ptr() for cache in caches])
+            strides = np.array([cache.stride(0) * cache.element_size() for cache in caches])
+            self._addresses = starts + np.arange(len(caches[0]))[:, None] * strides  # [blocks, sequences]
+            self._positions = np.array([part.start for part in parts[:singles]])
+        others = parts[singles:]
+        self._sizes = [part.length for part in others]
+        self._masks = [mask(part) for part in others]
         # One call makes the views for all blocks: a call for each block and sequence would cost more than attention.
-        slots = [part.cache[:, part.start : part.start + part.length].unbind(0) for part in parts]
+        slots = [part.cache[:, part.start : part.start + part.length].unbind(0) for part in others]
         self._slots = list(zip(*slots, strict=True))
-        past = [part.cache[:, : part.start + part.length].unsqueeze(1) for part in parts]
+        past = [part.cache[:, : part.start + part.length].unsqueeze(1) for part in others]
         self._keys = [cache[:, :, :, 0].transpose(2, 3).unbind(0) for cache in past]
         self._values = [cache[:, :, :, 1].transpose(2, 3).unbind(0) for cache in past]
 
-    def positions(self, device: torch.device) -> torch.Tensor:
+    def positions(self) -> torch.Tensor:
         """Return the position of each token: [tokens]."""
-        spans = [torch.arange(part.start, part.start + part.length) for part in self.parts]
-        return torch.cat(spans).to(device)
+        return torch.cat([torch.arange(part.start, part.start + part.length) for part in self.parts])
 
     def attend(self, block: int, queries: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         """Write new keys and values to the caches, and attend to all that are there.
-
-        Query heads that share a key/value head are computed as further queries of it, which needs no copy of it.
 
         :param block: its number in the span
         :param queries: [tokens, key/value heads, query heads of each, head size]
         :param new: keys and values, [tokens, 2, key/value heads, head size]
         :returns: [tokens, hidden size]
         """
-        index = block - self._first
-        torch._foreach_copy_(self._slots[index], new.split(self.sizes))
+        index, singles = block - self._first, self._singles
         outputs = []
-        for query, keys, values, mask in zip(
-            queries.split(self.sizes), self._keys, self._values, self._masks, strict=True
-        ):
-            if (length := query.shape[0]) == 1:
-                output = F.scaled_dot_product_attention(query, keys[index], values[index], attn_mask=mask)
-            else:
-                _, heads, group, size = query.shape
-                query = query.permute(1, 2, 0, 3).reshape(1, heads, group * length, size)
-                output = F.scaled_dot_product_attention(query, keys[index], values[index], attn_mask=mask)
-                output = output.view(heads, group, length, size).permute(2, 0, 1, 3)
-            outputs.append(output.reshape(length, -1))
+        if self._attention is not None and singles:
+            addresses = self._addresses[index]
+            outputs.append(self._attention(queries[:singles], new[:singles], addresses, self._positions))
+        if self._sizes:
+            outputs += self._attend_by_torch(index, queries[singles:], new[singles:])
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _attend_by_torch(self, index: int, queries: torch.Tensor, new: torch.Tensor) -> list[torch.Tensor]:
+        """Compute part by part. Query heads that share a key/value head are computed as further queries of it, which
+        needs no copy of it."""
+        torch._foreach_copy_(self._slots[index], new.split(self._sizes))
+        outputs = []
+        parts = zip(queries.split(self._sizes), self._keys, self._values, self._masks, strict=True)
+        for query, keys, values, mask in parts:
+            length, heads, group, size = query.shape
+            query = query.permute(1, 2, 0, 3).reshape(1, heads, group * length, size)
+            output = F.scaled_dot_product_attention(query, keys[index], values[index], attn_mask=mask)
+            outputs.append(output.view(heads, group, length, size).permute(2, 0, 1, 3).reshape(length, -1))
+        return outputs
 
 
 def causal_mask(part: Part, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -105,6 +134,18 @@ class RaggedBlocks:
         self.kv_heads = config.num_attention_heads // config.num_key_value_groups
         self.group = config.num_key_value_groups
         self.head_size = config.hidden_size // config.num_attention_heads
+        self._attention: kernels.Attention | None = None
+        if self.device.type == "cpu":
+            self._attention = kernels.Attention(self.slopes(), max_length, self.group, self.head_size)
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Compute something of each kind, so that kernels are compiled and memory is there before anybody waits."""
+        length = min(4, self.max_length)
+        (cache,) = self.cache_descriptor(len(self.blocks), 1, length).make_zeros().unbind(1)
+        hidden = torch.zeros(length, self.config.hidden_size, dtype=self.dtype, device=self.device)
+        self.forward(hidden, [Part(cache, 0, length)], 0, len(self.blocks))
+        self.forward(hidden[:1], [Part(cache, 0, 1)], 0, len(self.blocks))
 
     def cache_descriptor(self, num_blocks: int, batch_size: int, max_length: int) -> TensorDescriptor:
         """Describe the attention cache of a session of ``num_blocks`` blocks; it takes as much memory as petals' own.
@@ -120,12 +161,16 @@ class RaggedBlocks:
         :param hidden: [tokens, hidden size], the parts' tokens one after the other
         :returns: the same shape; the caches hold the keys and values of the new tokens
         """
-        batch = Batch(parts, first, self.mask)
+        batch = Batch(parts, first, self.mask, self._attention)
         context = self.context(batch)
         for block in range(first, last):
             add_prompts(hidden, parts, block - first)
             hidden = self.compute(block, hidden, batch, context)
         return hidden
+
+    def slopes(self) -> torch.Tensor:
+        """Return what each head adds to its scores for each position of a key: [heads]."""
+        raise NotImplementedError
 
     def mask(self, part: Part) -> torch.Tensor | None:
         """Return what is added to a part's attention scores, broadcastable to
@@ -170,6 +215,10 @@ class BloomBlocks(RaggedBlocks):
         ones = torch.ones(1, max_length, device=self.device)
         self._alibi = build_alibi_tensor(ones, config.num_attention_heads, dtype)[None]  # [1, heads, 1, max length]
 
+    def slopes(self) -> torch.Tensor:
+        # Those of position 1.
+        return build_alibi_tensor(torch.ones(1, 2), self.config.num_attention_heads, torch.float32)[:, 0, 1]
+
     def mask(self, part: Part) -> torch.Tensor:
         alibi = self._alibi[..., : part.start + part.length]
         return alibi if part.length == 1 else alibi + causal_mask(part, self.dtype, self.device)
@@ -209,9 +258,12 @@ class LlamaBlocks(RaggedBlocks):
         rotary: Any = blocks[0].self_attn.rotary_emb
         cos, sin = rotary(torch.empty(0, dtype=dtype, device=self.device), seq_len=max_length)
         half = self.head_size // 2
-        self._cos = cos[0, 0, :max_length, None]  # [max length, 1, head size]
+        self._cos = cos[0, 0, :max_length]  # [max length, head size]
         # With the signs of the rotation in it, what is left to do is to swap the halves.
-        self._sin = torch.cat([-sin[0, 0, :max_length, None, :half], sin[0, 0, :max_length, None, half:]], dim=-1)
+        self._sin = torch.cat([-sin[0, 0, :max_length, :half], sin[0, 0, :max_length, half:]], dim=-1)
+
+    def slopes(self) -> torch.Tensor:
+        return torch.zeros(self.config.num_attention_heads)
 
     def mask(self, part: Part) -> torch.Tensor | None:
         if part.length == 1:
@@ -219,7 +271,7 @@ class LlamaBlocks(RaggedBlocks):
         return causal_mask(part, self.dtype, self.device).repeat(self.group, 1)
 
     def context(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        positions = batch.positions(self.device)
+        positions = batch.positions().to(self.device)
         return self._cos[positions], self._sin[positions]
 
     def compute(
@@ -229,24 +281,36 @@ class LlamaBlocks(RaggedBlocks):
         heads, kv_heads, size = self.kv_heads * self.group, self.kv_heads, self.head_size
         query_key_value, output, gate_up, down = self._projections[number]
         projected = query_key_value(norm(block.input_layernorm, hidden)).view(-1, heads + 2 * kv_heads, size)
-        self._rotate(projected[:, : heads + kv_heads], *context)
+        rotate(projected, heads + kv_heads, *context)
         queries = projected[:, :heads].unflatten(1, (kv_heads, self.group))
         attended = batch.attend(number, queries, projected[:, heads:].unflatten(1, (2, kv_heads)))
         hidden = output(attended).add_(hidden)
-        normed = norm(block.post_attention_layernorm, hidden)
-        gate, up = gate_up(normed).chunk(2, dim=-1)
-        return down(block.mlp.act_fn(gate) * up).add_(hidden)
-
-    @staticmethod
-    def _rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-        """Rotate queries and keys, [tokens, heads, head size], by their positions, in place."""
-        swapped = heads.roll(heads.shape[-1] // 2, -1)
-        torch.addcmul(heads * cos, swapped, sin, out=heads)
+        return down(gate(gate_up(norm(block.post_attention_layernorm, hidden)))).add_(hidden)
 
 
 def norm(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
     """Compute an RMS norm (https://arxiv.org/abs/1910.07467)."""
+    if hidden.device.type == "cpu":
+        return kernels.norm(hidden, layer.weight, layer.variance_epsilon)
     return F.rms_norm(hidden, layer.weight.shape, layer.weight, layer.variance_epsilon)
+
+
+def rotate(heads: torch.Tensor, count: int, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """Rotate queries and keys, the first ``count`` of [tokens, heads, head size], in place."""
+    if heads.device.type == "cpu":
+        kernels.rotate(heads, count, cos, sin)
+        return
+    heads = heads[:, :count]
+    swapped = heads.roll(heads.shape[-1] // 2, -1)
+    torch.addcmul(heads * cos[:, None], swapped, sin[:, None], out=heads)
+
+
+def gate(gate_up: torch.Tensor) -> torch.Tensor:
+    """Compute the gated unit (SwiGLU, https://arxiv.org/abs/2002.05202) of [tokens, gate and up]."""
+    if gate_up.device.type == "cpu":
+        return kernels.gate(gate_up)
+    gates, ups = gate_up.chunk(2, dim=-1)
+    return F.silu(gates) * ups
 
 
 def make_ragged_blocks(modules: Sequence[Any], config: Any, dtype: torch.dtype, max_length: int) -> RaggedBlocks | None:
@@ -258,6 +322,8 @@ def make_ragged_blocks(modules: Sequence[Any], config: Any, dtype: torch.dtype, 
     """
     shards = [module.module_shards for module in modules]
     if any(len(blocks) != 1 for blocks in shards) or getattr(config, "pretraining_tp", 1) != 1:
+        return None
+    if getattr(config, "hidden_act", "silu") != "silu":
         return None
     blocks = [blocks[0] for blocks in shards]
     for family in (BloomBlocks, LlamaBlocks):

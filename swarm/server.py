@@ -56,6 +56,7 @@ class BatchingContainer(ModuleContainer):
 
     def run(self) -> None:
         if (blocks := self._ragged_blocks()) is not None:
+            blocks.warm_up()
             memory_cache = next(iter(self.module_backends.values())).memory_cache
             self.batcher = Batcher(blocks, memory_cache, len(self.conn_handlers))
             for index, handler in enumerate(self.conn_handlers):

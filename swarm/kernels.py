@@ -1,0 +1,244 @@
+"""Compiled loops for decoding on a CPU, where single operators of PyTorch cost more than what they compute.
+
+Between two matrix products of a decoding step lie a dozen operators on some thousand numbers, and attention over each
+sequence's own keys and values. PyTorch takes ten to fifty microseconds for each, thirty times per token for each
+sequence; these loops, compiled by Numba when a server starts, take one or two. They compute in float32 and round to
+bfloat16 where PyTorch does.
+"""
+
+import math
+from typing import Any
+
+import swarm.compat  # noqa: F401
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.extending import intrinsic, overload
+
+# float32: beyond it exp() is zero, and the smallest normal number would be left.
+LOWEST_EXPONENT = -87.0
+
+
+@intrinsic
+def _float_of_bits(typing_context: Any, bits: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.uint32), generate
+
+
+@intrinsic
+def _bits_of_float(typing_context: Any, value: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.uint32(types.float32), generate
+
+
+@intrinsic
+def _pointer(typing_context: Any, address: Any, like: Any) -> Any:
+    """Turn an address into a pointer to values of the type that the array ``like`` holds."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(like.dtype)(types.int64, like), generate
+
+
+def _load(values: Any, index: Any) -> Any:
+    """Read a value of an array as float32. Arrays of int16 hold bfloat16, the upper half of a float32."""
+    raise NotImplementedError
+
+
+@overload(_load, inline="always")
+def _load_compiled(values, index):  # type: ignore[no-untyped-def]  # Numba compares signatures
+    if values.dtype == types.int16:
+        return lambda values, index: _float_of_bits(np.uint32(np.uint16(values[index])) << np.uint32(16))
+    return lambda values, index: values[index]
+
+
+def _store(values: Any, index: Any, value: Any) -> None:
+    """Write a float32, rounded to the nearest bfloat16, or to the even one of two, if that is what the array holds."""
+    raise NotImplementedError
+
+
+@overload(_store, inline="always")
+def _store_compiled(values, index, value):  # type: ignore[no-untyped-def]  # Numba compares signatures
+    if values.dtype == types.int16:
+
+        def store(values, index, value):  # type: ignore[no-untyped-def]
+            bits = _bits_of_float(value)
+            bits += np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+            values[index] = np.int16(bits >> np.uint32(16))
+
+        return store
+
+    def store_float(values, index, value):  # type: ignore[no-untyped-def]
+        values[index] = value
+
+    return store_float
+
+
+_compile = njit(nogil=True, fastmath={"reassoc", "nsz", "arcp", "contract", "afn"}, cache=True, error_model="numpy")
+
+
+@njit(inline="always", fastmath=True)
+def _exp(x: Any) -> Any:
+    """exp() as a polynomial, which the compiler turns into vector instructions (Cephes library, S. Moshier: expf)."""
+    x = max(min(x, np.float32(88.0)), np.float32(LOWEST_EXPONENT))
+    n = math.floor(x * np.float32(1.44269504088896341) + np.float32(0.5))
+    r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
+    p = np.float32(1.9875691500e-4)
+    p = p * r + np.float32(1.3981999507e-3)
+    p = p * r + np.float32(8.3334519073e-3)
+    p = p * r + np.float32(4.1665795894e-2)
+    p = p * r + np.float32(1.6666665459e-1)
+    p = p * r + np.float32(5.0000001201e-1)
+    p = p * r * r + r + np.float32(1.0)
+    return p * _float_of_bits(np.uint32((np.int32(n) + np.int32(127)) << np.int32(23)))
+
+
+@_compile
+def _attend(
+    queries: Any, new: Any, addresses: Any, positions: Any, slopes: Any, scale: Any, scores: Any, outputs: Any
+) -> None:
+    rows, kv_heads, group, size = queries.shape
+    query = np.empty((group, size), np.float32)
+    value = np.empty(size, np.float32)
+    total = np.empty((group, size), np.float32)
+    for row in range(rows):
+        length = positions[row] + 1
+        cache = carray(_pointer(addresses[row], new), (length, 2, kv_heads, size))
+        cache[length - 1] = new[row]
+        for head in range(kv_heads):
+            for g in range(group):
+                for d in range(size):
+                    query[g, d] = _load(queries[row, head, g], d) * scale
+            for j in range(length):
+                keys = cache[j, 0, head]
+                for d in range(size):
+                    value[d] = _load(keys, d)
+                for g in range(group):
+                    score = np.float32(0)
+                    for d in range(size):
+                        score += query[g, d] * value[d]
+                    scores[g, j] = score + slopes[head * group + g] * np.float32(j)
+            for g in range(group):
+                highest = scores[g, 0]
+                for j in range(length):
+                    highest = max(highest, scores[g, j])
+                weight = np.float32(0)
+                for j in range(length):
+                    scores[g, j] = _exp(scores[g, j] - highest)
+                    weight += scores[g, j]
+                for j in range(length):
+                    scores[g, j] /= weight
+            total[:] = 0
+            for j in range(length):
+                values = cache[j, 1, head]
+                for d in range(size):
+                    value[d] = _load(values, d)
+                for g in range(group):
+                    score = scores[g, j]
+                    for d in range(size):
+                        total[g, d] += score * value[d]
+            for g in range(group):
+                for d in range(size):
+                    _store(outputs[row, head, g], d, total[g, d])
+
+
+@_compile
+def _rotate(heads: Any, count: Any, cos: Any, sin: Any) -> None:
+    half = heads.shape[2] // 2
+    for token in range(heads.shape[0]):
+        c, s = cos[token], sin[token]
+        for head in range(count):
+            x = heads[token, head]
+            for d in range(half):
+                low, high = _load(x, d), _load(x, d + half)
+                _store(x, d, low * _load(c, d) + high * _load(s, d))
+                _store(x, d + half, high * _load(c, d + half) + low * _load(s, d + half))
+
+
+@_compile
+def _norm(hidden: Any, weight: Any, epsilon: Any, outputs: Any) -> None:
+    size = hidden.shape[1]
+    for token in range(hidden.shape[0]):
+        x, y = hidden[token], outputs[token]
+        squares = np.float32(0)
+        for d in range(size):
+            value = _load(x, d)
+            squares += value * value
+        factor = np.float32(1) / np.sqrt(squares / np.float32(size) + epsilon)
+        for d in range(size):
+            _store(y, d, _load(x, d) * factor * _load(weight, d))
+
+
+@_compile
+def _gate(gate_up: Any, outputs: Any) -> None:
+    size = outputs.shape[1]
+    for token in range(outputs.shape[0]):
+        x, y = gate_up[token], outputs[token]
+        for d in range(size):
+            gate = _load(x, d)
+            _store(y, d, gate / (np.float32(1) + _exp(-gate)) * _load(x, d + size))
+
+
+def array(tensor: torch.Tensor) -> np.ndarray:
+    """Return the memory of a float32 or bfloat16 tensor, the latter as int16."""
+    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+class Attention:
+    """Attention of single new tokens over caches that are read and written where they are."""
+
+    def __init__(self, slopes: torch.Tensor, max_length: int, group: int, head_size: int) -> None:
+        """Allocate what the kernel needs.
+
+        :param slopes: [heads], added to a head's scores times the key's position; zero for none
+        :param max_length: longest sequence, tokens
+        """
+        self._slopes = slopes.float().numpy()
+        self._scores = np.empty((group, max_length), np.float32)
+        self._scale = np.float32(head_size**-0.5)
+
+    def __call__(
+        self, queries: torch.Tensor, new: torch.Tensor, addresses: np.ndarray, positions: np.ndarray
+    ) -> torch.Tensor:
+        """Write the keys and values of new tokens, one of each sequence, and attend to all up to them.
+
+        :param queries: [sequences, key/value heads, query heads of each, head size]
+        :param new: keys and values, [sequences, 2, key/value heads, head size]
+        :param addresses: of each sequence's cache, [max length, 2, key/value heads, head size] contiguous
+        :param positions: of the new tokens
+        :returns: [sequences, hidden size]
+        """
+        outputs = torch.empty(queries.shape, dtype=queries.dtype)
+        arrays = array(queries), array(new), addresses, positions
+        _attend(*arrays, self._slopes, self._scale, self._scores, array(outputs))
+        return outputs.view(len(outputs), -1)
+
+
+def rotate(heads: torch.Tensor, count: int, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """Rotate the first ``count`` of [tokens, heads, head size] in place.
+
+    :param cos: [tokens, head size]
+    :param sin: the same; negative in its first half, which is what the second half is added with
+    """
+    _rotate(array(heads), count, array(cos), array(sin))
+
+
+def norm(hidden: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """Return the RMS norm of [tokens, hidden size]."""
+    outputs = torch.empty_like(hidden)
+    _norm(array(hidden), array(weight), np.float32(epsilon), array(outputs))
+    return outputs
+
+
+def gate(gate_up: torch.Tensor) -> torch.Tensor:
+    """Return silu(gate) * up of [tokens, gate and up]: [tokens, up]."""
+    outputs = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
+    _gate(array(gate_up), array(outputs))
+    return outputs
