@@ -136,6 +136,20 @@ def _close_connections_that_fail() -> None:
     ControlClient.stream_open = stream_open
 
 
+def _send_messages_whole() -> None:
+    """hivemind writes a message in three pieces, each a system call and a packet to p2pd, which wakes up for each."""
+    from hivemind.p2p import P2P
+    from hivemind.proto.p2pd_pb2 import RPCError
+
+    async def send_protobuf(protobuf: Any, writer: asyncio.StreamWriter) -> None:
+        data = protobuf.SerializeToString()
+        marker = P2P.ERROR_MARKER if isinstance(protobuf, RPCError) else P2P.MESSAGE_MARKER
+        writer.write(b"".join((marker, len(data).to_bytes(P2P.HEADER_LEN, P2P.BYTEORDER), data)))
+        await writer.drain()
+
+    P2P.send_protobuf = staticmethod(send_protobuf)
+
+
 _shared_dht: ContextVar[Any] = ContextVar("shared_dht", default=None)
 
 
@@ -185,6 +199,7 @@ logging.root.handlers[:] = _handlers
 logging.root.setLevel(_level)
 _close_sessions_without_waiting()
 _close_connections_that_fail()
+_send_messages_whole()
 _accept_shared_dht()
 
 

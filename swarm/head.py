@@ -10,13 +10,32 @@ import swarm.compat  # noqa: F401
 
 import torch
 
+from swarm.projection import Projection, can_pack
+
+# Of memory for a second copy of the head's weights, where the embeddings need the first one. BLOOM's would be 7 GB.
+COPY_LIMIT = 2**30  # bytes
+
+
+def faster(lm_head: Any, embeddings: torch.Tensor) -> Any:
+    """Return the language-model head with its weights in the order that the processor wants, if that can be had."""
+    weight = lm_head.weight
+    if not can_pack(weight) or (weight.dtype != torch.float32 and lm_head.use_chunked_forward):
+        return lm_head  # petals knows a better way for a processor without AVX512
+    tied = weight.data_ptr() == embeddings.data_ptr()
+    if tied and weight.numel() * weight.element_size() > COPY_LIMIT:
+        return lm_head
+    projection = Projection(lm_head)
+    if not tied:
+        lm_head.weight.data = torch.empty(0)  # the packed one is in its place
+    return projection
+
 
 class Head:
     """Embeddings and language-model head of a petals model. May be used by several threads at a time."""
 
     def __init__(self, model: Any) -> None:
         self._transformer = model.transformer  # petals gives all its model families BLOOM's attribute names
-        self._lm_head = model.lm_head
+        self._lm_head = faster(model.lm_head, self._transformer.word_embeddings.weight)
         self.device: torch.device = self._transformer.word_embeddings.weight.device
         self.vocab_size: int = self._transformer.word_embeddings.weight.shape[0]
         self._waiting: deque[tuple[torch.Tensor, Future[torch.Tensor]]] = deque()

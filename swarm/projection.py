@@ -50,7 +50,8 @@ class Projection(nn.Module):
     It stands in for the layers, which it frees where it can pack; elsewhere the layers share its weight.
     """
 
-    def __init__(self, *linears: nn.Linear) -> None:
+    def __init__(self, *linears: Any) -> None:
+        """Take layers with a ``weight`` of [outputs, inputs] and a ``bias`` or None."""
         super().__init__()
         weight = linears[0].weight.data if len(linears) == 1 else torch.cat([layer.weight.data for layer in linears])
         biases = [layer.bias.data for layer in linears if layer.bias is not None]

@@ -52,13 +52,14 @@ HEARTBEAT_PERIOD = 0.25  # seconds
 class BatchingContainer(ModuleContainer):
     """Petals' container of blocks, with a batcher beside petals' own runtime, if the blocks are of a known family."""
 
+    threads: int  # of PyTorch's operators
     batcher: Batcher | None = None
 
     def run(self) -> None:
         if (blocks := self._ragged_blocks()) is not None:
             blocks.warm_up()
             memory_cache = next(iter(self.module_backends.values())).memory_cache
-            self.batcher = Batcher(blocks, memory_cache, len(self.conn_handlers))
+            self.batcher = Batcher(blocks, memory_cache, len(self.conn_handlers), self.threads)
             for index, handler in enumerate(self.conn_handlers):
                 handler.line = self.batcher.handler_line(index)
                 handler.cache_descriptor = blocks.cache_descriptor
@@ -248,8 +249,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         format="%(asctime)s %(levelname)s server %(process)d %(name)s: %(message)s",
     )
     logging.getLogger("hivemind.moe.server.runtime").addFilter(lambda record: not is_abandoned_step(record))
-    if args.threads:
-        set_threads(args.threads)
+    BatchingContainer.threads = args.threads or hardware.cpu_count()
+    # Each thread that computes has helpers of its own. With more helpers in all than cores OpenMP puts them to sleep
+    # after each operator, and waking them takes as long as computing: so only one thread of a batching server has some.
+    set_threads(1 if args.batching else BatchingContainer.threads)
     if args.end_with_parent:
         end_with_parent()
     try:
