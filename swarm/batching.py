@@ -32,9 +32,11 @@ from swarm.blocks import Part, RaggedBlocks
 
 log = logging.getLogger(__name__)
 
-# Tokens of prompts in one batch. Alone they come in pieces that are large enough for matrix products to be efficient;
-# beside sessions that decode, in pieces that delay those by a few steps' time only.
-PREFILL_TOKENS, MIXED_TOKENS = 512, 128
+# Tokens of prompts in one batch, alone and beside sessions that decode. A CPU computes 128 rows as efficiently as more,
+# so that of many prompts the first are not kept waiting for the last; beside decoding sessions it takes pieces that
+# delay those by a few steps' time only. A GPU needs more rows to be busy.
+CPU_PREFILL, CPU_MIXED = 128, 64
+GPU_PREFILL, GPU_MIXED = 2048, 512
 # A handler reads whatever it is sent at once; one that takes nothing for so long is stopped or hangs.
 SEND_TIMEOUT = 10  # seconds
 # For how many batches' time waiting for others pays. By counting passes over the weights it would be 1; with client and
@@ -260,6 +262,8 @@ class Batcher(threading.Thread):
         super().__init__(name="batcher", daemon=True)
         self.blocks = blocks
         self._threads = threads
+        on_cpu = blocks.device.type == "cpu"
+        self._prefill_tokens = (CPU_PREFILL, CPU_MIXED) if on_cpu else (GPU_PREFILL, GPU_MIXED)
         self._memory_cache = memory_cache
         pairs = [socket.socketpair() for _ in range(num_lines)]
         self._lines = [_BatcherLine(ours) for ours, _ in pairs]
@@ -374,7 +378,7 @@ class Batcher(threading.Thread):
 
     def _compute_next(self) -> None:
         blocks, steps = next(iter(self._queues.items()))
-        batch = choose(steps)
+        batch = choose(steps, *self._prefill_tokens)
         started = time.monotonic()
         try:
             self._compute(batch, *blocks)
@@ -436,13 +440,16 @@ class Batcher(threading.Thread):
         return [None if p is None else p[row, step.done :].to(self.blocks.device) for p in step.prompts]
 
 
-def choose(steps: Sequence[_Step]) -> list[tuple[_Step, int]]:
+def choose(steps: Sequence[_Step], prefill_tokens: int, mixed_tokens: int) -> list[tuple[_Step, int]]:
     """Return the steps of the next batch, and how many tokens of each.
 
-    All that decode take part. Prompts share what is left, the oldest first.
+    All that decode take part. Prompts share a bounded number of tokens, the oldest first.
+
+    :param prefill_tokens: that number, if none decodes
+    :param mixed_tokens: that number beside steps that decode
     """
     batch = [(step, 1) for step in steps if step.left == 1]
-    tokens = MIXED_TOKENS if batch else PREFILL_TOKENS
+    tokens = mixed_tokens if batch else prefill_tokens
     for step in steps:
         if step.left > 1 and tokens > 0:
             count = max(1, min(step.left, tokens // step.hidden.shape[0]))

@@ -142,10 +142,11 @@ class RaggedBlocks:
     def warm_up(self) -> None:
         """Compute something of each kind, so that kernels are compiled and memory is there before anybody waits."""
         length = min(4, self.max_length)
-        (cache,) = self.cache_descriptor(len(self.blocks), 1, length).make_zeros().unbind(1)
+        caches = self.cache_descriptor(len(self.blocks), 2, length).make_zeros().unbind(1)
         hidden = torch.zeros(length, self.config.hidden_size, dtype=self.dtype, device=self.device)
-        self.forward(hidden, [Part(cache, 0, length)], 0, len(self.blocks))
-        self.forward(hidden[:1], [Part(cache, 0, 1)], 0, len(self.blocks))
+        self.forward(hidden, [Part(caches[0], 0, length)], 0, len(self.blocks))
+        for rows in (1, 2):  # kernels are compiled anew for several rows, whose memory is not contiguous
+            self.forward(hidden[:rows], [Part(cache, 0, 1) for cache in caches[:rows]], 0, len(self.blocks))
 
     def cache_descriptor(self, num_blocks: int, batch_size: int, max_length: int) -> TensorDescriptor:
         """Describe the attention cache of a session of ``num_blocks`` blocks; it takes as much memory as petals' own.

@@ -1,5 +1,7 @@
 """What this machine can compute with: the device, and the dtype that is fast and faithful on it."""
 
+import contextlib
+import ctypes
 import os
 from typing import Any
 
@@ -44,3 +46,9 @@ def attn_cache_tokens(config: Any, dtype: str, share: float) -> int:
     values_per_token = 2 * config.num_hidden_layers * heads * (config.hidden_size // config.num_attention_heads)
     bytes_per_token = values_per_token * (4 if dtype == "float32" else 2)
     return max(1, int(psutil.virtual_memory().available * share) // bytes_per_token)
+
+
+def return_free_memory() -> None:
+    """Give memory that was freed back to the system, which glibc otherwise keeps for later; elsewhere do nothing."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

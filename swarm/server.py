@@ -58,6 +58,7 @@ class BatchingContainer(ModuleContainer):
     def run(self) -> None:
         if (blocks := self._ragged_blocks()) is not None:
             blocks.warm_up()
+            hardware.return_free_memory()  # the weights were there twice while they were put in order
             memory_cache = next(iter(self.module_backends.values())).memory_cache
             self.batcher = Batcher(blocks, memory_cache, len(self.conn_handlers), self.threads)
             for index, handler in enumerate(self.conn_handlers):

@@ -14,7 +14,7 @@ from petals.server.from_pretrained import load_pretrained_block
 from petals.utils.convert_block import QuantType, convert_block
 from transformers import BloomForCausalLM, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from swarm.batching import MIXED_TOKENS, Batcher, HandlerLine, SharedMemoryCache
+from swarm.batching import CPU_MIXED, CPU_PREFILL, Batcher, HandlerLine, SharedMemoryCache
 from swarm.blocks import BloomBlocks, LlamaBlocks, Part, RaggedBlocks, make_ragged_blocks
 from swarm.client import SwarmModel
 from swarm.local import LocalSwarm
@@ -166,7 +166,7 @@ def test_a_long_prompt_lets_others_go_on(tiny_llama: Path) -> None:
 
     async def scenario() -> None:
         async with Bench(blocks) as bench:
-            prompt, token = torch.randn(chunks * MIXED_TOKENS, 64)[:255], torch.randn(1, 64)
+            prompt, token = torch.randn(CPU_MIXED + CPU_PREFILL, 64), torch.randn(1, 64)
             long, short = await bench.open(256), await bench.open(8)
             prefill = asyncio.create_task(bench.step(long, 0, prompt))
             decode = asyncio.create_task(bench.step(short, 0, token))
