@@ -39,6 +39,8 @@ CPU_PREFILL, CPU_MIXED = 128, 64
 GPU_PREFILL, GPU_MIXED = 2048, 512
 # A handler reads whatever it is sent at once; one that takes nothing for so long is stopped or hangs.
 SEND_TIMEOUT = 10  # seconds
+# Batches of more tokens are bound by computation.
+DECODING_ROWS = 32
 # For how many batches' time waiting for others pays. By counting passes over the weights it would be 1; with client and
 # server on the same two cores, 2 gave 16 sessions 1.3 times the speed of 1: clients are faster while nobody computes.
 PATIENCE = 2.0
@@ -422,8 +424,10 @@ class Batcher(threading.Thread):
                 parts.append(Part(cache, step.start + step.done, count, self._prompts(step, row)))
                 pieces.append(inputs[row])
         if self._threads is not None:
-            # Several sessions are several clients, connections and handlers, which need a core as well.
-            set_threads(self._threads if len(batch) == 1 else max(1, self._threads - 1))
+            # Decoding is bound by memory, which one core less hardly slows, while the handlers, connections and clients
+            # of several sessions need a core as well.
+            decoding = len(batch) > 1 and sum(map(len, pieces)) <= DECODING_ROWS
+            set_threads(max(1, self._threads - 1) if decoding else self._threads)
         hidden = torch.cat(pieces).to(self.blocks.device)
         outputs = iter(self.blocks.forward(hidden, parts, first, last).cpu().split([part.length for part in parts]))
         for step, count in batch:

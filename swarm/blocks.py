@@ -26,6 +26,10 @@ from swarm import kernels
 from swarm.projection import join
 
 
+# Beyond so many rows PyTorch's operators, which use all cores, are faster than a loop that uses one.
+KERNEL_ROWS = 32
+
+
 @dataclass(frozen=True)
 class Part:
     """What one sequence adds to a batch: some tokens that follow each other."""
@@ -308,7 +312,7 @@ def rotate(heads: torch.Tensor, count: int, cos: torch.Tensor, sin: torch.Tensor
 
 def gate(gate_up: torch.Tensor) -> torch.Tensor:
     """Compute the gated unit (SwiGLU, https://arxiv.org/abs/2002.05202) of [tokens, gate and up]."""
-    if gate_up.device.type == "cpu":
+    if gate_up.device.type == "cpu" and len(gate_up) <= KERNEL_ROWS:
         return kernels.gate(gate_up)
     gates, ups = gate_up.chunk(2, dim=-1)
     return F.silu(gates) * ups
