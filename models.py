@@ -154,6 +154,8 @@ class Models:
 
     def _load(self, served: ServedModel, started: float) -> None:
         """Bring one model up; a failure is this model's alone."""
+        from swarm.compat import spare_collector
+
         try:
             self._start_server(served)
             with self._loading:
@@ -168,6 +170,7 @@ class Models:
             served.error = ModelUnavailable(f"{served.config.name}: {type(error).__name__}: {error}")
         else:
             if served.ready:
+                spare_collector()
                 log.info("%s: ready after %.1f s", served.config.name, time.monotonic() - started)
 
     def _start_server(self, served: ServedModel) -> None:

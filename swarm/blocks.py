@@ -25,7 +25,6 @@ from transformers.models.llama.modeling_llama import LlamaDynamicNTKScalingRotar
 from swarm import kernels
 from swarm.projection import join
 
-
 # Beyond so many rows PyTorch's operators, which use all cores, are faster than a loop that uses one.
 KERNEL_ROWS = 32
 

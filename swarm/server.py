@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from swarm.compat import kill_descendants, set_threads, use_server_parts
+from swarm.compat import kill_descendants, set_threads, spare_collector, use_server_parts
 
 from petals.constants import PUBLIC_INITIAL_PEERS
 from petals.server.server import ModuleContainer, Server
@@ -58,6 +58,7 @@ class BatchingContainer(ModuleContainer):
     def run(self) -> None:
         if (blocks := self._ragged_blocks()) is not None:
             blocks.warm_up()
+            spare_collector()
             hardware.return_free_memory()  # the weights were there twice while they were put in order
             memory_cache = next(iter(self.module_backends.values())).memory_cache
             self.batcher = Batcher(blocks, memory_cache, len(self.conn_handlers), self.threads)
