@@ -17,7 +17,7 @@ help:
 	@echo "make run    install, prepare the default model, start the app at http://$(HOST):$(PORT)"
 	@echo "make test   install, run every test"
 	@echo "make lint   ruff and mypy"
-	@echo "make bench  measure against the bare Petals client"
+	@echo "make bench  how fast many users are served, against stock Petals servers; a table, docs/serving.json and .png"
 	@echo "make soak   MINUTES=30: use it while its servers are killed"
 
 run: $(INSTALLED)
@@ -48,7 +48,7 @@ lint: $(TESTABLE)
 	$(BIN)/mypy
 
 bench: $(TESTABLE)
-	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -W ignore -m benchmarks.serving --json docs/serving.json --plot docs/serving.png
 
 soak: $(TESTABLE)
 	$(BIN)/python -W ignore -m benchmarks.soak --minutes $(MINUTES)

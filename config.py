@@ -104,7 +104,7 @@ class Settings:
     # Bounds
     MAX_SESSIONS: int = 64  # inference sessions open at a time
     SESSION_TIMEOUT: float = 300.0  # seconds after which an unused session is closed
-    MAX_CONCURRENT_GENERATIONS: int = 32  # answers computed at a time; the swarm's speed is shared among them
+    MAX_CONCURRENT_GENERATIONS: int = 64  # answers computed at a time; up to so many, servers that batch gain speed
     MAX_QUEUE: int = (
         32  # requests that may wait for a session, and as many for their answer's turn; each takes a thread
     )

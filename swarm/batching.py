@@ -32,10 +32,10 @@ from swarm.blocks import Part, RaggedBlocks
 
 log = logging.getLogger(__name__)
 
-# Tokens of prompts in one batch, alone and beside sessions that decode. A CPU computes 128 rows as efficiently as more,
+# Tokens of prompts in one batch, alone and beside sessions that decode. A CPU computes 100 rows as efficiently as more,
 # so that of many prompts the first are not kept waiting for the last; beside decoding sessions it takes pieces that
 # delay those by a few steps' time only. A GPU needs more rows to be busy.
-CPU_PREFILL, CPU_MIXED = 128, 64
+CPU_PREFILL, CPU_MIXED = 192, 64
 GPU_PREFILL, GPU_MIXED = 2048, 512
 # A handler reads whatever it is sent at once; one that takes nothing for so long is stopped or hangs.
 SEND_TIMEOUT = 10  # seconds

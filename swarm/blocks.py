@@ -25,8 +25,10 @@ from transformers.models.llama.modeling_llama import LlamaDynamicNTKScalingRotar
 from swarm import kernels
 from swarm.projection import join
 
-# Beyond so many rows PyTorch's operators, which use all cores, are faster than a loop that uses one.
+# Beyond so many rows PyTorch's gate, which uses all cores, is faster than a loop that uses one.
 KERNEL_ROWS = 32
+# Parts of so many tokens are computed by a loop as well: PyTorch takes longer for each part, and less for each token.
+SHORT = 32
 
 
 @dataclass(frozen=True)
@@ -53,22 +55,23 @@ class Batch:
 
         :param first: the block that the caches begin with
         :param mask: see ``RaggedBlocks.mask``
-        :param attention: computes single tokens, which must come first; None: all parts are computed by PyTorch
+        :param attention: computes short parts, if they come first; None: all parts are computed by PyTorch
         """
         self.parts = parts
         self._first = first
         self._attention = attention
-        singles = 0
-        while attention is not None and singles < len(parts) and parts[singles].length == 1:
-            singles += 1
-        self._singles = singles
-        if singles:
-            caches = [part.cache for part in parts[:singles]]
-            starts = np.array([cache.data_ptr() for cache in caches])
-            strides = np.array([cache.stride(0) * cache.element_size() for cache in caches])
-            self._addresses = starts + np.arange(len(caches[0]))[:, None] * strides  # [blocks, sequences]
-            self._positions = np.array([part.start for part in parts[:singles]])
-        others = parts[singles:]
+        count = 0
+        while attention is not None and count < len(parts) and parts[count].length <= SHORT:
+            count += 1
+        short, others = parts[:count], parts[count:]
+        self._short = sum(part.length for part in short)  # tokens
+        if short:
+            lengths = [part.length for part in short]
+            starts = np.array([part.cache.data_ptr() for part in short])
+            strides = np.array([part.cache.stride(0) * part.cache.element_size() for part in short])
+            caches = starts + np.arange(len(short[0].cache))[:, None] * strides
+            self._addresses = np.repeat(caches, lengths, axis=1)  # [blocks, tokens]
+            self._positions = np.concatenate([np.arange(part.start, part.start + part.length) for part in short])
         self._sizes = [part.length for part in others]
         self._masks = [mask(part) for part in others]
         # One call makes the views for all blocks: a call for each block and sequence would cost more than attention.
@@ -90,13 +93,12 @@ class Batch:
         :param new: keys and values, [tokens, 2, key/value heads, head size]
         :returns: [tokens, hidden size]
         """
-        index, singles = block - self._first, self._singles
+        index, short = block - self._first, self._short
         outputs = []
-        if self._attention is not None and singles:
-            addresses = self._addresses[index]
-            outputs.append(self._attention(queries[:singles], new[:singles], addresses, self._positions))
+        if self._attention is not None and short:
+            outputs.append(self._attention(queries[:short], new[:short], self._addresses[index], self._positions))
         if self._sizes:
-            outputs += self._attend_by_torch(index, queries[singles:], new[singles:])
+            outputs += self._attend_by_torch(index, queries[short:], new[short:])
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _attend_by_torch(self, index: int, queries: torch.Tensor, new: torch.Tensor) -> list[torch.Tensor]:
@@ -144,7 +146,7 @@ class RaggedBlocks:
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Compute something of each kind, so that kernels are compiled and memory is there before anybody waits."""
-        length = min(4, self.max_length)
+        length = min(SHORT + 1, self.max_length)
         caches = self.cache_descriptor(len(self.blocks), 2, length).make_zeros().unbind(1)
         hidden = torch.zeros(length, self.config.hidden_size, dtype=self.dtype, device=self.device)
         self.forward(hidden, [Part(caches[0], 0, length)], 0, len(self.blocks))

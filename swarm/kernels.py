@@ -192,7 +192,7 @@ def array(tensor: torch.Tensor) -> np.ndarray:
 
 
 class Attention:
-    """Attention of single new tokens over caches that are read and written where they are."""
+    """Attention of few new tokens over caches that are read and written where they are."""
 
     def __init__(self, slopes: torch.Tensor, max_length: int, group: int, head_size: int) -> None:
         """Allocate what the kernel needs.
@@ -207,13 +207,13 @@ class Attention:
     def __call__(
         self, queries: torch.Tensor, new: torch.Tensor, addresses: np.ndarray, positions: np.ndarray
     ) -> torch.Tensor:
-        """Write the keys and values of new tokens, one of each sequence, and attend to all up to them.
+        """Write the keys and values of new tokens one after the other, and let each attend to all up to itself.
 
-        :param queries: [sequences, key/value heads, query heads of each, head size]
-        :param new: keys and values, [sequences, 2, key/value heads, head size]
-        :param addresses: of each sequence's cache, [max length, 2, key/value heads, head size] contiguous
-        :param positions: of the new tokens
-        :returns: [sequences, hidden size]
+        :param queries: [tokens, key/value heads, query heads of each, head size]
+        :param new: keys and values, [tokens, 2, key/value heads, head size]
+        :param addresses: of the cache of each token's sequence, [max length, 2, key/value heads, head size] contiguous
+        :param positions: of the tokens in their sequences; tokens of one sequence in their order
+        :returns: [tokens, hidden size]
         """
         outputs = torch.empty(queries.shape, dtype=queries.dtype)
         arrays = array(queries), array(new), addresses, positions
