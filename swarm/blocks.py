@@ -40,6 +40,11 @@ class Part:
     length: int  # tokens
     prompts: Sequence[torch.Tensor | None] | None = None  # deep prompts to add before each block: [tokens, hidden size]
 
+    def __post_init__(self) -> None:
+        # The kernels write to addresses: nothing but this keeps them inside of the cache.
+        if not (0 <= self.start and 1 <= self.length and self.start + self.length <= self.cache.shape[1]):
+            raise ValueError(f"tokens {self.start}-{self.start + self.length} do not fit {self.cache.shape[1]}")
+
 
 class Batch:
     """The parts of one batch, prepared for all blocks. Their tokens follow each other in the order of the parts."""

@@ -85,7 +85,8 @@ class TransformerConnectionHandler(petals_handler.TransformerConnectionHandler):
             async with backends[0].memory_cache.allocate_cache(descriptor, timeout=patience) as (handle,):
                 session = await line.open(handle, first, first + len(uids))
                 steps = self._iterate_inference_steps(request, requests, metadata.get("session_id"), uids, context)
-                async for response in self._compute_steps(line, session, steps, metadata, max_length, backends[-1]):
+                sizes = len(uids), batch_size
+                async for response in self._compute_steps(line, session, steps, metadata, max_length, sizes):
                     yield response
         finally:
             if session is not None:
@@ -99,21 +100,20 @@ class TransformerConnectionHandler(petals_handler.TransformerConnectionHandler):
         steps: AsyncIterator[tuple[runtime_pb2.ExpertRequest, dict[str, Any]]],
         metadata: dict[str, Any],
         max_length: int,
-        last_backend: Any,
+        sizes: tuple[int, int],
     ) -> AsyncIterator[runtime_pb2.ExpertResponse]:
         position, abilities = 0, ABILITIES
-        schema = last_backend.outputs_schema[0]
+        num_blocks, batch_size = sizes
+        schema = next(iter(self.module_backends.values())).outputs_schema[0]
         async for request, step in steps:
             tensors: Sequence[Any] = [deserialize_torch_tensor(tensor) for tensor in request.tensors]
             if (structure := metadata.get("args_structure")) is not None:
                 tensors, _ = unpack_args_kwargs(tensors, structure)
             hidden, prompts, hypotheses, *_ = tensors
+            check_inputs(hidden, prompts, hypotheses, (num_blocks, batch_size, schema.shape[-1]))
             position = rewound(position, step.get("start_from_position"))
             length = hidden.shape[1]
-            if position + length > max_length:
-                raise ValueError(
-                    f"Maximum length exceeded: {position} tokens and {length} more exceed the session's {max_length}"
-                )
+            check_room(position, length, max_length)
             if hidden.numel() > 0:  # a client may send no tokens, only to see whether there is room for the session
                 hidden = await line.step(
                     session,
@@ -157,6 +157,37 @@ def rewound(position: int, wanted: int | None) -> int:
     if not 0 <= wanted <= position:
         raise ValueError(f"cannot start from position {wanted}: the session has {position} tokens")
     return wanted
+
+
+def check_room(position: int, length: int, max_length: int) -> None:
+    """Refuse tokens for which there is no attention cache.
+
+    :raises ValueError: telling the numbers
+    """
+    if position + length > max_length:
+        raise ValueError(
+            f"Maximum length exceeded: {position} tokens and {length} more exceed the session's {max_length}"
+        )
+
+
+def check_inputs(hidden: torch.Tensor, prompts: Any, hypotheses: torch.Tensor, sizes: tuple[int, int, int]) -> None:
+    """Refuse what does not fit the session: in a batch it would be others' failure too.
+
+    :param sizes: blocks and sequences of the session, hidden size
+    :raises ValueError: naming what does not fit
+    """
+    num_blocks, batch_size, hidden_size = sizes
+    if hidden.ndim != 3 or hidden.shape[0] != batch_size or hidden.shape[2] != hidden_size:
+        raise ValueError(f"hidden states of shape {list(hidden.shape)} are not [{batch_size}, tokens, {hidden_size}]")
+    if prompts is not None and not is_dummy(prompts):
+        wanted = (num_blocks, batch_size, hidden_size)
+        if prompts.ndim != 4 or (*prompts.shape[:2], prompts.shape[3]) != wanted:
+            sizes_wanted = f"[{num_blocks}, {batch_size}, tokens, {hidden_size}]"
+            raise ValueError(f"deep prompts of shape {list(prompts.shape)} are not {sizes_wanted}")
+    if not is_dummy(hypotheses):
+        numbers = hypotheses.tolist() if hypotheses.ndim == 1 and hypotheses.dtype == torch.int64 else []
+        if len(numbers) != batch_size or not all(0 <= number < batch_size for number in numbers):
+            raise ValueError(f"hypotheses must be {batch_size} numbers of the session's sequences")
 
 
 def split_prompts(prompts: torch.Tensor) -> list[torch.Tensor | None]:

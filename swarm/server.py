@@ -31,7 +31,7 @@ from petals.utils.convert_block import QuantType
 
 from swarm import hardware, weights
 from swarm.batching import Batcher, SharedMemoryCache
-from swarm.blocks import RaggedBlocks, make_ragged_blocks
+from swarm.blocks import make_ragged_blocks
 from swarm.errors import ModelUnavailable
 from swarm.handler import TransformerConnectionHandler
 
@@ -55,27 +55,30 @@ class BatchingContainer(ModuleContainer):
     threads: int  # of PyTorch's operators
     batcher: Batcher | None = None
 
-    def run(self) -> None:
-        if (blocks := self._ragged_blocks()) is not None:
+    def __init__(
+        self, dht: Any, dht_prefix: str, module_backends: Any, *, inference_max_length: int, **options: Any
+    ) -> None:
+        backends = list(module_backends.values())
+        modules, first = [backend.module for backend in backends], backends[0]
+        blocks = make_ragged_blocks(modules, first.config, first.dtype, inference_max_length)
+        if blocks is not None:
             blocks.warm_up()
             spare_collector()
             hardware.return_free_memory()  # the weights were there twice while they were put in order
-            memory_cache = next(iter(self.module_backends.values())).memory_cache
-            self.batcher = Batcher(blocks, memory_cache, len(self.conn_handlers), self.threads)
-            for index, handler in enumerate(self.conn_handlers):
+            self.batcher = Batcher(blocks, first.memory_cache, options["num_handlers"], self.threads)
+        # Announces the blocks, and then runs.
+        super().__init__(dht, dht_prefix, module_backends, inference_max_length=inference_max_length, **options)
+
+    def run(self) -> None:
+        for index, handler in enumerate(self.conn_handlers):
+            if self.batcher is not None:
                 handler.line = self.batcher.handler_line(index)
-                handler.cache_descriptor = blocks.cache_descriptor
+                handler.cache_descriptor = self.batcher.blocks.cache_descriptor
                 handler.batches = self.batcher.batches
-        for handler in self.conn_handlers:
             handler.run_in_background()  # forks: the batcher begins after that
         if self.batcher is not None:
             self.batcher.start()
         self.runtime.run()
-
-    def _ragged_blocks(self) -> RaggedBlocks | None:
-        backends = list(self.module_backends.values())
-        modules, first = [backend.module for backend in backends], backends[0]
-        return make_ragged_blocks(modules, first.config, first.dtype, self.conn_handlers[0].inference_max_length)
 
     def is_healthy(self) -> bool:
         return super().is_healthy() and (self.batcher is None or self.batcher.is_alive())

@@ -12,11 +12,13 @@ from petals import AutoDistributedConfig
 from petals.client.inference_session import InferenceSession
 from petals.server.from_pretrained import load_pretrained_block
 from petals.utils.convert_block import QuantType, convert_block
+from petals.utils.misc import DUMMY, DUMMY_INT64
 from transformers import BloomForCausalLM, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from swarm.batching import CPU_MIXED, CPU_PREFILL, Batcher, HandlerLine, SharedMemoryCache
 from swarm.blocks import BloomBlocks, LlamaBlocks, Part, RaggedBlocks, make_ragged_blocks
 from swarm.client import SwarmModel
+from swarm.handler import check_inputs, check_room, rewound
 from swarm.local import LocalSwarm
 from tests.conftest import greedy, load_model, tiny_server
 from tests.test_session import PROMPTS, infos, run_greedy
@@ -373,3 +375,23 @@ def test_rewind_then_lose_the_server(
         lose(session, 1)
         assert generated + run_greedy(session, generated[-1:], len(expected) - 5) == expected
         assert session.recoveries == 1
+
+
+@pytest.mark.parametrize(
+    ("hidden", "options", "reason"),
+    [
+        (torch.zeros(1, 1, 32), {}, r"\[1, 1, 32\] are not \[1, tokens, 64\]"),
+        (torch.zeros(2, 1, 64), {}, r"\[2, 1, 64\] are not \[1, tokens, 64\]"),
+        (torch.zeros(1, 9, 64), {}, "exceed the session's 8"),
+        (torch.zeros(1, 1, 64), {"prompts": torch.zeros(4, 1, 2, 32)}, "deep prompts of shape"),
+        (torch.zeros(1, 1, 64), {"hypo_ids": torch.tensor([1])}, "hypotheses must be 1 numbers"),
+        (torch.zeros(1, 1, 64), {"start": 5}, "cannot start from position 5"),
+    ],
+)
+def test_what_does_not_fit_a_session_is_refused(tiny_bloom: Path, hidden: Any, options: Any, reason: str) -> None:
+    """Before it gets into a batch: there it would be the failure of all sessions in it."""
+    check = options.pop("start", None)
+    prompts, hypotheses = options.get("prompts", DUMMY), options.get("hypo_ids", DUMMY_INT64)
+    with pytest.raises(ValueError, match=reason):
+        check_inputs(hidden, prompts, hypotheses, (4, 1, 64))
+        check_room(rewound(0, check), hidden.shape[1], 8)
