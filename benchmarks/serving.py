@@ -313,6 +313,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     axes.set(xscale="log", yscale="log", xlabel="clients at a time", ylabel="tokens/s, all clients together")
     clients = sorted({run["clients"] for run in results["runs"]})
     axes.set_xticks(clients, [str(count) for count in clients])
+    axes.yaxis.set_major_formatter("{x:.0f}")
     axes.set_title(
         f"{results['model']}, {results['dtype']}, {results['device']}, {results['cores']} cores", fontsize=10
     )

@@ -5,6 +5,7 @@ session forgets what follows. The first answer of a session tells so, with ``rew
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Sequence
 from typing import Any, AsyncIterator  # noqa: UP035  hivemind knows streams by this type only
@@ -50,12 +51,14 @@ class TransformerConnectionHandler(petals_handler.TransformerConnectionHandler):
         async with timeout(self.session_timeout):
             request = await asyncio.wait_for(anext(requests), self.step_timeout)
             metadata = MSGPackSerializer.loads(request.metadata) if request.metadata else {}
+            responses: Any
             if self.line is not None and not metadata.get("active_adapter") and self._follow_each_other(request.uid):
                 responses = self._serve_session(self.line, request, metadata, requests, context)
             else:
                 responses = super().rpc_inference(achain(as_aiter(request), requests), context)
-            async for response in responses:
-                yield response
+            async with contextlib.aclosing(responses):  # at once when the client is gone, not when it is collected
+                async for response in responses:
+                    yield response
 
     def _follow_each_other(self, uids: str) -> bool:
         """Whether blocks are served here one after the other, as a session of any sane client needs them."""
@@ -84,10 +87,12 @@ class TransformerConnectionHandler(petals_handler.TransformerConnectionHandler):
             patience = float(metadata.get("alloc_timeout", 0.0))
             async with backends[0].memory_cache.allocate_cache(descriptor, timeout=patience) as (handle,):
                 session = await line.open(handle, first, first + len(uids))
-                steps = self._iterate_inference_steps(request, requests, metadata.get("session_id"), uids, context)
+                steps: Any = self._iterate_inference_steps(request, requests, metadata.get("session_id"), uids, context)
                 sizes = len(uids), batch_size
-                async for response in self._compute_steps(line, session, steps, metadata, max_length, sizes):
-                    yield response
+                responses: Any = self._compute_steps(line, session, steps, metadata, max_length, sizes)
+                async with contextlib.aclosing(steps), contextlib.aclosing(responses):
+                    async for response in responses:
+                        yield response
         finally:
             if session is not None:
                 await line.close(session)  # after its cache was given back, so that the memory is free at once

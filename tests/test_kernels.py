@@ -1,0 +1,137 @@
+"""The compiled loops and packed products against PyTorch's own operators, in both dtypes."""
+
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from swarm import kernels
+from swarm.head import Head
+from swarm.projection import Projection, can_pack, join
+
+# bfloat16 has eight bits of precision; results differ by the order of additions.
+TOLERANCE: dict[torch.dtype, dict[str, Any]] = {
+    torch.float32: {"rtol": 1e-5, "atol": 1e-5},
+    torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2},
+}
+DTYPES = list(TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lengths", [[1], [1, 1, 1], [1, 5, 1]])
+def test_attention(dtype: torch.dtype, lengths: list[int]) -> None:
+    """Tokens of several sequences, some with more than one new token, each over its own cache."""
+    torch.manual_seed(0)
+    kv_heads, group, size, starts = 2, 3, 16, [30, 0, 7][: len(lengths)]
+    caches = [torch.randn(64, 2, kv_heads, size).to(dtype) for _ in lengths]
+    before = [cache.clone() for cache in caches]
+    tokens = sum(lengths)
+    projected = torch.randn(tokens, kv_heads * (group + 2), size).to(dtype)
+    queries = projected[:, : kv_heads * group].unflatten(1, (kv_heads, group))
+    new = projected[:, kv_heads * group :].unflatten(1, (2, kv_heads))
+    slopes = torch.rand(kv_heads * group) / 10
+    addresses = np.repeat([cache.data_ptr() for cache in caches], lengths)
+    positions = np.concatenate([np.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)])
+    outputs = kernels.Attention(slopes, 64, group, size)(queries, new, addresses, positions)
+    offset = 0
+    for cache, old, start, length in zip(caches, before, starts, lengths, strict=True):
+        assert torch.equal(cache[start : start + length], new[offset : offset + length])
+        assert torch.equal(cache[:start], old[:start]) and torch.equal(cache[start + length :], old[start + length :])
+        for i in range(length):
+            end = start + i + 1
+            keys, values = (cache[:end, kind].transpose(0, 1)[None].float() for kind in (0, 1))
+            bias = slopes.view(kv_heads, group, 1) * torch.arange(end)
+            query = queries[offset + i][None].float()
+            expected = F.scaled_dot_product_attention(query, keys, values, attn_mask=bias[None])
+            torch.testing.assert_close(outputs[offset + i].float(), expected.flatten(), **TOLERANCE[dtype])
+        offset += length
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norm_rotation_and_gate(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(3, 40).to(dtype) * 3, torch.rand(40).to(dtype)
+    expected = F.rms_norm(hidden, (40,), weight, 1e-5)
+    torch.testing.assert_close(kernels.norm(hidden, weight, 1e-5), expected, **TOLERANCE[dtype])
+
+    gates, ups = (torch.randn(3, 40).to(dtype) * 20).chunk(2, dim=-1)
+    together = torch.cat([gates, ups], dim=-1)
+    torch.testing.assert_close(kernels.gate(together), F.silu(gates) * ups, **TOLERANCE[dtype])
+
+    heads, cos, sin = torch.randn(3, 5, 8).to(dtype), torch.randn(3, 8).to(dtype), torch.randn(3, 8).to(dtype)
+    signed = torch.cat([-sin[:, :4], sin[:, 4:]], dim=-1)
+    expected = heads.float()
+    turned = torch.cat([-expected[..., 4:], expected[..., :4]], dim=-1)
+    expected[:, :4] = (expected * cos[:, None].float() + turned * sin[:, None].float())[:, :4]
+    kernels.rotate(heads, 4, cos, signed)
+    torch.testing.assert_close(heads, expected.to(dtype), **TOLERANCE[dtype])
+
+
+def test_gate_of_large_numbers() -> None:
+    gates = torch.tensor([[-1e4, -100.0, 0.0, 100.0, 1e4]])
+    outputs = kernels.gate(torch.cat([gates, torch.ones_like(gates)], dim=-1))
+    torch.testing.assert_close(outputs, F.silu(gates), rtol=1e-5, atol=1e-5)
+
+
+class Layers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.alone = nn.Linear(12, 20), nn.Linear(12, 8), nn.Linear(12, 6, bias=False)
+        self.requires_grad_(False)
+
+
+def test_joined_layers_go_on_working() -> None:
+    """Petals computes with the same modules where it does not batch, gradients included."""
+    layers, plain, inputs = Layers(), Layers(), torch.randn(2, 3, 12)
+    both, alone = join(layers, "first", "second"), join(layers, "alone")
+    torch.testing.assert_close(both(inputs), torch.cat([plain.first(inputs), plain.second(inputs)], dim=-1))
+    torch.testing.assert_close(alone(inputs), plain.alone(inputs))
+    gradients = []
+    for module in (layers, plain):
+        x = inputs.clone().requires_grad_()
+        (module.first(x).square().sum() + module.second(x).sum() + module.alone(x).square().sum()).backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_weights_that_cannot_be_packed_are_shared() -> None:
+    weight = torch.randn(4, 4, dtype=torch.float64)
+    assert not can_pack(weight)
+    layers = Layers().double()
+    projection = join(layers, "first", "second")
+    assert projection.weight is not None
+    assert layers.first.weight.data_ptr() == projection.weight.data_ptr()
+    inputs = torch.randn(3, 12, dtype=torch.float64)
+    torch.testing.assert_close(projection(inputs)[:, :20], layers.first(inputs))
+
+
+def test_head_computes_together_for_all_who_wait() -> None:
+    torch.manual_seed(0)
+    embeddings = nn.Embedding(50, 8)
+    transformer = SimpleNamespace(
+        word_embeddings=embeddings, word_embeddings_layernorm=nn.Identity(), ln_f=nn.LayerNorm(8)
+    )
+    lm_head: Any = SimpleNamespace(weight=embeddings.weight, bias=None, use_chunked_forward=False)
+    head = Head(SimpleNamespace(transformer=transformer, lm_head=lm_head))
+    assert isinstance(head._lm_head, Projection)
+    hidden, results = torch.randn(8, 8), [torch.empty(0)] * 8
+
+    def work(i: int) -> None:
+        results[i] = head.next_logits(hidden[i])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    with head._computing:  # all wait until now
+        for thread in threads:
+            thread.start()
+        while len(head._waiting) < len(threads):
+            threads[0].join(timeout=0.01)
+    for thread in threads:
+        thread.join(timeout=10)
+    expected = transformer.ln_f(hidden) @ embeddings.weight.T
+    torch.testing.assert_close(torch.stack(results), expected.detach())
