@@ -6,6 +6,7 @@ order, so that results equal ``model.generate``; the loop is ours, so that it ca
 """
 
 import codecs
+import functools
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -94,6 +95,22 @@ class Sampler:
         return int(torch.multinomial(scores.softmax(dim=-1), num_samples=1, generator=self._generator))
 
 
+@functools.lru_cache(maxsize=16)  # a look at 258 tokens for each session would be waste
+def byte_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], dict[int, int]]:
+    """Return the tokens that are parts of characters: two that continue one; those that stand for a byte, and which."""
+
+    def ids(spellings: Iterable[str]) -> list[int]:
+        found = map(tokenizer.convert_tokens_to_ids, spellings)
+        return [token_id for token_id in found if token_id not in (None, tokenizer.unk_token_id)]
+
+    # Byte-level tokenizers: tokens of one byte that continue a UTF-8 character. Every character that can be continued
+    # at all can be continued with one of these two bytes (Unicode Standard, table 3-7).
+    continuations = ids(bytes_to_unicode()[byte] for byte in (0x80, 0xA0))
+    # Sentence-piece tokenizers: tokens that stand for one byte. Their own decoder turns a run of them into text all or
+    # not at all, so that these are decoded here.
+    return tuple(continuations), {token_id: byte for byte in range(256) for token_id in ids([f"<0x{byte:02X}>"])}
+
+
 class Detokenizer:
     """Turns tokens into text piece by piece; what it has returned never changes and never ends inside a character."""
 
@@ -102,18 +119,8 @@ class Detokenizer:
         self._ids: list[int] = []
         self._start = 0  # ids before this are context, whose text was returned or was input
         self._sent = 0  # characters of the ids from `_start` on that were returned
-        # Byte-level tokenizers: tokens of one byte that continue a UTF-8 character. Every character that can be
-        # continued at all can be continued with one of these two bytes (Unicode Standard, table 3-7).
-        self._continuations = self._token_ids(bytes_to_unicode()[byte] for byte in (0x80, 0xA0))
-        # Sentence-piece tokenizers: tokens that stand for one byte. Their own decoder turns a run of them into text
-        # all or not at all, so that these are decoded here.
-        self._bytes = {token_id: byte for byte in range(256) for token_id in self._token_ids([f"<0x{byte:02X}>"])}
+        self._continuations, self._bytes = byte_tokens(tokenizer)
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def _token_ids(self, spellings: Iterable[str]) -> list[int]:
-        """Return the ids of those spellings that are tokens."""
-        token_ids = map(self._tokenizer.convert_tokens_to_ids, spellings)
-        return [token_id for token_id in token_ids if token_id not in (None, self._tokenizer.unk_token_id)]
 
     @property
     def state(self) -> tuple[Any, ...]:

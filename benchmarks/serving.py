@@ -100,7 +100,7 @@ def main() -> None:
         for clients in args.clients:
             for kind, side in sides.items():
                 # While the other side was measured this one's memory may have been paged out, or its caches gone cold.
-                asyncio.run(load(side.program.url, min(clients, 4), 8, 60))
+                asyncio.run(load(side.program.url, clients, 4, 60))
                 measured = asyncio.run(load(side.program.url, clients, args.tokens, args.seconds)).summary()
                 note(results, f"app, {kind}", clients, measured | {"server_mib": side.memory()})
         for kind, loop in ((BATCHING, own_loop), (STOCK, bare_loop)):

@@ -29,6 +29,7 @@ import torch
 from petals.server.memory_cache import MemoryCache
 
 from swarm.blocks import Part, RaggedBlocks
+from swarm.hardware import return_free_memory
 
 log = logging.getLogger(__name__)
 
@@ -371,6 +372,8 @@ class Batcher(threading.Thread):
             self._put_back(blocks, [step for step in steps if step.session is not session])
         with self._memory_cache.use_cache():  # frees what it had
             pass
+        if not any(line.sessions for line in self._lines):
+            return_free_memory()  # of all the sessions that were here
 
     def _put_back(self, blocks: tuple[int, int], steps: list[_Step]) -> None:
         """Let steps wait, behind those for other blocks."""

@@ -13,6 +13,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from types import SimpleNamespace
 from typing import Any
 
 import hivemind
@@ -171,6 +172,16 @@ def use_server_parts(handler: type, memory_cache: type, container: type) -> None
     petals.server.server.TransformerConnectionHandler = handler
     petals.server.server.MemoryCache = memory_cache
     petals.server.server.ModuleContainer = container
+
+
+def probe_nobody() -> None:
+    """Let petals' servers not probe for others whether they are reachable: in a private swarm nobody asks.
+
+    Petals starts a second p2pd for it in every server, of 60 MB.
+    """
+    import petals.server.server
+
+    petals.server.server.ReachabilityProtocol = SimpleNamespace(attach_to_dht=lambda dht: None)
 
 
 def _accept_shared_dht() -> None:

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from swarm.compat import kill_descendants, set_threads, spare_collector, use_server_parts
+from swarm.compat import kill_descendants, probe_nobody, set_threads, spare_collector, use_server_parts
 
 from petals.constants import PUBLIC_INITIAL_PEERS
 from petals.server.server import ModuleContainer, Server
@@ -117,6 +117,8 @@ def make_server(args: argparse.Namespace) -> Server:
         TransformerConnectionHandler, SharedMemoryCache, BatchingContainer if args.batching else ModuleContainer
     )
     public = args.initial_peers == ["public"]
+    if args.batching and not public:  # one that computes as a stock server is left as that is, to compare with
+        probe_nobody()
     device = args.device or hardware.pick_device()
     path = weights.locate(args.model, cache_dir=args.cache_dir, progress=log.info)
     blocks = args.blocks
