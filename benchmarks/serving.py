@@ -107,9 +107,8 @@ def main() -> None:
                     measured.first += arrival.first
                 note(results, f"app, {kind}", clients, measured.summary() | {"server_mib": side.memory()})
         for kind, loop in ((BATCHING, own_loop), (STOCK, bare_loop)):
-            for _ in range(2):  # the first warms up
-                measured = loop(sides[kind].model, args.tokens).summary()
-            note(results, f"bare loop, {kind}", 1, measured)
+            loops = [loop(sides[kind].model, args.tokens) for _ in range(2)]  # the first warms up
+            note(results, f"bare loop, {kind}", 1, loops[-1].summary())
         model = plain_model(name, device, dtype, settings)
         for clients in args.clients:
             note(results, "plain Transformers, one batch", clients, plain(*model, clients, args.tokens).summary())
