@@ -187,7 +187,8 @@ class Models:
         path = weights.locate(name, cache_dir=settings.cache_dir, progress=served.report)
         served.report("starting a server of the embedded swarm")
         dtype, share = settings.torch_dtype(), CACHE_SHARE / len(self.served)
-        cache_tokens = settings.ATTN_CACHE_TOKENS or attn_cache_tokens(AutoConfig.from_pretrained(path), dtype, share)
+        config = AutoConfig.from_pretrained(path)
+        cache_tokens = settings.ATTN_CACHE_TOKENS or attn_cache_tokens(config, dtype, share, settings.device())
         self._local.start_server(
             ServerOptions(
                 name,

@@ -58,7 +58,7 @@ def start_model(local: LocalSwarm, settings: Settings) -> SwarmModel:
             name,
             device=device,
             torch_dtype=dtype,
-            attn_cache_tokens=attn_cache_tokens(model.config, dtype, share=0.25),
+            attn_cache_tokens=attn_cache_tokens(model.config, dtype, share=0.25, device=device),
             threads=settings.SERVER_THREADS or None,
             cache_dir=settings.cache_dir,
         )

@@ -141,7 +141,7 @@ class Side:
                     name,
                     device=device,
                     torch_dtype=dtype,
-                    attn_cache_tokens=attn_cache_tokens(model.config, dtype, share=0.1),
+                    attn_cache_tokens=attn_cache_tokens(model.config, dtype, share=0.1, device=device),
                     threads=settings.SERVER_THREADS or None,
                     cache_dir=settings.cache_dir,
                     batching=kind == BATCHING,

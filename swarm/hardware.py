@@ -31,21 +31,30 @@ def cpu_count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def attn_cache_tokens(config: Any, dtype: str, share: float) -> int:
+def free_memory(device: str) -> int:
+    """Return how many bytes are free on a device."""
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
+def attn_cache_tokens(config: Any, dtype: str, share: float, device: str) -> int:
     """Return for how many tokens a server of all blocks may hold attention cache.
 
     Pages are taken when they are first written, so that what is never used costs nothing.
 
     :param config: the model's configuration
-    :param share: part of the free memory that the cache may take; the weights come on top
+    :param share: part of the device's free memory that the cache may take; the weights come on top
     :param dtype: the dtype of the cache; ``"auto"`` counts as one of two bytes
     """
-    import psutil
-
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     values_per_token = 2 * config.num_hidden_layers * heads * (config.hidden_size // config.num_attention_heads)
     bytes_per_token = values_per_token * (4 if dtype == "float32" else 2)
-    return max(1, int(psutil.virtual_memory().available * share) // bytes_per_token)
+    return max(1, int(free_memory(device) * share) // bytes_per_token)
 
 
 def return_free_memory() -> None:

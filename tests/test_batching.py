@@ -69,10 +69,13 @@ def petals_outputs(modules: list[Any], hidden: torch.Tensor) -> torch.Tensor:
     return hidden[0]
 
 
+@pytest.mark.parametrize("by_kernel", [True, False])  # without, attention is computed as on a GPU
 @pytest.mark.parametrize("family", [BloomBlocks, LlamaBlocks])
-def test_ragged_blocks_equal_petals_blocks(family: type, tiny_bloom: Path, tiny_llama: Path) -> None:
+def test_ragged_blocks_equal_petals_blocks(family: type, by_kernel: bool, tiny_bloom: Path, tiny_llama: Path) -> None:
     blocks, modules = ragged(tiny_bloom if family is BloomBlocks else tiny_llama)
     assert type(blocks) is family
+    if not by_kernel:
+        blocks._attention = None
     torch.manual_seed(0)
     lengths, hidden_size = [5, 9, 30], blocks.config.hidden_size
     sequences = [torch.randn(length, hidden_size) for length in lengths]
