@@ -34,6 +34,9 @@ class Program:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+            # A shell that starts something in the background lets it ignore Ctrl-C, and so everything below it.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         environment = {**os.environ, "PORT": str(self.port), "PYTHONUNBUFFERED": "1", **environment}
         with log.open("wb") as output:
             self.process = subprocess.Popen(
