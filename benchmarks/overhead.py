@@ -18,18 +18,13 @@ from typing import Any
 
 from swarm.compat import set_threads
 
-import torch
 from websockets.sync.client import connect
 
+from benchmarks.serving import PROMPT, TOPICS, bare_loop, own_loop, serve_model
 from config import Settings
 from swarm.client import SwarmModel
-from swarm.hardware import attn_cache_tokens
-from swarm.local import LocalSwarm, ServerOptions
+from swarm.local import LocalSwarm
 from tests.processes import GUNICORN, Program, running
-
-from petals.client.inference_session import InferenceSession  # isort: skip
-
-PROMPT = "<|im_start|>user\nWrite a long story about a river.<|im_end|>\n<|im_start|>assistant\n"
 
 
 def main() -> None:
@@ -41,7 +36,8 @@ def main() -> None:
     settings = Settings.from_environment()
     set_threads(settings.CLIENT_THREADS)
     with LocalSwarm() as local, tempfile.TemporaryDirectory() as directory:
-        model = start_model(local, settings)
+        places = settings.default_model, settings.device(), settings.torch_dtype()
+        model, _ = serve_model(local, settings, *places, share=0.25)
         peers = ",".join(local.swarm.initial_peers)
         with running(GUNICORN, Path(directory) / "log", INITIAL_PEERS=peers) as program:
             program.wait_ready()
@@ -49,33 +45,11 @@ def main() -> None:
         model.close()
 
 
-def start_model(local: LocalSwarm, settings: Settings) -> SwarmModel:
-    """Serve the default model and load the client's part of it."""
-    name, device, dtype = settings.default_model, settings.device(), settings.torch_dtype()
-    model = SwarmModel.load(name, local.swarm, cache_dir=settings.cache_dir, device=device, torch_dtype=dtype)
-    local.start_server(
-        ServerOptions(
-            name,
-            device=device,
-            torch_dtype=dtype,
-            attn_cache_tokens=attn_cache_tokens(model.config, dtype, share=0.25, device=device),
-            threads=settings.SERVER_THREADS or None,
-            cache_dir=settings.cache_dir,
-        )
-    )
-    model.state.start(timeout=60)
-    if not model.state.wait(lambda: not model.state.missing_blocks(), timeout=120):
-        raise SystemExit("the server did not come up")
-    with model.open_session(8) as session:
-        session.step([1])
-    return model
-
-
 def measure(model: SwarmModel, program: Program, tokens: int, rounds: int) -> dict[str, list[float]]:
     """Return the median milliseconds between tokens of each turn, by kind."""
     kinds = {
-        "bare Petals client loop": lambda: bare_loop(model, tokens),
-        "this client's loop": lambda: own_loop(model, tokens),
+        "bare Petals client loop": lambda: bare_loop(model, tokens).gaps,
+        "this client's loop": lambda: own_loop(model, tokens).gaps,
         "WebSocket stream": lambda: stream(program, tokens),
     }
     results: dict[str, list[float]] = {name: [] for name in kinds}
@@ -91,28 +65,6 @@ def gaps(times: list[float]) -> list[float]:
     return [after - before for before, after in zip(times, times[1:], strict=False)]
 
 
-@torch.inference_mode()
-def bare_loop(model: SwarmModel, tokens: int) -> list[float]:
-    """Petals' own session, used directly."""
-    token_ids, times = model.tokenizer.encode(PROMPT), []
-    with InferenceSession(model.state.manager, len(token_ids) + tokens) as session:
-        for _ in range(tokens):
-            hidden = session.step(model.head.embed(token_ids))
-            token_ids = [int(model.head.logits(hidden[:, -1])[0].argmax())]
-            times.append(time.perf_counter())
-    return gaps(times)
-
-
-def own_loop(model: SwarmModel, tokens: int) -> list[float]:
-    """This project's session, without text and transport."""
-    token_ids, times = model.tokenizer.encode(PROMPT), []
-    with model.open_session(len(token_ids) + tokens) as session:
-        for _ in range(tokens):
-            token_ids = [int(session.step(token_ids).argmax())]
-            times.append(time.perf_counter())
-    return gaps(times)
-
-
 def stream(program: Program, tokens: int) -> list[float]:
     """A WebSocket client that streams token by token, as the chat page does."""
     times: list[float] = []
@@ -120,7 +72,12 @@ def stream(program: Program, tokens: int) -> list[float]:
         ask(ws, {"type": "open_inference_session", "max_length": 1024})
         ws.send(
             json.dumps(
-                {"type": "generate", "inputs": PROMPT, "max_new_tokens": 1, "stop_sequence": "no such text in a story"}
+                {
+                    "type": "generate",
+                    "inputs": PROMPT.format(topic=TOPICS[0]),
+                    "max_new_tokens": 1,
+                    "stop_sequence": "no such text in a story",
+                }
             )
         )
         while len(times) < tokens and not receive(ws)["stop"]:

@@ -135,18 +135,7 @@ class Side:
         """Start everything, and end it after the block."""
         set_threads(settings.CLIENT_THREADS)
         with LocalSwarm() as local:
-            model = SwarmModel.load(name, local.swarm, cache_dir=settings.cache_dir, device=device, torch_dtype=dtype)
-            server = local.start_server(
-                ServerOptions(
-                    name,
-                    device=device,
-                    torch_dtype=dtype,
-                    attn_cache_tokens=attn_cache_tokens(model.config, dtype, share=0.1, device=device),
-                    threads=settings.SERVER_THREADS or None,
-                    cache_dir=settings.cache_dir,
-                    batching=kind == BATCHING,
-                )
-            )
+            model, server = serve_model(local, settings, name, device, dtype, share=0.1, batching=kind == BATCHING)
             environment = {
                 "INITIAL_PEERS": ",".join(local.swarm.initial_peers),
                 "MODELS": name,
@@ -158,9 +147,6 @@ class Side:
             }
             log = directory / f"{kind.split()[0]}.log"
             with running(GUNICORN, log, **environment) as program:
-                model.state.start(timeout=60)
-                if not model.state.wait(lambda: not model.state.missing_blocks(), timeout=120):
-                    raise SystemExit("the server did not come up")
                 program.wait_ready()
                 yield cls(server, program, model)
             model.close()
@@ -169,6 +155,31 @@ class Side:
         """Return the server's memory in MiB, what its processes share counted once."""
         process = psutil.Process(self.server.process.pid)
         return sum(p.memory_full_info().pss for p in (process, *process.children(recursive=True))) >> 20
+
+
+def serve_model(
+    local: LocalSwarm, settings: Settings, name: str, device: str, dtype: str, *, share: float, batching: bool = True
+) -> tuple[SwarmModel, LocalServer]:
+    """Serve a model, load the client's part of it, and wait until all its blocks are there.
+
+    :param share: of the free memory, for the server's attention cache
+    """
+    model = SwarmModel.load(name, local.swarm, cache_dir=settings.cache_dir, device=device, torch_dtype=dtype)
+    server = local.start_server(
+        ServerOptions(
+            name,
+            device=device,
+            torch_dtype=dtype,
+            attn_cache_tokens=attn_cache_tokens(model.config, dtype, share, device),
+            threads=settings.SERVER_THREADS or None,
+            cache_dir=settings.cache_dir,
+            batching=batching,
+        )
+    )
+    model.state.start(timeout=60)
+    if not model.state.wait(lambda: not model.state.missing_blocks(), timeout=120):
+        raise SystemExit("the server did not come up")
+    return model, server
 
 
 async def load(url: str, clients: int, tokens: int, seconds: float) -> Load:

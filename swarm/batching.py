@@ -1,9 +1,10 @@
 """Continuous batching: steps of different sessions that wait at the same time are computed as one batch.
 
 A server's handlers are processes of their own, which take requests from the network; the ``Batcher`` is a thread of the
-process that computes. Each handler has a line to it, a pair of connected sockets. The batcher never waits for company:
-whatever has arrived when a batch ends makes the next one (Yu et al., "Orca", OSDI 2022), and prompts are cut into
-chunks, so that others' decoding goes on between them (Agrawal et al., "Sarathi-Serve", OSDI 2024).
+process that computes. Each handler has a line to it, a pair of connected sockets. What has arrived when a batch ends
+makes the next one (Yu et al., "Orca", OSDI 2022), at once or, if others are known to be on their way back, with them. A
+session that is alone never waits. Prompts are cut into chunks, so that others' decoding goes on between them (Agrawal
+et al., "Sarathi-Serve", OSDI 2024).
 """
 
 import asyncio

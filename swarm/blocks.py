@@ -62,8 +62,8 @@ class Batch:
         :param mask: see ``RaggedBlocks.mask``
         :param attention: computes short parts, if they come first; None: all parts are computed by PyTorch
         """
-        self.parts = parts
         self._first = first
+        self.positions = np.concatenate([np.arange(part.start, part.start + part.length) for part in parts])  # [tokens]
         self._attention = attention
         count = 0
         while attention is not None and count < len(parts) and parts[count].length <= SHORT:
@@ -76,7 +76,6 @@ class Batch:
             strides = np.array([part.cache.stride(0) * part.cache.element_size() for part in short])
             caches = starts + np.arange(len(short[0].cache))[:, None] * strides
             self._addresses = np.repeat(caches, lengths, axis=1)  # [blocks, tokens]
-            self._positions = np.concatenate([np.arange(part.start, part.start + part.length) for part in short])
         self._sizes = [part.length for part in others]
         self._masks = [mask(part) for part in others]
         # One call makes the views for all blocks: a call for each block and sequence would cost more than attention.
@@ -85,10 +84,6 @@ class Batch:
         past = [part.cache[:, : part.start + part.length].unsqueeze(1) for part in others]
         self._keys = [cache[:, :, :, 0].transpose(2, 3).unbind(0) for cache in past]
         self._values = [cache[:, :, :, 1].transpose(2, 3).unbind(0) for cache in past]
-
-    def positions(self) -> torch.Tensor:
-        """Return the position of each token: [tokens]."""
-        return torch.cat([torch.arange(part.start, part.start + part.length) for part in self.parts])
 
     def attend(self, block: int, queries: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         """Write new keys and values to the caches, and attend to all that are there.
@@ -101,7 +96,8 @@ class Batch:
         index, short = block - self._first, self._short
         outputs = []
         if self._attention is not None and short:
-            outputs.append(self._attention(queries[:short], new[:short], self._addresses[index], self._positions))
+            addresses, positions = self._addresses[index], self.positions[:short]
+            outputs.append(self._attention(queries[:short], new[:short], addresses, positions))
         if self._sizes:
             outputs += self._attend_by_torch(index, queries[short:], new[short:])
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -282,7 +278,7 @@ class LlamaBlocks(RaggedBlocks):
         return causal_mask(part, self.dtype, self.device).repeat(self.group, 1)
 
     def context(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        positions = batch.positions().to(self.device)
+        positions = torch.from_numpy(batch.positions).to(self.device)
         return self._cos[positions], self._sin[positions]
 
     def compute(

@@ -79,13 +79,13 @@ class TransformerConnectionHandler(petals_handler.TransformerConnectionHandler):
             # The words are petals': clients tell from them what is wrong.
             raise ValueError(f"Cannot allocate KV cache for {max_length} tokens, max = {self.inference_max_length}")
         first = list(self.module_backends).index(uids[0])
-        backends = [self.module_backends[uid] for uid in uids]
+        memory_cache = self.module_backends[uids[0]].memory_cache
         batch_size = request.tensors[0].size[0] if request.tensors else 1
         session = None
         try:
             descriptor = self.cache_descriptor(len(uids), batch_size, max_length)
             patience = float(metadata.get("alloc_timeout", 0.0))
-            async with backends[0].memory_cache.allocate_cache(descriptor, timeout=patience) as (handle,):
+            async with memory_cache.allocate_cache(descriptor, timeout=patience) as (handle,):
                 session = await line.open(handle, first, first + len(uids))
                 steps: Any = self._iterate_inference_steps(request, requests, metadata.get("session_id"), uids, context)
                 sizes = len(uids), batch_size

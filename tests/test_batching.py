@@ -21,7 +21,7 @@ from swarm.client import SwarmModel
 from swarm.handler import check_inputs, check_room, rewound
 from swarm.local import LocalSwarm
 from tests.conftest import greedy, load_model, tiny_server
-from tests.test_session import PROMPTS, infos, run_greedy
+from tests.test_session import PROMPTS, in_threads, infos, lose, run_greedy
 from tests.tiny import make_tiny_falcon, make_tiny_llama
 
 CPU = torch.device("cpu")
@@ -256,11 +256,7 @@ def test_sixteen_sessions_equal_transformers(
             rest = run_greedy(session, [first], len(expected[i]) - 1) if len(expected[i]) > 1 else []
             results[i] = [first, *rest]
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(prompts))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=120)
+    in_threads(work, len(prompts), timeout=120)
     assert results == expected
     steps = sum(map(len, expected))
     for now, then in zip(infos(model), before, strict=True):
@@ -367,8 +363,6 @@ def test_rewind_then_lose_the_server(
     model: SwarmModel, reference: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """What was forgotten is not restored by failover."""
-    from tests.test_session import lose
-
     token_ids = tokenizer.encode(PROMPTS[3])
     expected = greedy(reference, [*token_ids, 9], 20)
     with model.open_session(64) as session:
@@ -391,10 +385,9 @@ def test_rewind_then_lose_the_server(
         (torch.zeros(1, 1, 64), {"start": 5}, "cannot start from position 5"),
     ],
 )
-def test_what_does_not_fit_a_session_is_refused(tiny_bloom: Path, hidden: Any, options: Any, reason: str) -> None:
+def test_what_does_not_fit_a_session_is_refused(hidden: Any, options: Any, reason: str) -> None:
     """Before it gets into a batch: there it would be the failure of all sessions in it."""
-    check = options.pop("start", None)
     prompts, hypotheses = options.get("prompts", DUMMY), options.get("hypo_ids", DUMMY_INT64)
     with pytest.raises(ValueError, match=reason):
         check_inputs(hidden, prompts, hypotheses, (4, 1, 64))
-        check_room(rewound(0, check), hidden.shape[1], 8)
+        check_room(rewound(0, options.get("start")), hidden.shape[1], 8)

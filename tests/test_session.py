@@ -2,6 +2,7 @@
 
 import gc
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import psutil
@@ -96,11 +97,7 @@ def test_parallel_sessions_do_not_mix(
         with model.open_session(64) as session:
             results[i] = run_greedy(session, prompts[i], len(expected[i]))
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(prompts))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=60)
+    in_threads(work, len(prompts), timeout=60)
     assert results == expected
 
 
@@ -273,6 +270,15 @@ def test_full_cache_is_a_typed_error(tiny_bloom, swarm: LocalSwarm) -> None:  # 
             wait_until(lambda: infos(model)[0]["cache_tokens_available"] >= 60 * 4, "the cache was not freed")
             second.step([])  # its token was kept
         model.close()
+
+
+def in_threads(work: Callable[[int], None], count: int, timeout: float) -> None:
+    """Call ``work`` with 0, 1, ... at the same time, and wait for each up to ``timeout`` seconds."""
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout)
 
 
 def wait_until(condition, message: str, timeout: float = 10.0) -> None:  # type: ignore[no-untyped-def]

@@ -1,6 +1,7 @@
 """A tiny random BLOOM with a tokenizer of its own, made on the fly: real files in the layout of the hub."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -11,6 +12,8 @@ from transformers import (
     FalconForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
@@ -72,42 +75,37 @@ def make_tiny_bloom(directory: Path, *, n_layer: int = 4, hidden_size: int = 64,
 
 def make_tiny_falcon(directory: Path) -> Path:
     """Write a random Falcon checkpoint of the newer architecture, as Falcon-40B's and 180B's."""
-    tokenizer = make_tokenizer()
-    torch.manual_seed(0)
-    config = FalconConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_kv_heads=2,
-        new_decoder_architecture=True,
-        alibi=False,
-        bias=False,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        initializer_range=0.2,
-    )
-    FalconForCausalLM(config).save_pretrained(directory, safe_serialization=True)
-    tokenizer.save_pretrained(directory)
-    return directory
+    options = {
+        "num_hidden_layers": 2,
+        "num_kv_heads": 2,
+        "new_decoder_architecture": True,
+        "alibi": False,
+        "bias": False,
+    }
+    return save_random(FalconForCausalLM, FalconConfig, directory, **options)
 
 
 def make_tiny_llama(directory: Path) -> Path:
     """Write a random Llama checkpoint with grouped queries, as Llama-2-70B's and SmolLM2's."""
+    options = {"num_hidden_layers": 4, "num_key_value_heads": 2, "intermediate_size": 160}
+    return save_random(LlamaForCausalLM, LlamaConfig, directory, **options)
+
+
+def save_random(model: type[PreTrainedModel], config: type[PretrainedConfig], directory: Path, **options: Any) -> Path:
+    """Write a random checkpoint of some family, small in everything that ``options`` leave out."""
     tokenizer = make_tokenizer()
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=160,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        initializer_range=0.2,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory, safe_serialization=True)
+    model(
+        config(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            num_attention_heads=4,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            initializer_range=0.2,
+            **options,
+        )
+    ).save_pretrained(directory, safe_serialization=True)
     tokenizer.save_pretrained(directory)
     return directory
 
