@@ -168,20 +168,21 @@ class SwarmSession:
             coroutine.close()
             raise SessionClosed("the session is closed")
         future = RemoteExpertWorker.run_coroutine(coroutine, return_future=True)
-        while True:
-            try:
-                return future.result(timeout=CANCEL_POLL)
-            except concurrent.futures.CancelledError:
-                raise SessionClosed("the session was closed during a step") from None
-            except concurrent.futures.TimeoutError:
-                if future.done():
-                    raise  # it was the step's own
-            if self._cancelled.is_set() or (cancelled is not None and cancelled()):
-                self._cancelled.clear()
-                # Whether the servers process the step is not known any more, so they are let go. The tokens stay.
-                future.cancel()
-                self.release()
-                raise Cancelled("the step was cancelled")
+        try:
+            while True:
+                try:
+                    return future.result(timeout=CANCEL_POLL)
+                except concurrent.futures.TimeoutError:
+                    if future.done():  # in the moment since; or the time-out was the step's own
+                        return future.result()
+                if self._cancelled.is_set() or (cancelled is not None and cancelled()):
+                    self._cancelled.clear()
+                    # Whether the servers process the step is not known any more, so they are let go. The tokens stay.
+                    future.cancel()
+                    self.release()
+                    raise Cancelled("the step was cancelled")
+        except concurrent.futures.CancelledError:
+            raise SessionClosed("the session was closed during a step") from None
 
     def truncate(self, length: int) -> None:
         """Set the session back to its first ``length`` tokens. Not during a step, and not on the event-loop thread.

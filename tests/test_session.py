@@ -1,5 +1,6 @@
 """The swarm session against plain Transformers, over real servers that are killed, full or slow to come."""
 
+import concurrent.futures
 import gc
 import threading
 from collections.abc import Callable
@@ -309,3 +310,31 @@ def test_failed_dials_leave_no_descriptors(model: SwarmModel) -> None:
         RemoteExpertWorker.run_coroutine(dial())
     assert len(failures) == 21
     wait_until(lambda: psutil.Process().num_fds() <= before + 1, "descriptors are left")
+
+
+class LateByAMoment(concurrent.futures.Future):
+    """Is done just when the time of who waits for it is over."""
+
+    def result(self, timeout: float | None = None) -> Any:
+        try:
+            return super().result(None if timeout is None else 0)
+        except TimeoutError:
+            super().result()
+            raise
+
+
+def test_step_done_in_the_moment_of_looking(model: SwarmModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found by the soak, once in 12,000 answers: it failed with the time-out of looking for cancellation."""
+    run = RemoteExpertWorker.run_coroutine
+
+    def run_late(coroutine: Any, return_future: bool = False) -> Any:
+        if not return_future:
+            return run(coroutine)
+        late = LateByAMoment()
+        run(coroutine, return_future=True).add_done_callback(lambda done: late.set_result(done.result()))
+        return late
+
+    with model.open_session(8) as session:
+        monkeypatch.setattr(RemoteExpertWorker, "run_coroutine", run_late)
+        assert session.step([5]).shape == (model.head.vocab_size,)
+        monkeypatch.undo()
