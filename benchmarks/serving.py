@@ -105,7 +105,8 @@ def main() -> None:
                 # The first arrival warms up: while the other side was measured, this one's memory may have gone cold.
                 for arrival in arrivals[1:]:
                     measured.first += arrival.first
-                note(results, f"app, {kind}", clients, measured.summary() | {"server_mib": side.memory()})
+                memory = {"server_mib": side.memory(clients, args.tokens)}
+                note(results, f"app, {kind}", clients, measured.summary() | memory)
         for kind, loop in ((BATCHING, own_loop), (STOCK, bare_loop)):
             loops = [loop(sides[kind].model, args.tokens) for _ in range(2)]  # the first warms up
             note(results, f"bare loop, {kind}", 1, loops[-1].summary())
@@ -151,10 +152,13 @@ class Side:
                 yield cls(server, program, model)
             model.close()
 
-    def memory(self) -> int:
-        """Return the server's memory in MiB, what its processes share counted once."""
+    def memory(self, sessions: int, tokens: int) -> int:
+        """Return the server's memory in MiB, what its processes share counted once, while it holds full sessions."""
         process = psutil.Process(self.server.process.pid)
-        return sum(p.memory_full_info().pss for p in (process, *process.children(recursive=True))) >> 20
+        with contextlib.ExitStack() as stack:
+            for _ in range(sessions):
+                stack.enter_context(self.model.open_session(tokens)).step([1] * tokens)
+            return sum(p.memory_full_info().pss for p in (process, *process.children(recursive=True))) >> 20
 
 
 def serve_model(

@@ -219,7 +219,8 @@ def spare_collector() -> None:
     """Let the garbage collector leave alone, from now on, everything that is there already.
 
     A program with these libraries has some 400,000 objects that live until its end. To look through them all takes a
-    fifth of a second or more, in which no token is made.
+    fifth of a second or more, in which no token is made, and writes to them all, which ends their sharing with forked
+    processes.
     """
     gc.collect()
     gc.freeze()

@@ -124,6 +124,10 @@ def make_server(args: argparse.Namespace) -> Server:
     blocks = args.blocks
     if blocks is None and args.num_blocks is None and device == "cpu":
         blocks = f"0:{block_count(args.model, path)}"  # petals cannot guess how many fit on a machine without GPU
+    if args.batching:
+        # The processes forked from here on share what is there already, for as long as nobody writes to it: and a
+        # collection writes to every object. Here that is 90 MB.
+        spare_collector()
     return Server(
         converted_model_name_or_path=path,
         dht_prefix=args.dht_prefix or weights.dht_prefix(args.model),
