@@ -242,7 +242,7 @@ class _Session:
 class _Step:
     session: _Session
     start: int
-    hidden: torch.Tensor  # inputs, and outputs where the step is done: [sequences, tokens, hidden size]
+    hidden: torch.Tensor  # inputs, and outputs where the step is done: [sequences or 1, tokens, hidden size]
     prompts: Sequence[torch.Tensor | None] | None
     hypotheses: Sequence[int] | None
     done: int = 0  # tokens that are computed
@@ -424,7 +424,7 @@ class Batcher(threading.Thread):
                 cache = step.session.cache[:, :, : step.start]
                 cache.copy_(cache[:, list(step.hypotheses)])
             inputs = step.hidden[:, step.done : step.done + count]
-            for row, cache in enumerate(step.session.cache.unbind(1)):
+            for row, cache in enumerate(step.session.cache.unbind(1)[: len(inputs)]):
                 parts.append(Part(cache, step.start + step.done, count, self._prompts(step, row)))
                 pieces.append(inputs[row])
         if self._threads is not None:
@@ -437,6 +437,9 @@ class Batcher(threading.Thread):
         for step, count in batch:
             for row in step.hidden[:, step.done : step.done + count]:
                 row.copy_(next(outputs))
+            if len(step.hidden) < step.session.cache.shape[1]:  # one sequence stands for all of the session
+                new = step.session.cache[:, :, step.start + step.done : step.start + step.done + count]
+                new[:, 1:] = new[:, :1]
             step.done += count
         with self.batches.get_lock():
             self.batches.value += 1

@@ -142,14 +142,14 @@ class SwarmModel:
         budget = budget or HistoryBudget(DEFAULT_HISTORY_BYTES)
         return cls(name, model.to(device).eval(), tokenizer, limits or SessionLimits(), budget)
 
-    def open_session(self, max_length: int) -> SwarmSession:
-        """Open an inference session for up to ``max_length`` tokens. Servers are chosen with its first step.
+    def open_session(self, max_length: int, rows: int = 1) -> SwarmSession:
+        """Open an inference session for up to ``max_length`` tokens of each row. Its first step chooses the servers.
 
         :raises SessionLengthExceeded: if the model or its servers take no session so long
         """
         if max_length > self.max_length:
             raise SessionLengthExceeded(f"{max_length} tokens exceed the {self.max_length} that {self.name} allows")
-        return SwarmSession(self.head, self.state, self.limits, self.budget, max_length)
+        return SwarmSession(self.head, self.state, self.limits, self.budget, max_length, rows)
 
     def close(self) -> None:
         """Stop following the swarm. Open sessions should be closed before."""

@@ -1,7 +1,8 @@
 """How a server of this project takes requests: petals' handler, whose inference sessions are computed in batches.
 
-What it speaks is petals' ``rpc_inference``; beyond that a step may carry ``start_from_position``, as of petals 2.3: the
-session forgets what follows. The first answer of a session tells so, with ``rewind`` in its metadata.
+What it speaks is petals' ``rpc_inference``, and beyond that two things, which the first answer of a session tells of in
+its metadata. ``rewind``: a step may carry ``start_from_position``, as of petals 2.3; the session forgets what follows.
+``spread``: hidden states of one sequence stand for all sequences of the session; they are computed once.
 """
 
 import asyncio
@@ -25,7 +26,7 @@ from petals.utils.packaging import unpack_args_kwargs
 from swarm.batching import HandlerLine
 
 # What the first answer of a session says of the server; see the module's docstring.
-ABILITIES = MSGPackSerializer.dumps({"rewind": True})
+ABILITIES = MSGPackSerializer.dumps({"rewind": True, "spread": True})
 
 
 class TransformerConnectionHandler(petals_handler.TransformerConnectionHandler):
@@ -182,7 +183,7 @@ def check_inputs(hidden: torch.Tensor, prompts: Any, hypotheses: torch.Tensor, s
     :raises ValueError: naming what does not fit
     """
     num_blocks, batch_size, hidden_size = sizes
-    if hidden.ndim != 3 or hidden.shape[0] != batch_size or hidden.shape[2] != hidden_size:
+    if hidden.ndim != 3 or hidden.shape[0] not in (1, batch_size) or hidden.shape[2] != hidden_size:
         raise ValueError(f"hidden states of shape {list(hidden.shape)} are not [{batch_size}, tokens, {hidden_size}]")
     if prompts is not None and not is_dummy(prompts):
         wanted = (num_blocks, batch_size, hidden_size)

@@ -42,9 +42,9 @@ class Head:
         self._computing = threading.Lock()
 
     @torch.inference_mode()
-    def embed(self, token_ids: Sequence[int]) -> torch.Tensor:
-        """Return the inputs of the first block: [1, n tokens, hidden size], on the CPU, from where they are sent."""
-        ids = torch.tensor([list(token_ids)], device=self.device)
+    def embed(self, *rows: Sequence[int]) -> torch.Tensor:
+        """Return the inputs of the first block: [rows, n tokens, hidden size], on the CPU, from where they are sent."""
+        ids = torch.tensor([list(row) for row in rows], device=self.device)
         return self._transformer.word_embeddings_layernorm(self._transformer.word_embeddings(ids)).cpu()
 
     @torch.inference_mode()

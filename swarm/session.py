@@ -1,4 +1,4 @@
-"""One sequence of tokens that a swarm computes: step by step, over servers that come and go.
+"""A sequence of tokens that a swarm computes: step by step, over servers that come and go.
 
 A session is its token ids. The attention caches on the servers are a cache of them: each span of blocks that one server
 computes for the session can be computed again on other servers, from the inputs that the span has received so far, or,
@@ -10,6 +10,7 @@ answer with as many. All of it runs on hivemind's event-loop thread; callers wai
 
 import asyncio
 import concurrent.futures
+import itertools
 import logging
 import threading
 import time
@@ -53,8 +54,9 @@ Result = TypeVar("Result")
 CANCEL_POLL = 0.05  # seconds
 # Prompts go through the swarm in pieces, so that cancelling takes effect between them and one piece stays far below
 # the size of message that hivemind can take: 512 tokens of BLOOM-176B are 15 MB.
-PREFILL_CHUNK = 512  # tokens
-
+PREFILL_CHUNK = 512  # tokens, of all rows together
+# Logits computed at a time when all are wanted: with BLOOM's vocabulary these are 32 MB.
+LOGIT_ROWS = 32
 
 # The event loop never computes and never waits, so that it answers within milliseconds even on a busy machine.
 LOOP_TIMEOUT = 10.0  # seconds
@@ -86,20 +88,30 @@ class HistoryBudget:
 
 
 class SwarmSession:
-    """An inference session of one sequence. One thread at a time; ``cancel`` and ``close`` may come from any.
+    """An inference session. One thread at a time; ``cancel`` and ``close`` may come from any.
 
-    The servers hold attention cache for ``max_length`` tokens from the first step until ``close``. A session that is
-    dropped without closing frees it when it is collected.
+    It is one sequence of tokens, or, with several rows, sequences that begin with the same tokens: those are computed
+    once, and then each step adds a token to every row.
+
+    The servers hold attention cache for ``max_length`` tokens of each row from the first step until ``close``. A
+    session that is dropped without closing frees it when it is collected.
     """
 
     def __init__(
-        self, head: Head, state: SwarmState, limits: SessionLimits, budget: HistoryBudget, max_length: int
+        self,
+        head: Head,
+        state: SwarmState,
+        limits: SessionLimits,
+        budget: HistoryBudget,
+        max_length: int,
+        rows: int = 1,
     ) -> None:
-        self.max_length = max_length  # tokens, prefix included
-        self.token_ids: list[int] = []
+        self.max_length = max_length  # tokens of a row, prefix included
+        self.token_ids: list[int] = []  # that all rows begin with
+        self.branches: list[list[int]] = [[] for _ in range(rows)]  # what each row has after them, equally many
         self._head = head
         self._cancelled = threading.Event()
-        self._chain = _Chain(state, limits, budget, max_length)
+        self._chain = _Chain(state, limits, budget, max_length, rows)
         # The finaliser may run on any thread, the event loop's included, so it only asks the loop to close.
         self._finalizer = weakref.finalize(self, self._chain.close_soon)
         self._finalizer.atexit = False
@@ -119,20 +131,32 @@ class SwarmSession:
         return [(str(span.peer_id), span.start, span.end) for span in self._chain.spans]
 
     @property
+    def rewinds(self) -> bool:
+        """Whether ``truncate`` is free: all servers of the session can forget tokens."""
+        return bool(self._chain.spans) and all(span.rewinds for span in self._chain.spans)
+
+    @property
     def recoveries(self) -> int:
         """How many times a span that had processed tokens was lost and computed again."""
         return self._chain.recoveries
 
     def append(self, token_ids: Sequence[int]) -> None:
-        """Add tokens to the sequence; they are processed with the next step.
+        """Add tokens to the sequence, or to the beginning of all rows; they are processed with the next step.
 
         :raises SessionLengthExceeded: if they do not fit; the session is unchanged
         """
-        if len(self.token_ids) + len(token_ids) > self.max_length:
-            raise SessionLengthExceeded(
-                f"{len(self.token_ids)} tokens and {len(token_ids)} more exceed the session's {self.max_length}"
-            )
+        self._check_room(len(token_ids))
         self.token_ids.extend(token_ids)
+
+    def _check_room(self, count: int) -> None:
+        if self._length + count > self.max_length:
+            raise SessionLengthExceeded(
+                f"{self._length} tokens and {count} more exceed the session's {self.max_length}"
+            )
+
+    @property
+    def _length(self) -> int:
+        return len(self.token_ids) + len(self.branches[0])
 
     @torch.inference_mode()
     def step(self, token_ids: Sequence[int] = (), *, cancelled: Callable[[], bool] | None = None) -> torch.Tensor:
@@ -146,21 +170,62 @@ class SwarmSession:
             what this one did not
         """
         self.append(token_ids)
-        if not self.token_ids:
+        for _, hidden in self._process(cancelled):
+            last = hidden[0, -1]
+        return self._head.next_logits(last)
+
+    @torch.inference_mode()
+    def step_rows(self, token_ids: Sequence[int], *, cancelled: Callable[[], bool] | None = None) -> torch.Tensor:
+        """Add a token to each row, process all that are unprocessed, and return the logits of the rows' next tokens.
+
+        :returns: logits of shape [rows, vocabulary], float32
+        :raises: as ``step``
+        """
+        self._check_room(1)
+        for branch, token_id in zip(self.branches, token_ids, strict=True):
+            branch.append(token_id)
+        for _, hidden in self._process(cancelled):
+            last = hidden[:, -1]
+        return self._head.logits(last)
+
+    @torch.inference_mode()
+    def step_each(
+        self, token_ids: Sequence[int], *, cancelled: Callable[[], bool] | None = None
+    ) -> Iterator[torch.Tensor]:
+        """As ``step``, but yield the logits after each of the new tokens, in pieces of shape [tokens, vocabulary]."""
+        done = len(self.token_ids)
+        self.append(token_ids)
+        for start, hidden in self._process(cancelled):
+            for piece in hidden[0, max(0, done - start) :].split(LOGIT_ROWS):
+                yield self._head.logits(piece)
+            done = max(done, start + hidden.shape[1])
+
+    def _process(self, cancelled: Callable[[], bool] | None) -> Iterator[tuple[int, torch.Tensor]]:
+        """Process what is unprocessed, at least the last token; yield positions and hidden states [1 or rows, n, h].
+
+        After a loss that could not be mended in place positions that were there already may come again.
+        """
+        if not self._length:
             raise ValueError("there is no token to step from")
-        if self.position == len(self.token_ids):  # the last token's logits once more
+        if self.position == self._length:  # the last token's logits once more
             self._rewind(self.position - 1)
         lost_since = None
-        while True:
-            start = self.position
-            chunk = self.token_ids[start : start + PREFILL_CHUNK]
-            hidden = self._run(self._chain.forward(self._head.embed(chunk), start), cancelled)
-            if hidden is None:
-                lost_since = lost_since or time.monotonic()
-                if time.monotonic() - lost_since > self._chain.limits.recovery_timeout:
-                    raise SwarmTimeout("servers were lost again and again while the session was being restored")
-            elif start + len(chunk) == len(self.token_ids):
-                return self._head.next_logits(hidden[0, -1])
+        while (start := self.position) < self._length:
+            hidden = self._run(self._chain.forward(self._inputs(start), start), cancelled)
+            if hidden is not None:
+                yield start, hidden
+                continue
+            lost_since = lost_since or time.monotonic()
+            if time.monotonic() - lost_since > self._chain.limits.recovery_timeout:
+                raise SwarmTimeout("servers were lost again and again while the session was being restored")
+
+    def _inputs(self, start: int) -> torch.Tensor:
+        """Return the embeddings of the next tokens: [1, n, hidden size] of what all rows share, or [rows, ...]."""
+        if start < len(self.token_ids):
+            return self._head.embed(self.token_ids[start : start + PREFILL_CHUNK])
+        first = start - len(self.token_ids)
+        count = max(1, PREFILL_CHUNK // len(self.branches))
+        return self._head.embed(*(branch[first : first + count] for branch in self.branches))
 
     def _run(self, coroutine: Coroutine[Any, Any, Result], cancelled: Callable[[], bool] | None) -> Result:
         """Run a coroutine on the event loop and wait for it, looking for cancellation."""
@@ -190,6 +255,8 @@ class SwarmSession:
         Servers that cannot forget tokens, as stock ones, are let go; the next step computes their blocks again.
         """
         self._rewind(length)
+        for branch in self.branches:
+            del branch[max(0, length - len(self.token_ids)) :]
         del self.token_ids[length:]
 
     def _rewind(self, length: int) -> None:
@@ -232,11 +299,14 @@ class _ServerFailed(Exception):
 class _Chain:
     """The spans that compute one session, in order, together covering all blocks. Lives on the event-loop thread."""
 
-    def __init__(self, state: SwarmState, limits: SessionLimits, budget: HistoryBudget, max_length: int) -> None:
+    def __init__(
+        self, state: SwarmState, limits: SessionLimits, budget: HistoryBudget, max_length: int, rows: int
+    ) -> None:
         self.state = state
         self.limits = limits
         self.budget = budget
         self.max_length = max_length
+        self.rows = rows
         self.spans: list[_Span] = []
         self.position = 0  # tokens that have passed all blocks
         self.recoveries = 0
@@ -284,8 +354,8 @@ class _Chain:
     async def forward(self, inputs: torch.Tensor, start: int) -> torch.Tensor | None:
         """Send the hidden states of tokens [start, start + n) through all blocks.
 
-        :param inputs: [1, n, hidden size], the embeddings of the tokens
-        :returns: [1, n, hidden size]; or None if the chain is not, or no longer, at ``start``: go on from ``position``
+        :param inputs: [1 or rows, n, hidden size], the embeddings of the tokens; 1 stands for all rows
+        :returns: the same shape; or None if the chain is not, or no longer, at ``start``: go on from ``position``
         """
         if self._task is not None:
             # A cancelled step is still on its way out, and with it its half of the streams.
@@ -327,6 +397,7 @@ class _Chain:
                     self._drop()
                     return None
                 if isinstance(failure.error, CacheFull):
+                    self.state.make_room(self.max_length * self.rows)
                     await turn.take()
                 await asyncio.sleep(next(delays))
             else:
@@ -343,7 +414,7 @@ class _Chain:
         if vacant.peer_id is not None:
             return
         try:
-            route = self.state.route(vacant.start, vacant.end, self.max_length)
+            route = self.state.route(vacant.start, vacant.end, self.max_length * self.rows)
         except BlocksMissing as error:
             self.state.refresh()
             raise _ServerFailed(error, self.limits.recovery_timeout) from error
@@ -427,7 +498,7 @@ class _History:
         self.length = 0  # tokens received
         self.size = 0  # bytes held
         self._dropped = 0  # tokens whose inputs are not held any more
-        self._chunks: list[torch.Tensor] = []  # [1, tokens, hidden size] each
+        self._chunks: list[torch.Tensor] = []  # [1 or rows, tokens, hidden size] each
 
     @property
     def complete(self) -> bool:
@@ -443,22 +514,36 @@ class _History:
             self.length = end
 
     def read(self, start: int, end: int) -> torch.Tensor:
-        """Return the inputs of tokens [start, end): [1, end - start, hidden size]."""
+        """Return the inputs of tokens [start, end), or of the first of them up to where the rows part ways."""
         last = self._chunks[-1]
         if (start, end) == (self.length - last.shape[1], self.length):
             return last  # the common case, a step of decoding
-        if len(self._chunks) > 1:
-            self._chunks = [torch.cat(self._chunks, dim=1)]
-        return self._chunks[0][:, start - self._dropped : end - self._dropped]
+        self._join()
+        position = self._dropped
+        for chunk in self._chunks:
+            if start < position + chunk.shape[1]:
+                return chunk[:, start - position : end - position]
+            position += chunk.shape[1]
+        raise IndexError(f"the history ends before token {start}")
+
+    def _join(self) -> None:
+        """Make one chunk of those that all rows share, and one of the others."""
+        groups = [list(group) for _, group in itertools.groupby(self._chunks, key=lambda chunk: chunk.shape[0])]
+        self._chunks = [torch.cat(group, dim=1) if len(group) > 1 else group[0] for group in groups]
 
     def truncate(self, length: int) -> None:
         """Forget the inputs of the tokens after the first ``length``."""
         if length >= self.length:
             return
         self._dropped = min(self._dropped, length)
-        held = torch.cat(self._chunks, dim=1)[:, : length - self._dropped] if self._chunks else None
-        self._chunks = [] if held is None or not held.shape[1] else [held.clone()]
-        self.size = sum(chunk.numel() * chunk.element_size() for chunk in self._chunks)
+        self._join()
+        kept, position = [], self._dropped
+        for chunk in self._chunks:
+            if position < length:
+                kept.append(chunk[:, : length - position].clone())
+            position += chunk.shape[1]
+        self._chunks = kept
+        self.size = sum(chunk.numel() * chunk.element_size() for chunk in kept)
         self.length = length
 
     def drop(self) -> None:
@@ -476,7 +561,9 @@ class _Span:
         self.history = history
         self.peer_id = peer_id
         self.processed = 0  # tokens in the server's attention cache
-        self.rewinds = False  # whether the server can forget tokens: it tells with its first answer
+        # What the server can do; it tells with its first answer.
+        self.rewinds = False  # forget tokens
+        self.spreads = False  # compute for all rows what is sent once
         self._rewound = False  # whether it has to be told that it should
         if chain is not None:
             manager = chain.state.manager
@@ -484,6 +571,7 @@ class _Span:
             self._uid = CHAIN_DELIMITER.join(manager.block_uids[start:end])
             self._limits = chain.limits
             self._max_length = chain.max_length
+            self._rows = chain.rows
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     @classmethod
@@ -493,17 +581,27 @@ class _Span:
     async def step(self, hidden: torch.Tensor, end: int) -> torch.Tensor:
         """Process all tokens before ``end`` that the server has not processed yet.
 
-        :param hidden: [1, n, hidden size], inputs that end with the token before ``end``
-        :returns: [1, m, hidden size], outputs that end with that token; m > n if the server had to catch up
+        :param hidden: [1 or rows, n, hidden size], inputs that end with the token before ``end``
+        :returns: [1 or rows, m, hidden size], outputs that end with it; m > n if the server had to catch up
         :raises _ServerFailed: if the server does not do it
         """
         self.history.extend(hidden, end)
+        if self._rows > 1 and self._streams is None:  # no tokens: only to learn what the server can do
+            await self._exchange(hidden.new_empty(self._rows, 0, hidden.shape[2]))
+        chunk = PREFILL_CHUNK if self._rows == 1 or self.spreads else max(1, PREFILL_CHUNK // self._rows)
         outputs = []
         while self.processed < end:
-            inputs = self.history.read(self.processed, min(self.processed + PREFILL_CHUNK, end))
-            outputs.append(await self._exchange(inputs))
+            inputs = self.history.read(self.processed, min(self.processed + chunk, end))
+            shared = inputs.shape[0] == 1
+            if shared and not self.spreads:
+                inputs = inputs.expand(self._rows, -1, -1)
+            output = await self._exchange(inputs)
+            outputs.append(output[:1] if shared else output)
             self.processed += inputs.shape[1]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        if len(outputs) == 1:
+            return outputs[0]
+        rows = max(output.shape[0] for output in outputs)
+        return torch.cat([output.expand(rows, -1, -1) for output in outputs], dim=1)
 
     def rewind(self, length: int) -> None:
         """Let the server forget all but its first ``length`` tokens, with the next step."""
@@ -524,7 +622,8 @@ class _Span:
         if error is not None:
             raise self._refusal(error.message)
         if response.metadata:
-            self.rewinds = bool(MSGPackSerializer.loads(response.metadata).get("rewind"))
+            abilities = MSGPackSerializer.loads(response.metadata)
+            self.rewinds, self.spreads = bool(abilities.get("rewind")), bool(abilities.get("spread"))
         output = deserialize_torch_tensor(response.tensors[0]) if response.tensors else torch.empty(0)
         if output.shape != inputs.shape:
             mismatch = ModelMismatch(

@@ -18,8 +18,10 @@ from transformers import BloomForCausalLM, LlamaForCausalLM, PreTrainedTokenizer
 from swarm.batching import CPU_MIXED, CPU_PREFILL, Batcher, HandlerLine, SharedMemoryCache
 from swarm.blocks import BloomBlocks, LlamaBlocks, Part, RaggedBlocks, make_ragged_blocks
 from swarm.client import SwarmModel
+from swarm.errors import SessionLengthExceeded
 from swarm.handler import check_inputs, check_room, rewound
 from swarm.local import LocalSwarm
+from swarm.session import HistoryBudget, SwarmSession
 from tests.conftest import greedy, load_model, tiny_server
 from tests.test_session import PROMPTS, in_threads, infos, lose, run_greedy
 from tests.tiny import make_tiny_falcon, make_tiny_llama
@@ -357,6 +359,109 @@ def test_the_last_logits_once_more(model: SwarmModel) -> None:
         logits = session.step([5, 6, 7])
         torch.testing.assert_close(session.step(), logits)
         assert session.position == 3
+
+
+def choices(logits: torch.Tensor, rank: int) -> int:
+    """The likeliest token of the first row, the second likeliest of the second, and so on: so that rows part ways."""
+    return int(logits.topk(rank + 1).indices[rank])
+
+
+def expected_rows(reference: BloomForCausalLM, token_ids: list[int], rows: int, count: int) -> list[list[int]]:
+    """What rows that begin with different tokens go on with, greedily, each by itself."""
+    first = reference(torch.tensor([token_ids])).logits[0, -1]
+    texts = [[*token_ids, choices(first, row)] for row in range(rows)]
+    for text in texts:
+        for _ in range(count - 1):
+            text.append(int(reference(torch.tensor([text])).logits[0, -1].argmax()))
+    return [text[len(token_ids) :] for text in texts]
+
+
+@pytest.mark.parametrize("swarm_kind", ["batching", "beside stock"])
+@pytest.mark.parametrize("lost", [False, True])
+@torch.inference_mode()
+def test_rows_over_one_prefill(
+    model: SwarmModel,
+    stock_chain: SwarmModel,
+    reference: BloomForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    swarm_kind: str,
+    lost: bool,
+) -> None:
+    """Rows equal sequences by themselves, also when a server is lost on the way; servers that can compute the prompt
+    once."""
+    swarm_model = model if swarm_kind == "batching" else stock_chain
+    token_ids = (tokenizer.encode(PROMPTS[1]) * 300)[:600]  # in two pieces
+    expected = expected_rows(reference, token_ids, 3, 8)
+    before = infos(swarm_model)
+    with swarm_model.open_session(700, rows=3) as session:
+        logits = session.step(token_ids)
+        tokens = [choices(logits, row) for row in range(3)]
+        generated = [[token] for token in tokens]
+        for i in range(7):
+            if lost and i == 4:
+                for span in range(2):
+                    lose(session, span)
+            tokens = session.step_rows(tokens).argmax(dim=-1).tolist()
+            for row, token in zip(generated, tokens, strict=True):
+                row.append(token)
+        assert generated == expected
+        if not lost:
+            seen = [
+                now["inference_tokens"] - then["inference_tokens"]
+                for now, then in zip(infos(swarm_model), before, strict=True)
+            ]
+            assert seen == [600 * (1 if info["batching"] else 3) + 7 * 3 for info in before]
+
+
+@torch.inference_mode()
+def test_rows_restored_from_their_tokens(
+    model: SwarmModel, reference: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """When the inputs of the spans are not held any more."""
+    token_ids = tokenizer.encode(PROMPTS[2])
+    expected = expected_rows(reference, token_ids, 2, 6)
+    with SwarmSession(model.head, model.state, model.limits, HistoryBudget(0), 64, rows=2) as session:
+        logits = session.step(token_ids)
+        generated = [[choices(logits, row)] for row in range(2)]
+        for i in range(5):
+            if i == 3:
+                lose(session, 1)
+            tokens = session.step_rows([row[-1] for row in generated]).argmax(dim=-1).tolist()
+            for row, token in zip(generated, tokens, strict=True):
+                row.append(token)
+    assert generated == expected
+
+
+@torch.inference_mode()
+def test_rows_set_back(model: SwarmModel, reference: BloomForCausalLM) -> None:
+    token_ids = [5, 6, 7, 8]
+    expected = expected_rows(reference, token_ids, 2, 3)
+    with model.open_session(16, rows=2) as session:
+        logits = session.step(token_ids)
+        first = [choices(logits, row) for row in range(2)]
+        session.step_rows([9, 9])
+        session.step_rows([9, 9])
+        session.truncate(len(token_ids))
+        assert session.branches == [[], []]
+        second = session.step_rows(first).argmax(dim=-1).tolist()
+        third = session.step_rows(second).argmax(dim=-1).tolist()
+        assert [list(row) for row in zip(first, second, third, strict=True)] == expected
+        with pytest.raises(SessionLengthExceeded):
+            for _ in range(11):
+                session.step_rows([9, 9])
+
+
+@torch.inference_mode()
+def test_logits_of_every_position(
+    model: SwarmModel, reference: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    token_ids = (tokenizer.encode(PROMPTS[2]) * 300)[:530]
+    expected = reference(torch.tensor([token_ids])).logits[0]
+    with model.open_session(530) as session:
+        pieces = list(session.step_each(token_ids[:200]))
+        lose(session, 0)
+        pieces += session.step_each(token_ids[200:])
+    torch.testing.assert_close(torch.cat(pieces), expected, atol=1e-3, rtol=1e-3)
 
 
 def test_rewind_then_lose_the_server(
