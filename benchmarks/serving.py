@@ -36,6 +36,7 @@ from swarm.client import SwarmModel
 from swarm.hardware import attn_cache_tokens, cpu_count
 from swarm.local import LocalServer, LocalSwarm, ServerOptions
 from tests.processes import GUNICORN, Program, running
+from tests.swarms import server_info
 
 TOPICS = [
     "a river",
@@ -50,6 +51,7 @@ PROMPT = "<|im_start|>user\nWrite a long story about {topic}.<|im_end|>\n<|im_st
 NEVER = "no such text is ever generated"  # with it and rounds of one token an answer is streamed
 ANSWER_TIMEOUT = 600  # seconds for one message; stock servers let 64 clients wait for long
 ARRIVALS = 3  # times that all clients come at once, beside the load itself, for the time to the first token
+CLOSING_TIMEOUT = 60  # seconds; servers close sessions within one step
 STOCK, BATCHING = "stock Petals server", "batching server"
 
 
@@ -127,6 +129,7 @@ class Side:
     server: LocalServer
     program: Program
     model: SwarmModel
+    free_cache: int  # tokens times blocks, while nobody uses the server
 
     @classmethod
     @contextlib.contextmanager
@@ -149,16 +152,26 @@ class Side:
             log = directory / f"{kind.split()[0]}.log"
             with running(GUNICORN, log, **environment) as program:
                 program.wait_ready()
-                yield cls(server, program, model)
+                yield cls(server, program, model, free_cache(model))
             model.close()
 
     def memory(self, sessions: int, tokens: int) -> int:
         """Return the server's memory in MiB, what its processes share counted once, while it holds full sessions."""
         process = psutil.Process(self.server.process.pid)
+        deadline = time.monotonic() + CLOSING_TIMEOUT
+        while free_cache(self.model) < self.free_cache:  # sessions of the load before are still being closed
+            if time.monotonic() > deadline:
+                raise SystemExit("the server still holds sessions that were closed")
         with contextlib.ExitStack() as stack:
             for _ in range(sessions):
                 stack.enter_context(self.model.open_session(tokens)).step([1] * tokens)
             return sum(p.memory_full_info().pss for p in (process, *process.children(recursive=True))) >> 20
+
+
+def free_cache(model: SwarmModel) -> int:
+    """Ask the only server for its free attention cache."""
+    info = server_info(model, model.state.servers()[0])
+    return info["cache_tokens_available"] if info else 0
 
 
 def serve_model(
