@@ -1,8 +1,9 @@
 """Tokens to text and text to tokens: one generator that every transport consumes.
 
-It knows nothing of how logits come about (a session is anything with ``token_ids``, ``max_length``, ``append`` and
-``step``) and nothing of how text goes out. The sampling rules are Transformers' own logits processors in Transformers'
-order, so that results equal ``model.generate``; the loop is ours, so that it can stream, stop exactly and be cancelled.
+It knows nothing of how logits come about (a session is anything that has the methods of ``Session``) and nothing of how
+text goes out. The sampling rules are Transformers' own logits processors in Transformers' order, so that results equal
+``model.generate``; those of the OpenAI API stand beside them. The loop is ours, so that it can stream, stop exactly and
+be cancelled.
 """
 
 import codecs
@@ -16,6 +17,7 @@ from typing import Any, Literal, Protocol
 import torch
 from transformers import (
     GenerationConfig,
+    LogitsProcessor,
     LogitsProcessorList,
     PreTrainedTokenizerBase,
     RepetitionPenaltyLogitsProcessor,
@@ -47,6 +49,25 @@ class Session(Protocol):
     def step(self, token_ids: Sequence[int] = (), *, cancelled: Callable[[], bool] | None = None) -> torch.Tensor: ...
 
 
+class RowsSession(Session, Protocol):
+    """What it needs of one that has several rows, or that tells the logits of a prompt's tokens."""
+
+    def step_rows(self, token_ids: Sequence[int], *, cancelled: Callable[[], bool] | None = None) -> torch.Tensor: ...
+
+    def step_each(
+        self, token_ids: Sequence[int], *, cancelled: Callable[[], bool] | None = None
+    ) -> Iterator[torch.Tensor]: ...
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """How likely a token was, by the model itself: before penalties, bias, temperature and the like."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]  # (token id, log-probability) of the likeliest ones, likeliest first
+
+
 @dataclass(frozen=True)
 class Chunk:
     """What one token, or the end, added to an answer."""
@@ -55,12 +76,71 @@ class Chunk:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None  # set on the last chunk
     stop_sequence: str | None = None  # the text that ended the answer, if one did
+    logprob: TokenLogprob | None = None  # of its token, if it was asked for
+
+
+@torch.inference_mode()
+def logprobs_of(logits: torch.Tensor, token_ids: Sequence[int], count: int) -> list[TokenLogprob]:
+    """Return how likely tokens are, each after its own logits.
+
+    :param logits: [tokens, vocabulary], float32
+    :param count: how many of the likeliest tokens to name beside each
+    """
+    logprobs = logits.log_softmax(dim=-1)
+    own = logprobs.gather(1, torch.tensor(token_ids)[:, None])[:, 0].tolist()
+    values, indices = (found.tolist() for found in logprobs.topk(min(count, logits.shape[1])))
+    return [
+        TokenLogprob(token_id, logprob, tuple(zip(likely, likelihoods, strict=True)))
+        for token_id, logprob, likely, likelihoods in zip(token_ids, own, indices, values, strict=True)
+    ]
+
+
+class OwnPenalties(LogitsProcessor):
+    """Presence and frequency penalty as the OpenAI API defines them: on tokens of the answer, not of the prompt."""
+
+    def __init__(self, presence: float, frequency: float) -> None:
+        self.presence = presence
+        self.frequency = frequency
+        self.counts: dict[int, int] = {}
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if self.counts:
+            counts = torch.tensor(list(self.counts.values()), dtype=scores.dtype)
+            scores[:, list(self.counts)] -= self.presence + self.frequency * counts
+        return scores
+
+
+class LogitBias(LogitsProcessor):
+    """Adds numbers to the logits of some tokens."""
+
+    def __init__(self, bias: Sequence[tuple[int, float]]) -> None:
+        self.token_ids, self.values = (list(column) for column in zip(*bias, strict=True))
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores[:, self.token_ids] += torch.tensor(self.values, dtype=scores.dtype)
+        return scores
+
+
+class MinP(LogitsProcessor):
+    """Leaves out tokens far less likely than the likeliest one (Nguyen et al., "Turning Up the Heat", ICLR 2025)."""
+
+    def __init__(self, min_p: float) -> None:
+        self.min_p = min_p
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        probabilities = scores.softmax(dim=-1)
+        return scores.masked_fill(probabilities < self.min_p * probabilities.amax(dim=-1, keepdim=True), -torch.inf)
 
 
 class Sampler:
     """Chooses tokens from logits as ``model.generate`` would with the same parameters and seed."""
 
-    def __init__(self, params: GenerationParams, defaults: GenerationConfig) -> None:
+    def __init__(self, params: GenerationParams, defaults: GenerationConfig, row: int = 0) -> None:
+        """Make a sampler.
+
+        :param row: which of several answers to the same prompt it is for; with the same seed each is another one
+        """
+
         def setting(name: str) -> Any:
             given = getattr(params, name)
             return getattr(defaults, name) if given is None else given
@@ -69,9 +149,15 @@ class Sampler:
         penalty = setting("repetition_penalty")
         if penalty not in (None, 1.0):
             self._processors.append(RepetitionPenaltyLogitsProcessor(penalty))
+        self._penalties: OwnPenalties | None = None
+        if params.presence_penalty or params.frequency_penalty:
+            self._penalties = OwnPenalties(params.presence_penalty, params.frequency_penalty)
+            self._processors.append(self._penalties)
+        if params.logit_bias:
+            self._processors.append(LogitBias(params.logit_bias))
         self._generator: torch.Generator | None = None
         if params.do_sample:
-            seed = secrets.randbits(63) if params.seed is None else params.seed
+            seed = secrets.randbits(63) if params.seed is None else (params.seed + row) % 2**63
             self._generator = torch.Generator().manual_seed(seed)
             if (temperature := setting("temperature")) not in (None, 1.0):
                 self._processors.append(TemperatureLogitsWarper(temperature))
@@ -79,6 +165,8 @@ class Sampler:
                 self._processors.append(TopKLogitsWarper(top_k))
             if (top_p := setting("top_p")) not in (None, 1.0):
                 self._processors.append(TopPLogitsWarper(top_p))
+            if params.min_p:
+                self._processors.append(MinP(params.min_p))
 
     @torch.inference_mode()
     def choose(self, logits: torch.Tensor, token_ids: Sequence[int]) -> int:
@@ -91,8 +179,12 @@ class Sampler:
         if self._processors:
             scores = self._processors(torch.tensor([token_ids]), scores.clone())  # some of them write into their input
         if self._generator is None:
-            return int(scores.argmax())
-        return int(torch.multinomial(scores.softmax(dim=-1), num_samples=1, generator=self._generator))
+            token_id = int(scores.argmax())
+        else:
+            token_id = int(torch.multinomial(scores.softmax(dim=-1), num_samples=1, generator=self._generator))
+        if self._penalties is not None:
+            self._penalties.counts[token_id] = self._penalties.counts.get(token_id, 0) + 1
+        return token_id
 
 
 @functools.lru_cache(maxsize=16)  # a look at 258 tokens for each session would be waste
@@ -272,8 +364,7 @@ def generate(
     """
     if input_ids:
         detokenizer.restart([*session.token_ids[-CONTEXT_TOKENS:], *input_ids])
-    sampler, matcher = Sampler(params, defaults), StopMatcher(params.stop_sequences)
-    ends = end_tokens(defaults)
+    writer = _Writer(params, defaults, detokenizer)
     out_of_time = time_limit(params.max_time)
     session.append(input_ids)
 
@@ -286,23 +377,108 @@ def generate(
                 raise Cancelled("the answer was stopped")
             logits = session.step(cancelled=stopped)
         except Cancelled:
-            yield Chunk(matcher.flush(), (), "time" if out_of_time() else "cancelled")
+            yield writer.end("time" if out_of_time() else "cancelled")
             return
-        token_id = sampler.choose(logits, session.token_ids)
-        session.append((token_id,))
-        text, stop = matcher.feed(detokenizer.flush() if token_id in ends else detokenizer.add(token_id))
+        chunk = writer.write(logits, session.token_ids, is_last=left == 0)
+        session.append(chunk.token_ids)
+        yield chunk
+        if chunk.finish_reason is not None:
+            return
+
+
+def generate_rows(
+    session: RowsSession,
+    input_ids: Sequence[int],
+    params: GenerationParams,
+    *,
+    rows: int,
+    budget: int,
+    tokenizer: PreTrainedTokenizerBase,
+    defaults: GenerationConfig,
+    cancelled: Callable[[], bool] | None = None,
+) -> Iterator[tuple[int, Chunk]]:
+    """Generate several answers to the same prompt; yield (row, chunk), as ``generate`` does for each row by itself.
+
+    :param session: of so many rows, without tokens
+    """
+    detokenizers = [Detokenizer(tokenizer) for _ in range(rows)]
+    for detokenizer in detokenizers:
+        detokenizer.restart(input_ids)
+    writers = [_Writer(params, defaults, detokenizer, row) for row, detokenizer in enumerate(detokenizers)]
+    open_rows = set(range(rows))
+    branches: list[list[int]] = [[] for _ in range(rows)]
+    logits = None
+    for left in range(budget - 1, -1, -1):
+        try:
+            if cancelled is not None and cancelled():
+                raise Cancelled("the answer was stopped")
+            if logits is None:
+                logits = session.step(input_ids, cancelled=cancelled).expand(rows, -1)
+            else:
+                # Rows that have ended go on with their last token, which nobody sees.
+                logits = session.step_rows([branch[-1] for branch in branches], cancelled=cancelled)
+        except Cancelled:
+            yield from ((row, writers[row].end("cancelled")) for row in sorted(open_rows))
+            return
+        for row in sorted(open_rows):
+            chunk = writers[row].write(logits[row], [*input_ids, *branches[row]], is_last=left == 0)
+            branches[row] += chunk.token_ids
+            if chunk.finish_reason is not None:
+                open_rows.remove(row)
+            yield row, chunk
+        if not open_rows:
+            return
+
+
+def score(
+    session: RowsSession, token_ids: Sequence[int], count: int, cancelled: Callable[[], bool] | None = None
+) -> list[TokenLogprob]:
+    """Process a prompt, all but its last token, and return how likely each of its tokens is after those before it.
+
+    :param session: without tokens
+    :param count: how many of the likeliest tokens to name beside each
+    :returns: one entry less than there are tokens: the first has nothing before it
+    """
+    found: list[TokenLogprob] = []
+    if len(token_ids) > 1:
+        for logits in session.step_each(token_ids[:-1], cancelled=cancelled):
+            found += logprobs_of(logits, token_ids[len(found) + 1 : len(found) + 1 + len(logits)], count)
+    return found
+
+
+class _Writer:
+    """Writes one answer: chooses a token from logits, and makes a chunk of it."""
+
+    def __init__(
+        self, params: GenerationParams, defaults: GenerationConfig, detokenizer: Detokenizer, row: int = 0
+    ) -> None:
+        self._sampler, self._matcher = Sampler(params, defaults, row), StopMatcher(params.stop_sequences)
+        self._ends = end_tokens(defaults)
+        self._detokenizer = detokenizer
+        self._logprobs = params.logprobs
+
+    def write(self, logits: torch.Tensor, token_ids: Sequence[int], *, is_last: bool) -> Chunk:
+        """Choose the token that follows ``token_ids``.
+
+        :param logits: [vocabulary], float32
+        :param is_last: whether the answer ends here in any case
+        """
+        token_id = self._sampler.choose(logits, token_ids)
+        logprob = None if self._logprobs is None else logprobs_of(logits[None], [token_id], self._logprobs)[0]
+        is_end = token_id in self._ends
+        text, stop = self._matcher.feed(self._detokenizer.flush() if is_end else self._detokenizer.add(token_id))
+        if stop is None and is_end:
+            text, stop = text + self._matcher.flush(), self._detokenizer.spell(token_id)
         if stop is not None:
-            detokenizer.restart(session.token_ids)
-            yield Chunk(text, (token_id,), "stop", stop)
-            return
-        if token_id in ends:
-            detokenizer.restart(session.token_ids)
-            yield Chunk(text + matcher.flush(), (token_id,), "stop", detokenizer.spell(token_id))
-            return
-        if left == 0:
-            yield Chunk(text + matcher.flush(), (token_id,), "length")
-            return
-        yield Chunk(text, (token_id,))
+            self._detokenizer.restart([*token_ids[-CONTEXT_TOKENS:], token_id])
+            return Chunk(text, (token_id,), "stop", stop, logprob)
+        if is_last:
+            return Chunk(text + self._matcher.flush(), (token_id,), "length", None, logprob)
+        return Chunk(text, (token_id,), logprob=logprob)
+
+    def end(self, reason: FinishReason) -> Chunk:
+        """Return the end of an answer that is broken off."""
+        return Chunk(self._matcher.flush(), (), reason)
 
 
 def time_limit(seconds: float | None) -> Callable[[], bool]:

@@ -17,6 +17,7 @@ from admission import POLL, FairQueue, QueueFull, WaitedTooLong
 from errors import SessionNotFound, ShuttingDown, TimedOut, TooManySessions
 from generation import Chunk, Detokenizer, encode_inputs, generate, token_budget
 from parameters import GenerationParams
+from session_memory import SessionMemory
 from swarm.errors import Cancelled
 
 log = logging.getLogger(__name__)
@@ -30,6 +31,12 @@ class InferenceSession:
     model: Any  # SwarmModel
     session: Any  # SwarmSession
     detokenizer: Detokenizer
+    # Where its tokens may be found, computed already, and where it may end.
+    memory: SessionMemory = field(default_factory=lambda: SessionMemory(0, 0, 0.0))
+    owner: str = ""  # with whom nobody else shares what was computed
+    may_grow: bool = False  # whether a kept session that is longer may take its place
+    remembered: bool = False  # whether it goes to the memory in the end
+    cached_tokens: int = 0  # of its first request's tokens, how many were computed already
     lock: threading.Lock = field(default_factory=threading.Lock)
     users: int = 0  # threads that use it or wait for it; guarded by the registry's lock
     last_used: float = 0.0  # the registry's clock; guarded by the registry's lock
@@ -43,15 +50,36 @@ class InferenceSession:
         :raises InvalidParameter, TooLong: at once, if the request does not fit the session, which is then unchanged
         """
         input_ids = encode_inputs(params.inputs, self.session, self.model.tokenizer)
+        budget = token_budget(params, self.session, len(input_ids))
+        if not self.session.token_ids:
+            input_ids = self.recall(input_ids)
         return generate(
             self.session,
             input_ids,
             params,
-            budget=token_budget(params, self.session, len(input_ids)),
+            budget=budget,
             detokenizer=self.detokenizer,
             defaults=self.model.generation_config,
             cancelled=cancelled,
         )
+
+    def recall(self, token_ids: list[int]) -> list[int]:
+        """If these tokens, or the first of them, were computed for a kept session, go on from there.
+
+        For a session without tokens. Returns the tokens that are left to add, and notes the number of the others.
+        """
+        if not self.memory:
+            return token_ids
+        length = self.session.max_length
+        found = self.memory.take(
+            self.model.name, self.owner, token_ids, length, max_length=None if self.may_grow else length
+        )
+        if found is None:
+            return token_ids
+        self.session.close()
+        self.session = found
+        self.cached_tokens = found.position
+        return token_ids[len(found.token_ids) :]
 
     @contextlib.contextmanager
     def undone_on_error(self) -> Iterator[None]:
@@ -76,6 +104,7 @@ class InferenceSessions:
         *,
         max_waiting: int = 0,
         queue_timeout: float = 0.0,
+        memory: SessionMemory | None = None,
     ) -> None:
         """Make an empty registry.
 
@@ -84,7 +113,9 @@ class InferenceSessions:
         :param clock: returns seconds; tests bring their own
         :param max_waiting: how many may wait for a session to be closed when all are taken
         :param queue_timeout: seconds that each of them may wait
+        :param memory: keeps sessions that have ended; default: none are kept
         """
+        self.memory = memory or SessionMemory(0, 0, 0.0)
         self.timeout = timeout
         self._clock = clock
         self._lock = threading.Lock()
@@ -111,12 +142,16 @@ class InferenceSessions:
         model: Any,
         max_length: int,
         *,
+        rows: int = 1,
         kept: bool = False,
+        owner: str = "",
         cancelled: Callable[[], bool] | None = None,
         on_position: Callable[[int], None] | None = None,
     ) -> str:
         """Open a session and return its id; if all are taken, wait for one to be closed.
 
+        :param rows: sequences of the session, see ``SwarmSession``
+        :param owner: with whom alone it shares what was computed
         :param kept: the session belongs to an open connection: when unused for ``timeout`` seconds it is not closed,
             but its attention cache is freed, and built anew when it is used again. Its place is given to others only
             when there is no other.
@@ -138,8 +173,9 @@ class InferenceSessions:
             raise TooManySessions(f"all {self.max_sessions} inference sessions are taken: {error}") from None
         try:
             self._check_open()
-            session = model.open_session(max_length)
-            entry = InferenceSession(str(uuid.uuid4()), model, session, Detokenizer(model.tokenizer), kept=kept)
+            session = model.open_session(max_length, rows) if rows > 1 else model.open_session(max_length)
+            detokenizer = Detokenizer(model.tokenizer)
+            entry = InferenceSession(str(uuid.uuid4()), model, session, detokenizer, self.memory, owner, kept=kept)
         except BaseException:
             self._places.give_back()
             raise
@@ -174,7 +210,10 @@ class InferenceSessions:
 
     def _close(self, entry: InferenceSession) -> None:
         """End a removed session that nobody uses, and give its place to the next."""
-        entry.session.close()
+        if entry.remembered and self.memory.max_sessions:
+            self.memory.keep(entry.model.name, entry.owner, entry.session)
+        else:
+            entry.session.close()
         self._places.give_back()
 
     @contextlib.contextmanager
@@ -230,24 +269,37 @@ class InferenceSessions:
 
     @contextlib.contextmanager
     def temporary(
-        self, model: Any, max_length: int, *, cancelled: Callable[[], bool] | None = None
+        self,
+        model: Any,
+        max_length: int,
+        *,
+        rows: int = 1,
+        owner: str = "",
+        remember: bool = True,
+        cancelled: Callable[[], bool] | None = None,
     ) -> Iterator[InferenceSession]:
-        """Open a session for the time of the block; see ``open``."""
-        session_id = self.open(model, max_length, cancelled=cancelled)
+        """Open a session for the time of the block; see ``open``.
+
+        :param remember: keep it then, for requests that begin with the same tokens
+        """
+        session_id = self.open(model, max_length, rows=rows, owner=owner, cancelled=cancelled)
         try:
             with self.use(session_id, wait=0) as entry:
+                entry.may_grow = True
                 yield entry
         finally:
             with contextlib.suppress(SessionNotFound):
-                self.close(session_id)
+                self.close(session_id, remember=remember and rows == 1)
 
-    def close(self, session_id: str) -> None:
+    def close(self, session_id: str, *, remember: bool = False) -> None:
         """Close a session: at once, or when those who use it are done. Does not wait.
 
+        :param remember: keep what was computed, for requests that begin with the same tokens
         :raises SessionNotFound: if there is no such session
         """
         with self._lock:
             entry = self._find(session_id)
+            entry.remembered = remember
             self._remove(entry)
             unused = entry.users == 0
         if unused:
@@ -295,6 +347,7 @@ class InferenceSessions:
         # A session lives at most a tenth longer than its timeout; a look every tenth of a second would be waste.
         while not self._stop.wait(max(0.1, self.timeout / 10)):
             self.expire()
+            self.memory.expire()
 
     def shut_down(self, timeout: float) -> None:
         """Open no new sessions, let those in use finish for up to ``timeout`` seconds, then close all."""
@@ -310,3 +363,4 @@ class InferenceSessions:
             entry.session.close()  # those in use as well: their time is over
         for _ in unused:
             self._places.give_back()
+        self.memory.close()

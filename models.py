@@ -7,6 +7,7 @@ import logging
 import re
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -71,6 +72,7 @@ class Models:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self.make_room: Callable[[int], None] = lambda tokens: None  # see SwarmState.make_room
         self.served = {config.name: ServedModel(config) for config in settings.models()}
         self._local: LocalSwarm | None = None
         self._swarm: Swarm | None = None
@@ -160,6 +162,7 @@ class Models:
             self._start_server(served)
             with self._loading:
                 served.model = model = self._load_client(served)
+            model.state.make_room = self.make_room
             self._await_blocks(served, model)
             self._warm_up(served, model)
         except SwarmError as error:

@@ -27,7 +27,12 @@ class GenerationParams:
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None  # leave out tokens less likely than this part of the likeliest one's probability
     repetition_penalty: float | None = None
+    presence_penalty: float = 0.0  # taken from the logits of tokens that the answer has already
+    frequency_penalty: float = 0.0  # the same, for each time that it has them
+    logit_bias: tuple[tuple[int, float], ...] = ()  # added to the logits of tokens
+    logprobs: int | None = None  # tell the log-probability of each token and of so many likeliest ones
     seed: int | None = None
     max_time: float | None = None  # seconds after which the answer ends as it is
     stop_sequence: str | None = None  # generate in rounds until this text
@@ -53,7 +58,10 @@ def parse_generation(values: Mapping[str, Any]) -> GenerationParams:
         temperature=get_float(values, "temperature", minimum=SMALLEST_FACTOR),
         top_k=get_int(values, "top_k", minimum=0),
         top_p=get_float(values, "top_p", minimum=0.0, maximum=1.0),
+        min_p=get_float(values, "min_p", minimum=0.0, maximum=1.0),
         repetition_penalty=get_float(values, "repetition_penalty", minimum=SMALLEST_FACTOR),
+        presence_penalty=get_float(values, "presence_penalty", minimum=-2.0, maximum=2.0) or 0.0,
+        frequency_penalty=get_float(values, "frequency_penalty", minimum=-2.0, maximum=2.0) or 0.0,
         seed=get_int(values, "seed", minimum=0, maximum=MAX_SEED),
         max_time=get_float(values, "max_time", above=0.0),
         stop_sequence=get_text(values, "stop_sequence") or None,

@@ -11,6 +11,7 @@ from config import Settings
 from errors import TooManyRequests
 from inference_sessions import InferenceSessions
 from models import Models
+from session_memory import SessionMemory
 
 if TYPE_CHECKING:
     from flask import Flask
@@ -32,7 +33,9 @@ class Service:
             settings.SESSION_TIMEOUT,
             max_waiting=settings.MAX_QUEUE,
             queue_timeout=settings.QUEUE_TIMEOUT,
+            memory=SessionMemory(settings.WARM_SESSIONS, settings.WARM_TOKENS, settings.WARM_TIMEOUT),
         )
+        self.models.make_room = self.sessions.memory.make_room
         self._generations = FairQueue(
             settings.MAX_CONCURRENT_GENERATIONS, max_waiting=settings.MAX_QUEUE, timeout=settings.QUEUE_TIMEOUT
         )

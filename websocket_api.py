@@ -64,7 +64,8 @@ class Connection:
         finally:
             if self.session_id is not None:
                 with contextlib.suppress(ApiError):  # it may have given its place to another
-                    self.service.sessions.close(self.session_id)
+                    # What was computed serves who comes back, as the page does after a reload.
+                    self.service.sessions.close(self.session_id, remember=True)
 
     def _receive(self) -> str | bytes | None:
         """Wait for the next message; None if the program is ending."""

@@ -1,0 +1,156 @@
+"""Sessions of finished answers, kept for a while: whoever sends their tokens again goes on from them.
+
+Each turn of a chat sends the whole conversation. Its tokens begin with those of the turn before, whose attention cache
+the servers still hold if the session was not closed; then only what is new has to be computed. A session serves one
+request at a time: it is taken out of the memory for that, and whoever wants the same one meanwhile starts anew.
+"""
+
+import logging
+import threading
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from swarm.errors import SwarmError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class _Kept:
+    session: Any  # SwarmSession
+    model: str
+    owner: str
+    since: float  # the memory's clock
+
+
+class SessionMemory:
+    """Warm sessions, bounded in number, tokens and time; the one unused for longest goes first. Thread-safe.
+
+    Nothing here waits but setting a session back, which is the taker's alone.
+    """
+
+    def __init__(
+        self, max_sessions: int, max_tokens: int, timeout: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Make an empty memory.
+
+        :param max_sessions: sessions kept at a time; 0: none are
+        :param max_tokens: tokens of attention cache that they may hold together
+        :param timeout: seconds for which each is kept
+        :param clock: returns seconds; tests bring their own
+        """
+        self.max_sessions = max_sessions
+        self.max_tokens = max_tokens
+        self.timeout = timeout
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._kept: list[_Kept] = []  # oldest first
+        self._closed = False
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of attention cache that the kept sessions hold."""
+        with self._lock:
+            return sum(kept.session.max_length for kept in self._kept)
+
+    def keep(self, model: str, owner: str, session: Any) -> None:
+        """Take over a session that nobody uses; it is closed now if it is of no use, or later.
+
+        :param owner: only requests of the same owner will be given it
+        """
+        with self._lock:
+            useful = session.position > 0 and not session.closed and not self._closed
+            if useful and session.max_length <= self.max_tokens and self.max_sessions > 0:
+                self._kept.append(_Kept(session, model, owner, self._clock()))
+                dropped = self._drop_excess()
+            else:
+                dropped = [session]
+        close_all(dropped)
+
+    def _drop_excess(self) -> list[Any]:
+        dropped = []
+        tokens = sum(kept.session.max_length for kept in self._kept)
+        while len(self._kept) > self.max_sessions or tokens > self.max_tokens:
+            session = self._kept.pop(0).session
+            tokens -= session.max_length
+            dropped.append(session)
+        return dropped
+
+    def take(
+        self, model: str, owner: str, token_ids: Sequence[int], min_length: int, max_length: int | None = None
+    ) -> Any | None:
+        """Return the session that saves most of processing these tokens, set back to what it has in common with them.
+
+        At least one token is left to process. A session is not taken if more of it would be lost than is saved.
+
+        :param min_length, max_length: what its length must be
+        :returns: a session whose ``token_ids`` are a beginning of the given ones; or None
+        """
+        with self._lock:
+            best, common = None, 0
+            for kept in self._kept:
+                session = kept.session
+                if (kept.model, kept.owner) != (model, owner) or session.max_length < min_length:
+                    continue
+                if max_length is not None and session.max_length > max_length:
+                    continue
+                processed = session.token_ids[: session.position]
+                shared = min(common_prefix(processed, token_ids), len(token_ids) - 1)
+                lost = len(processed) - shared
+                # Servers that cannot forget would have to compute everything again.
+                if shared > common and lost <= shared and (lost == 0 or session.rewinds):
+                    best, common = kept, shared
+            if best is None:
+                return None
+            self._kept.remove(best)
+        try:
+            best.session.truncate(common)
+        except (SwarmError, TimeoutError):
+            log.exception("a kept session could not be set back")
+            best.session.close()
+            return None
+        return best.session
+
+    def make_room(self, tokens: int) -> None:
+        """Close sessions that hold so many tokens of attention cache together, if there are any. Does not wait."""
+        dropped = []
+        with self._lock:
+            while tokens > 0 and self._kept:
+                session = self._kept.pop(0).session
+                tokens -= session.max_length
+                dropped.append(session)
+        close_all(dropped)
+
+    def expire(self) -> None:
+        """Close the sessions that are too old."""
+        with self._lock:
+            oldest = self._clock() - self.timeout
+            dropped = [kept.session for kept in self._kept if kept.since <= oldest]
+            self._kept = [kept for kept in self._kept if kept.since > oldest]
+        close_all(dropped)
+
+    def close(self) -> None:
+        """Close all sessions, and from now on those that are to be kept."""
+        with self._lock:
+            self._closed = True
+            dropped, self._kept = [kept.session for kept in self._kept], []
+        close_all(dropped)
+
+
+def close_all(sessions: Sequence[Any]) -> None:
+    """Close sessions; does not wait."""
+    for session in sessions:
+        session.close()
+
+
+def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return how many tokens two sequences begin with in common."""
+    longest = min(len(first), len(second))
+    # Bisection over slices, whose comparison is the interpreter's own: a loop over tokens would be fifty times slower.
+    return bisect_left(range(longest), True, key=lambda n: first[: n + 1] != second[: n + 1])
