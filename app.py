@@ -18,17 +18,22 @@ from flask_cors import CORS
 from werkzeug.exceptions import HTTPException
 
 import http_api
+import openai_api
 import status_api
 import websocket_api
+from access import presented_key
 from config import Settings
-from errors import ApiError, describe, error_body
+from errors import ApiError, describe, error_body, openai_error
 from service import Service, get_service
 from swarm.errors import SwarmError
 
 log = logging.getLogger("petals_chat")
 
 # Routes for programs, which are answered in JSON whatever happens; the others are for people.
-API_PREFIXES = ("/api/", "/healthz", "/readyz")
+OPENAI_PREFIXES = ("/v1/", "/tokenize", "/detokenize", "/apply-template")
+API_PREFIXES = ("/api/", *OPENAI_PREFIXES, "/healthz", "/readyz", "/openapi.json")
+# Those that need an API key, if there are any.
+KEY_PREFIXES = ("/api/v1/", *OPENAI_PREFIXES)
 # Werkzeug and Flask raise these themselves.
 HTTP_CODES = {400: "invalid_parameter", 404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
 # Only what this program itself serves; the page has no inline scripts or styles.
@@ -48,9 +53,15 @@ def create_app(settings: Settings | None = None) -> Flask:
     app.json.sort_keys = False  # type: ignore[attr-defined]
     app.extensions["petals_chat"] = Service(settings)
     app.register_blueprint(http_api.blueprint)
+    app.register_blueprint(openai_api.blueprint)
     app.register_blueprint(status_api.blueprint)
     websocket_api.register(app, settings)
-    CORS(app, resources={r"/(api|readyz|healthz).*": {"origins": list(settings.CORS_ORIGINS)}})
+    paths = "|".join(prefix.strip("/") for prefix in API_PREFIXES)
+    CORS(
+        app,
+        resources={rf"/({paths}).*": {"origins": list(settings.CORS_ORIGINS)}},
+        expose_headers=["X-Request-Id", "Retry-After"],
+    )
     app.before_request(begin_request)
     app.after_request(end_request)
     app.register_error_handler(Exception, handle_error)
@@ -76,7 +87,9 @@ def index() -> str:
         }
         for model in settings.models()
     ]
-    return render_template("index.html", page_config={"models": models, "default_model": settings.default_model})
+    service = get_service(current_app)
+    page_config = {"models": models, "default_model": settings.default_model, "page_token": service.access.page_token()}
+    return render_template("index.html", page_config=page_config)
 
 
 def start(app: Flask) -> None:
@@ -93,6 +106,9 @@ def begin_request() -> None:
     g.started = time.monotonic()
     if request.environ.get("wsgi.multiprocess"):
         raise ApiError("the session registry lives in one process: start gunicorn with one worker and many threads")
+    if request.path.startswith(KEY_PREFIXES) and request.method != "OPTIONS":
+        # Who opens a WebSocket is found out there: its browser sends no header.
+        g.caller = get_service(current_app).access.caller(presented_key(request.headers.get("Authorization")))
     get_service(current_app).start()  # under servers that tell us of no beginning
 
 
@@ -120,8 +136,14 @@ def handle_error(error: Exception) -> ResponseReturnValue:
         log.exception("request failed")
     else:
         log.info("refused: %s: %s", code, message)
-    response = jsonify(error_body(error, g.get("request_id", "")))
+    if request.path.startswith(OPENAI_PREFIXES):
+        body, status = openai_error(error)
+    else:
+        body = error_body(error, g.get("request_id", ""))
+    response = jsonify(body)
     response.status_code = status
+    if status == 401:
+        response.headers["WWW-Authenticate"] = "Bearer"
     if retry_after is not None:
         response.headers["Retry-After"] = str(retry_after)
     return response

@@ -60,6 +60,7 @@ POSITIVE = (
     "SEND_TIMEOUT",
     "MAX_BODY_BYTES",
     "UPDATE_PERIOD",
+    "SSE_KEEP_ALIVE",
 )
 
 # Models that are known by name: how they are talked to. Any other name works too, with DIALOGUE.
@@ -116,7 +117,17 @@ class Settings:
     REQUEST_TIMEOUT: float = 600.0  # seconds a request may wait for its session to be free
     SEND_TIMEOUT: float = 30.0  # seconds a WebSocket client may take no data before it is given up
     MAX_BODY_BYTES: int = 1_048_576  # bytes of a request body or WebSocket message
+    # Who may use it
+    API_KEYS: tuple[str, ...] = ()  # keys of the APIs; empty, and no file either: no key is needed
+    API_KEYS_FILE: str = ""  # JSON: a list of keys with names, models and limits; see the README
+    KEY_REQUESTS_PER_MINUTE: int = 0  # of each key that says nothing else; 0: no limit
+    KEY_TOKENS_PER_MINUTE: int = 0  # tokens of prompts and answers, of each key that says nothing else; 0: no limit
+    KEY_CONCURRENT: int = 0  # answers computed at a time, of each key that says nothing else; 0: no limit
+    NON_PUBLIC_MODELS: tuple[str, ...] = ()  # of MODELS: only for the page, and for keys that name them
+    SECRET_KEY: str = ""  # signs what the page shows to be the page; empty: pages must be loaded anew after a restart
+    WEBSOCKET_ORIGINS: tuple[str, ...] = ("*",)  # origins whose pages may use the WebSocket API; its own page always
     # Manners
+    SSE_KEEP_ALIVE: float = 5.0  # seconds of silence after which a streamed answer sends a comment
     WEBSOCKET_PING_INTERVAL: float = 25.0  # seconds; proxies often cut lines that are silent for 60
     CORS_ORIGINS: tuple[str, ...] = ("*",)  # origins whose pages may use the HTTP API
     SHUTDOWN_TIMEOUT: float = 20.0  # seconds that running answers have to finish when the program is told to end
@@ -157,6 +168,8 @@ class Settings:
                 raise ConfigError(f"{setting.name}={value} must be a finite number")
         if self.TORCH_DTYPE not in ("", "auto", "float32", "bfloat16", "float16"):
             raise ConfigError(f"TORCH_DTYPE={self.TORCH_DTYPE} is not one of auto, float32, bfloat16, float16")
+        if unknown := set(self.NON_PUBLIC_MODELS) - set(self.MODELS):
+            raise ConfigError(f"NON_PUBLIC_MODELS names {', '.join(sorted(unknown))}, which MODELS does not")
         for name in POSITIVE:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be greater than zero")

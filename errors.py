@@ -2,6 +2,8 @@
 
 ApiError                        a failure with a code, a status and a message for the client
  ├── InvalidParameter           400
+ ├── Unauthorized               401
+ ├── ModelNotAllowed            403
  ├── SessionNotFound            404
  ├── ModelNotFound              404
  ├── WrongModel                 409
@@ -35,11 +37,31 @@ class ApiError(Exception):
     code = "internal_error"
     retry_after: int | None = None  # seconds
 
+    def __init__(self, message: str = "", param: str | None = None) -> None:
+        """Make an error.
+
+        :param param: the parameter that is wrong, if it is one
+        """
+        super().__init__(message)
+        self.param = param
+
 
 class InvalidParameter(ApiError):
     """A parameter is missing, of the wrong type or out of range."""
 
     status, code = 400, "invalid_parameter"
+
+
+class Unauthorized(ApiError):
+    """An API key is needed, or the one that was sent is not known."""
+
+    status, code = 401, "invalid_api_key"
+
+
+class ModelNotAllowed(ApiError):
+    """The model is not served to this caller."""
+
+    status, code = 403, "model_not_allowed"
 
 
 class SessionNotFound(ApiError):
@@ -135,6 +157,20 @@ def error_body(error: BaseException, request_id: str) -> dict[str, Any]:
         "traceback": own_traceback(error),
         "request_id": request_id,
     }
+
+
+# OpenAI's words, by status: https://platform.openai.com/docs/guides/error-codes
+OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+def openai_error(error: BaseException) -> tuple[dict[str, Any], int]:
+    """Return the body that tells a client of the OpenAI API of a failure, and the status."""
+    status, code, message, _ = describe(error)
+    if code == "too_long":
+        status, code = 400, "context_length_exceeded"
+    kind = OPENAI_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    param = error.param if isinstance(error, ApiError) else None
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}, status
 
 
 def own_traceback(error: BaseException) -> str:

@@ -203,6 +203,21 @@ def byte_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], di
     return tuple(continuations), {token_id: byte for byte in range(256) for token_id in ids([f"<0x{byte:02X}>"])}
 
 
+BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bytes:
+    """Return the bytes that a token stands for, be they text or a part of a character."""
+    continuations, bytes_of = byte_tokens(tokenizer)
+    if token_id in bytes_of:
+        return bytes([bytes_of[token_id]])
+    spelled = tokenizer.convert_ids_to_tokens(token_id)
+    # Special tokens are spelled as they are, also by byte-level tokenizers.
+    if continuations and token_id not in tokenizer.all_special_ids and all(c in BYTES for c in spelled):
+        return bytes(BYTES[character] for character in spelled)
+    return tokenizer.decode([token_id], clean_up_tokenization_spaces=False).encode()
+
+
 class Detokenizer:
     """Turns tokens into text piece by piece; what it has returned never changes and never ends inside a character."""
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from urllib.parse import parse_qsl
 
-from flask import Blueprint, Response, current_app, jsonify, request
+from flask import Blueprint, Response, current_app, g, jsonify, request
 from werkzeug.exceptions import BadRequest
 
 from errors import InvalidParameter, WrongModel
@@ -24,10 +24,13 @@ def generate_text() -> Response:
     values = request_values()
     params = parse_generation(values)
     service = get_service(current_app)
+    g.caller.count_request()
     service.log_text("inputs", params.inputs)
     cancelled = client_gone(request.environ)
-    with _session(service, values, params, cancelled) as session, service.generating(cancelled):
+    with _session(service, values, params, cancelled) as session, service.generating(g.caller, cancelled):
+        before = len(session.session.token_ids)
         outputs = _answer(session, params, cancelled)
+        g.caller.count_tokens(len(session.session.token_ids) - before)
     service.log_text("outputs", outputs)
     return jsonify(ok=True, outputs=outputs)
 
@@ -38,8 +41,8 @@ def open_inference_session() -> Response:
     values = request_values()
     max_length = require_int(values, "max_length", minimum=1)
     service = get_service(current_app)
-    model = service.models.get(get_text(values, "model"))
-    session_id = service.sessions.open(model, max_length, cancelled=client_gone(request.environ))
+    model = service.model(g.caller, get_text(values, "model"))
+    session_id = service.sessions.open(model, max_length, owner=g.caller.owner, cancelled=client_gone(request.environ))
     return jsonify(ok=True, session_id=session_id)
 
 
@@ -47,7 +50,7 @@ def open_inference_session() -> Response:
 def close_inference_session() -> Response:
     """Close an inference session."""
     session_id = require_text(request_values(), "session_id")
-    get_service(current_app).sessions.close(session_id)
+    get_service(current_app).sessions.close(session_id, owner=g.caller.owner)
     return jsonify(ok=True)
 
 
@@ -58,15 +61,16 @@ def _session(
     """The session that the request names, or one of its own."""
     model_name, session_id = get_text(values, "model"), get_text(values, "session_id")
     if not session_id:
-        model = service.models.get(model_name)
+        model = service.model(g.caller, model_name)
         # The session is as long as the request: known once its inputs are tokens.
         length = len(model.tokenizer.encode(params.inputs))
         wanted = params.max_length or length + (params.max_new_tokens or 0)
-        with service.sessions.temporary(model, max(wanted, length), cancelled=cancelled) as session:
+        length = stateless_length(max(wanted, length), model.max_length)
+        with service.sessions.temporary(model, length, owner=g.caller.owner, cancelled=cancelled) as session:
             yield session
         return
     wait = service.settings.REQUEST_TIMEOUT
-    with service.sessions.use(session_id, wait=wait, cancelled=cancelled) as session:
+    with service.sessions.use(session_id, wait=wait, owner=g.caller.owner, cancelled=cancelled) as session:
         if model_name and model_name != session.model.name:
             raise WrongModel(f"session {session_id} was opened for {session.model.name}, not for {model_name}")
         yield session
@@ -79,6 +83,14 @@ def _answer(session: InferenceSession, params: GenerationParams, cancelled: Call
         if chunks[-1].finish_reason == "cancelled":
             raise Cancelled("the client has hung up")
         return "".join(chunk.text for chunk in chunks)
+
+
+def stateless_length(needed: int, longest: int) -> int:
+    """Return the length of a session for a request that comes without one.
+
+    It may be kept, and go on with a longer request: with twice the room what is computed again stays in proportion.
+    """
+    return min(2 * needed, max(needed, longest))
 
 
 def request_values() -> dict[str, Any]:

@@ -115,7 +115,7 @@ class InferenceSessions:
         :param queue_timeout: seconds that each of them may wait
         :param memory: keeps sessions that have ended; default: none are kept
         """
-        self.memory = memory or SessionMemory(0, 0, 0.0)
+        self.memory = SessionMemory(0, 0, 0.0) if memory is None else memory
         self.timeout = timeout
         self._clock = clock
         self._lock = threading.Lock()
@@ -218,18 +218,24 @@ class InferenceSessions:
 
     @contextlib.contextmanager
     def use(
-        self, session_id: str, *, wait: float, cancelled: Callable[[], bool] | None = None
+        self,
+        session_id: str,
+        *,
+        wait: float,
+        owner: str | None = None,
+        cancelled: Callable[[], bool] | None = None,
     ) -> Iterator[InferenceSession]:
         """Have a session alone for the time of the block; others who want it wait for their turn.
 
         :param wait: seconds to wait for one's turn
+        :param owner: who asks; others' sessions are not found. None: whoever it is
         :param cancelled: looked at while waiting; ends it when it returns true
         :raises SessionNotFound: if there is no such session
         :raises TimedOut: if one's turn does not come in time
         :raises Cancelled: if the wait was ended
         """
         with self._lock:
-            entry = self._find(session_id)
+            entry = self._find(session_id, owner)
             entry.users += 1
             entry.parked = False
         try:
@@ -252,9 +258,9 @@ class InferenceSessions:
             if cancelled is not None and cancelled():
                 raise Cancelled("the wait for the session was given up")
 
-    def _find(self, session_id: str) -> InferenceSession:
+    def _find(self, session_id: str, owner: str | None) -> InferenceSession:
         entry = self._sessions.get(session_id)
-        if entry is None:
+        if entry is None or owner not in (None, entry.owner):
             raise SessionNotFound(f"no inference session {session_id}: never opened, closed, or expired")
         return entry
 
@@ -291,14 +297,15 @@ class InferenceSessions:
             with contextlib.suppress(SessionNotFound):
                 self.close(session_id, remember=remember and rows == 1)
 
-    def close(self, session_id: str, *, remember: bool = False) -> None:
+    def close(self, session_id: str, *, owner: str | None = None, remember: bool = False) -> None:
         """Close a session: at once, or when those who use it are done. Does not wait.
 
+        :param owner: who asks; others' sessions are not found. None: whoever it is
         :param remember: keep what was computed, for requests that begin with the same tokens
         :raises SessionNotFound: if there is no such session
         """
         with self._lock:
-            entry = self._find(session_id)
+            entry = self._find(session_id, owner)
             entry.remembered = remember
             self._remove(entry)
             unused = entry.users == 0

@@ -3,9 +3,11 @@
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from access import Access, Caller
 from admission import FairQueue, QueueFull, WaitedTooLong
 from config import Settings
 from errors import TooManyRequests
@@ -15,6 +17,8 @@ from session_memory import SessionMemory
 
 if TYPE_CHECKING:
     from flask import Flask
+
+    from swarm.client import SwarmModel
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +31,8 @@ class Service:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self.created = int(time.time())
+        self.access = Access(settings)
         self.models = Models(settings)
         self.sessions = InferenceSessions(
             settings.MAX_SESSIONS,
@@ -56,15 +62,25 @@ class Service:
 
     @contextlib.contextmanager
     def generating(
-        self, cancelled: Callable[[], bool], on_position: Callable[[int], None] | None = None
+        self,
+        caller: Caller,
+        cancelled: Callable[[], bool],
+        on_position: Callable[[int], None] | None = None,
     ) -> Iterator[None]:
         """Have a place among the answers that are computed at a time; wait for it in a fair queue.
 
+        :param caller: for whom; may be allowed fewer
         :param cancelled: looked at while waiting; ends it when it returns true
         :param on_position: told the place in the queue, whenever it changes
         :raises TooManyRequests: if too many wait already, or no place becomes free in time
         :raises Cancelled: if the wait was ended
         """
+        with caller.generating():
+            with self._place(cancelled, on_position):
+                yield
+
+    @contextlib.contextmanager
+    def _place(self, cancelled: Callable[[], bool], on_position: Callable[[int], None] | None) -> Iterator[None]:
         try:
             self._generations.take(cancelled=cancelled, on_position=on_position)
         except (QueueFull, WaitedTooLong) as error:
@@ -74,6 +90,16 @@ class Service:
             yield
         finally:
             self._generations.give_back()
+
+    def model(self, caller: Caller, name: str | None) -> "SwarmModel":
+        """Return a model for a caller; None: the default model.
+
+        :raises ModelNotFound, ModelNotAllowed, ModelUnavailable, ModelNotReady: if there is none
+        """
+        name = name or self.settings.default_model
+        if name in self.models.served:
+            caller.check_model(name)
+        return self.models.get(name)
 
     def log_text(self, kind: str, text: str) -> None:
         """Log a prompt or an answer, if the operator wants that."""

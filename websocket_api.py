@@ -9,14 +9,16 @@ import socket
 import struct
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
-from flask import Flask, current_app, g
+from flask import Flask, current_app, g, request
 from flask_sock import Sock
 from simple_websocket import ConnectionClosed
 from simple_websocket import Server as WebSocket
 
+from access import Caller, presented_key
 from config import Settings
 from errors import ApiError, InvalidParameter, describe, error_body
 from generation import Chunk
@@ -37,17 +39,28 @@ GOING_AWAY, POLICY_VIOLATION = 1001, 1008  # RFC 6455, section 7.4.1
 @sock.route("/api/v2/generate")
 def generate_stream(websocket: WebSocket) -> None:
     """Serve a connection until either side closes it."""
-    Connection(websocket, get_service(current_app), g.request_id).serve()
+    service = get_service(current_app)
+    if not origin_allowed(request.headers.get("Origin"), request.host, service.settings.WEBSOCKET_ORIGINS):
+        websocket.close(POLICY_VIOLATION, "pages of this origin may not use this API")
+        return
+    Connection(websocket, service, g.request_id, presented_key(request.headers.get("Authorization"))).serve()
+
+
+def origin_allowed(origin: str | None, host: str, allowed: Sequence[str]) -> bool:
+    """Whether a browser's page of this origin may connect; programs send none."""
+    return origin is None or "*" in allowed or origin in allowed or urlsplit(origin).netloc == host
 
 
 class Connection:
     """One open WebSocket."""
 
-    def __init__(self, websocket: WebSocket, service: Service, request_id: str) -> None:
+    def __init__(self, websocket: WebSocket, service: Service, request_id: str, key: str | None) -> None:
         self.websocket = websocket
         self.service = service
         self.request_id = request_id
         self.session_id: str | None = None
+        self._key = key  # from the handshake, or from the message that opens the session
+        self._caller: Caller | None = None
         self._pending: deque[str | bytes] = deque()  # messages that came while an answer was running
         self._stopped = False
         self._queue_updates = False
@@ -96,30 +109,42 @@ class Connection:
         max_length = require_int(request, "max_length", minimum=1)
         if self.session_id is not None:
             raise InvalidParameter("this connection has an inference session already; open another connection")
-        model = self.service.models.get(get_text(request, "model"))
+        self._caller = caller = self._authenticate(request)
+        model = self.service.model(caller, get_text(request, "model"))
         self._queue_updates = get_bool(request, "queue_updates")
         self._stopped = False
         self.session_id = self.service.sessions.open(
-            model, max_length, kept=True, cancelled=self._cancelled, on_position=self._tell_position
+            model, max_length, kept=True, owner=caller.owner, cancelled=self._cancelled, on_position=self._tell_position
         )
         self._send({"ok": True})
 
+    def _authenticate(self, request: dict[str, Any]) -> Caller:
+        """Return who opens a session. Browsers cannot send headers with a WebSocket: the message may hold the key."""
+        if token := get_text(request, "page_token"):
+            return self.service.access.page(token)
+        return self.service.access.caller(get_text(request, "api_key") or self._key)
+
     def _generate(self, request: dict[str, Any]) -> None:
         params = parse_generation(request)
-        if self.session_id is None:
+        if self.session_id is None or self._caller is None:
             raise InvalidParameter("send open_inference_session before generate")
         self._stopped = False
+        self._caller.count_request()
         self.service.log_text("inputs", params.inputs)
         wait = self.service.settings.REQUEST_TIMEOUT
         try:
             with (
                 self.service.sessions.use(self.session_id, wait=wait, cancelled=self._cancelled) as session,
-                self.service.generating(self._cancelled, self._tell_position),
+                self.service.generating(self._caller, self._cancelled, self._tell_position),
             ):
+                before = len(session.session.token_ids)
                 for chunks in rounds(session.generate(params, self._cancelled), params):
                     response = answer(chunks)
                     self.service.log_text("outputs", response["outputs"])
                     self._send(response)
+                    length = len(session.session.token_ids)
+                    self._caller.count_tokens(length - before)
+                    before = length
         except Cancelled:  # before the answer began
             self._send(answer([Chunk("", (), "cancelled")]))
 

@@ -202,7 +202,7 @@ class Chat {
     url.protocol = url.protocol.replace("http", "ws");
     const socket = (this.#socket = new InferenceSocket(url));
     signal.addEventListener("abort", () => socket.close());
-    await socket.open({ model: this.#model.name, maxLength: this.#maxLength });
+    await socket.open({ model: this.#model.name, maxLength: this.#maxLength, pageToken: this.#pageToken });
   }
 
   async #modelReady(signal) {

@@ -48,9 +48,10 @@ export class InferenceSocket {
   }
 
   /** Connect and open the session. `maxLength` is in tokens, prefix included. Throws SocketError; then it is closed. */
-  async open({ model, maxLength }) {
+  async open({ model, maxLength, pageToken }) {
     this.#socket = new WebSocket(this.#url);
-    this.#socket.onopen = () => this.#send({ type: "open_inference_session", model, max_length: maxLength });
+    const request = { type: "open_inference_session", model, max_length: maxLength, page_token: pageToken };
+    this.#socket.onopen = () => this.#send(request);
     this.#socket.onmessage = ({ data }) => this.#deliver(data);
     this.#socket.onclose = () => this.#end(new ConnectionLost("The connection to the server was lost."));
     try {

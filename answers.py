@@ -1,0 +1,169 @@
+"""Answers to several prompts at once, as one stream of events: the OpenAI API's lists of prompts, choices and streams.
+
+Each prompt is computed by a thread of its own, so that a server that batches computes them together, and so that
+whoever reads can do something else while nothing comes.
+"""
+
+import contextvars
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from access import Caller
+from generation import Chunk, TokenLogprob, generate, generate_rows, score
+from parameters import GenerationParams
+from service import Service
+from swarm.errors import Cancelled
+
+# Prompts of one request that are computed at a time: as a server computes 8 in hardly more time than 1, and others are
+# left places.
+PROMPTS_AT_A_TIME = 8
+
+
+@dataclass(frozen=True)
+class Task:
+    """One prompt, and what is wanted of it."""
+
+    token_ids: Sequence[int]
+    budget: int  # tokens that each answer may have; 0: only the prompt's log-probabilities
+    length: int  # tokens of the session: prompt and answer, and room for more
+    params: GenerationParams
+    choices: int = 1
+    scored: bool = False  # whether the prompt's own log-probabilities are wanted
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A chunk of one answer."""
+
+    index: int  # of the answer: those of the first prompt come first
+    chunk: Chunk
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How likely the tokens of a prompt are, but for its first."""
+
+    task: int
+    logprobs: list[TokenLogprob]
+
+
+@dataclass(frozen=True)
+class Done:
+    """A prompt is done with."""
+
+    cached_tokens: int = 0  # of the prompt, how many did not have to be computed
+    completion_tokens: int = 0
+
+
+class Answers:
+    """Computes answers in the background. Iterate for the events; in the end, or instead, ``close``."""
+
+    def __init__(
+        self, service: Service, caller: Caller, model: Any, tasks: Sequence[Task], gone: Callable[[], bool]
+    ) -> None:
+        """Begin.
+
+        :param gone: whether the client has hung up; ends everything
+        """
+        self._service = service
+        self._caller = caller
+        self._model = model
+        self._tasks = tasks
+        self._gone = gone
+        self._stop = threading.Event()
+        self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        workers = min(len(tasks), PROMPTS_AT_A_TIME, caller.concurrent or PROMPTS_AT_A_TIME)
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="answer")
+        first = 0
+        for number, task in enumerate(tasks):
+            # In the request's context, so that the log names it.
+            self._pool.submit(contextvars.copy_context().run, self._work, number, task, first)
+            first += task.choices
+        self._pool.shutdown(wait=False)
+
+    def events(self, patience: float | None = None) -> Iterator[Piece | Scores | Done | None]:
+        """Yield what comes, in the order in which it comes, until all prompts are done with.
+
+        :param patience: after so many seconds of silence yield None
+        :raises Exception: whatever a prompt failed with; the others are ended
+        """
+        left = len(self._tasks)
+        while left:
+            try:
+                event = self._events.get(timeout=patience)
+            except queue.Empty:
+                yield None
+                continue
+            if isinstance(event, BaseException):
+                self.close()
+                raise event
+            left -= isinstance(event, Done)
+            yield event
+
+    def close(self) -> None:
+        """End what is still being computed; does not wait."""
+        self._stop.set()
+
+    def _cancelled(self) -> bool:
+        return self._stop.is_set() or self._gone()
+
+    def _work(self, number: int, task: Task, first: int) -> None:
+        try:
+            if self._cancelled():
+                raise Cancelled("the client has hung up")
+            self._events.put(self._answer(number, task, first))
+        except BaseException as error:
+            self._events.put(error)
+
+    def _answer(self, number: int, task: Task, first: int) -> Done:
+        service, cancelled = self._service, self._cancelled
+        opened = service.sessions.temporary(
+            self._model,
+            task.length,
+            rows=task.choices,
+            owner=self._caller.owner,
+            remember=not task.scored,
+            cancelled=cancelled,
+        )
+        with opened as entry, service.generating(self._caller, cancelled):
+            token_ids = list(task.token_ids)
+            if task.scored:
+                assert task.params.logprobs is not None
+                scores = score(entry.session, token_ids, task.params.logprobs, cancelled)
+                self._events.put(Scores(number, scores))
+                token_ids = token_ids[-1:]
+            elif task.choices == 1:
+                token_ids = entry.recall(token_ids)
+            completion_tokens = 0
+            try:
+                for index, chunk in self._chunks(entry, task, token_ids) if task.budget else ():
+                    if chunk.finish_reason == "cancelled":
+                        raise Cancelled("the client has hung up")
+                    completion_tokens += len(chunk.token_ids)
+                    self._events.put(Piece(first + index, chunk))
+            finally:
+                self._caller.count_tokens(len(task.token_ids) - entry.cached_tokens + completion_tokens)
+            return Done(entry.cached_tokens, completion_tokens)
+
+    def _chunks(self, entry: Any, task: Task, token_ids: Sequence[int]) -> Iterator[tuple[int, Chunk]]:
+        options: dict[str, Any] = {
+            "budget": task.budget,
+            "defaults": self._model.generation_config,
+            "cancelled": self._cancelled,
+        }
+        if task.choices > 1:
+            # The prompt's last token may be all that is left of it.
+            return generate_rows(
+                entry.session,
+                token_ids,
+                task.params,
+                rows=task.choices,
+                tokenizer=self._model.tokenizer,
+                **options,
+            )
+        chunks = generate(entry.session, token_ids, task.params, detokenizer=entry.detokenizer, **options)
+        return ((0, chunk) for chunk in chunks)

@@ -1,0 +1,484 @@
+"""The OpenAI API, /v1: chat and text completions for any program that speaks it; and the tokenizer's endpoints.
+
+What it takes and gives stands in ``openai_schemas``; what is computed, in ``answers``.
+"""
+
+import itertools
+import json
+import logging
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from flask import Blueprint, Response, current_app, g, jsonify, request, stream_with_context
+
+from answers import Answers, Done, Piece, Scores, Task
+from chat_template import ChatPrompt, apply_template
+from config import ModelConfig
+from errors import InvalidParameter, ModelNotFound, TooLong, describe, openai_error
+from generation import Chunk, TokenLogprob, token_bytes
+from http_api import client_gone, stateless_length
+from openai_schemas import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    Sampling,
+    TemplateRequest,
+    TokenizeRequest,
+)
+from parameters import SMALLEST_FACTOR, GenerationParams
+from service import Service, get_service
+from swarm.errors import Cancelled
+
+log = logging.getLogger(__name__)
+blueprint = Blueprint("openai_api", __name__)
+
+# Of a completion without max_tokens, as at OpenAI.
+DEFAULT_MAX_TOKENS = 16
+
+
+@blueprint.get("/v1/models")
+def list_models() -> Response:
+    """The models that the caller may use."""
+    service = get_service(current_app)
+    names = [name for name in service.models.served if g.caller.may_use(name)]
+    return jsonify(object="list", data=[model_object(service, name) for name in names])
+
+
+@blueprint.get("/v1/models/<path:model>")
+def get_model(model: str) -> Response:
+    """One model."""
+    service = get_service(current_app)
+    if model not in service.models.served:
+        raise ModelNotFound(f"no model {model!r} is served here; there are: {', '.join(service.models.served)}")
+    g.caller.check_model(model)
+    return jsonify(model_object(service, model))
+
+
+def model_object(service: Service, name: str) -> dict[str, Any]:
+    served = service.models.served[name]
+    return {
+        "id": name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": name.rpartition("/")[0] or "petals",
+        "state": served.status.state,
+        "max_model_len": served.model.max_length if served.model is not None else None,
+    }
+
+
+@blueprint.post("/v1/chat/completions")
+def chat_completions() -> Response:
+    """Answer a conversation."""
+    body: ChatRequest = ChatRequest.read(request.get_data(cache=False))
+    service, model, config = begin(body)
+    if body.top_logprobs is not None and not body.logprobs:
+        raise InvalidParameter("top_logprobs needs logprobs to be true", "top_logprobs")
+    chat = apply_template(config, model.tokenizer, [message.plain() for message in body.messages])
+    service.log_text("inputs", chat.text)
+    token_ids = encode(model, chat)
+    wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    if wanted == 0:
+        raise InvalidParameter("max_tokens must be at least 1", "max_tokens")
+    # As long as a conversation on the page, so that its next turns find room in the session.
+    length = min(config.session_length, model.max_length)
+    if len(token_ids) + (wanted or 1) > length:
+        length = model.max_length
+    check_length(len(token_ids), wanted or 1, length)
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    params = sampling(body, config, model, chat.stop, logprobs)
+    task = Task(token_ids, wanted or length - len(token_ids), length, params, body.n or 1)
+    return respond(ChatFormat(model, chat), service, model, body, [task])
+
+
+@blueprint.post("/v1/completions")
+def completions() -> Response:
+    """Continue texts."""
+    body: CompletionRequest = CompletionRequest.read(request.get_data(cache=False))
+    service, model, config = begin(body)
+    wanted = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    if not wanted and not body.echo:
+        raise InvalidParameter("max_tokens must be at least 1, or echo be true", "max_tokens")
+    params = sampling(body, config, model, (), body.logprobs)
+    scored = bool(body.echo) and body.logprobs is not None
+    prompts = [encode_prompt(model, prompt) for prompt in prompts_of(body)]
+    tasks = []
+    for token_ids in prompts:
+        check_length(len(token_ids), wanted, model.max_length)
+        needed = len(token_ids) + wanted
+        length = needed if scored else stateless_length(needed, model.max_length)
+        tasks.append(Task(token_ids, wanted, length, params, body.n or 1, scored))
+    return respond(TextFormat(model, body, prompts), service, model, body, tasks)
+
+
+@blueprint.post("/tokenize")
+def tokenize() -> Response:
+    """Turn text into token ids."""
+    body: TokenizeRequest = TokenizeRequest.read(request.get_data(cache=False))
+    model = get_service(current_app).model(g.caller, body.model)
+    tokens: list[Any] = model.tokenizer.encode(body.content, add_special_tokens=bool(body.add_special))
+    count = len(tokens)
+    if body.with_pieces:
+        tokens = [{"id": token_id, "piece": piece_of(model.tokenizer, token_id)} for token_id in tokens]
+    return jsonify(tokens=tokens, count=count, max_model_len=model.max_length)
+
+
+@blueprint.post("/detokenize")
+def detokenize() -> Response:
+    """Turn token ids into text."""
+    body: DetokenizeRequest = DetokenizeRequest.read(request.get_data(cache=False))
+    model = get_service(current_app).model(g.caller, body.model)
+    check_tokens(model, body.tokens, "tokens")
+    return jsonify(content=model.tokenizer.decode(body.tokens, clean_up_tokenization_spaces=False))
+
+
+@blueprint.post("/apply-template")
+def template() -> Response:
+    """Turn a conversation into the text that the model reads."""
+    body: TemplateRequest = TemplateRequest.read(request.get_data(cache=False))
+    service = get_service(current_app)
+    model = service.model(g.caller, body.model)
+    messages = [message.plain() for message in body.messages]
+    prompt = apply_template(
+        service.models.served[model.name].config,
+        model.tokenizer,
+        messages,
+        add_generation_prompt=body.add_generation_prompt is not False,
+    )
+    return jsonify(prompt=prompt.text)
+
+
+def begin(body: Sampling) -> tuple[Service, Any, ModelConfig]:
+    """Return what every completion needs, and count it."""
+    service = get_service(current_app)
+    model = service.model(g.caller, body.model)
+    g.caller.count_request()
+    return service, model, service.models.served[model.name].config
+
+
+def sampling(
+    body: Sampling, config: ModelConfig, model: Any, stop: Sequence[str], logprobs: int | None
+) -> GenerationParams:
+    """Return the parameters of a request; what it leaves out is as on the page for this model."""
+    temperature = config.generation.get("temperature", 1.0) if body.temperature is None else body.temperature
+    top_p = config.generation.get("top_p", 1.0) if body.top_p is None else body.top_p
+    stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    bias = logit_bias(body, model)
+    return GenerationParams(
+        do_sample=temperature > 0,
+        temperature=max(temperature, SMALLEST_FACTOR),
+        top_k=max(body.top_k or 0, 0),
+        top_p=top_p,
+        min_p=body.min_p,
+        repetition_penalty=body.repetition_penalty or 1.0,
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        logit_bias=bias,
+        logprobs=logprobs,
+        seed=None if body.seed is None else body.seed % 2**63,
+        extra_stop_sequences=(*(text for text in stops if text), *stop),
+    )
+
+
+def logit_bias(body: Sampling, model: Any) -> tuple[tuple[int, float], ...]:
+    bias = []
+    for name, value in (body.logit_bias or {}).items():
+        if not (name.isascii() and name.isdigit()) or len(name) > 10:
+            raise InvalidParameter(f"logit_bias: {name[:20]!r} is no token id", "logit_bias")
+        check_tokens(model, [int(name)], "logit_bias")
+        bias.append((int(name), value))
+    return tuple(bias)
+
+
+def check_tokens(model: Any, token_ids: Sequence[int], param: str) -> None:
+    """Refuse ids that are none of the model's.
+
+    :raises InvalidParameter: naming one
+    """
+    size = min(model.head.vocab_size, len(model.tokenizer))
+    if wrong := [token_id for token_id in token_ids if not 0 <= token_id < size]:
+        raise InvalidParameter(f"{param}: {wrong[0]} is no token of this model, which has {size}", param)
+
+
+def check_length(prompt: int, wanted: int, longest: int) -> None:
+    """Refuse what does not fit.
+
+    :raises TooLong: telling the numbers
+    """
+    if prompt + wanted > longest:
+        raise TooLong(f"a prompt of {prompt} tokens and {wanted} new ones exceed the model's {longest}")
+
+
+def prompts_of(body: CompletionRequest) -> list[Any]:
+    """Return the prompts of a request, each a text or a list of token ids."""
+    prompt = body.prompt
+    if isinstance(prompt, str) or isinstance(prompt[0], int):
+        return [prompt]
+    return list(prompt)
+
+
+def encode(model: Any, chat: ChatPrompt) -> list[int]:
+    return model.tokenizer.encode(chat.text, add_special_tokens=chat.add_special_tokens)
+
+
+def encode_prompt(model: Any, prompt: str | list[int]) -> list[int]:
+    if isinstance(prompt, str):
+        token_ids = model.tokenizer.encode(prompt)
+        if not token_ids:
+            raise InvalidParameter("prompt must not be empty", "prompt")
+        return token_ids
+    check_tokens(model, prompt, "prompt")
+    return prompt
+
+
+def piece_of(tokenizer: Any, token_id: int) -> str | list[int]:
+    """Return a token's text, or its bytes if they are a part of a character."""
+    spelled = token_bytes(tokenizer, token_id)
+    try:
+        return spelled.decode()
+    except UnicodeDecodeError:
+        return list(spelled)
+
+
+@dataclass
+class ChatFormat:
+    """How a chat completion is written."""
+
+    model: Any
+    chat: ChatPrompt
+    object = "chat.completion"
+    prefix = "chatcmpl"
+    begun: set[int] = field(default_factory=set)  # answers that have some text
+
+    def text(self, index: int, text: str) -> str:
+        """Return what to send of a piece of text."""
+        if self.chat.strip and index not in self.begun:
+            text = text.lstrip()
+        if text:
+            self.begun.add(index)
+        return text
+
+    def opening(self, index: int) -> dict[str, Any]:
+        return {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+
+    def piece(self, index: int, chunk: Chunk) -> dict[str, Any]:
+        logprobs = self.logprobs([chunk.logprob]) if chunk.logprob is not None else None
+        delta = {"content": self.text(index, chunk.text)}
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": chunk.finish_reason}
+
+    def choice(self, index: int, chunks: Sequence[Chunk], scores: Sequence[TokenLogprob] | None) -> dict[str, Any]:
+        text = "".join(self.text(index, chunk.text) for chunk in chunks)
+        found = [chunk.logprob for chunk in chunks if chunk.logprob is not None]
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": text, "refusal": None},
+            "logprobs": self.logprobs(found) if found else None,
+            "finish_reason": chunks[-1].finish_reason,
+        }
+
+    def logprobs(self, found: Sequence[TokenLogprob]) -> dict[str, Any]:
+        def entry(token_id: int, logprob: float) -> dict[str, Any]:
+            spelled = token_bytes(self.model.tokenizer, token_id)
+            return {"token": spelled.decode(errors="replace"), "logprob": finite(logprob), "bytes": list(spelled)}
+
+        content = [
+            entry(one.token_id, one.logprob) | {"top_logprobs": [entry(*likely) for likely in one.top]} for one in found
+        ]
+        return {"content": content, "refusal": None}
+
+
+@dataclass
+class TextFormat:
+    """How a text completion is written."""
+
+    model: Any
+    body: CompletionRequest
+    prompts: Sequence[list[int]]
+    object = "text_completion"
+    prefix = "cmpl"
+    offsets: dict[int, int] = field(default_factory=dict)  # characters of each answer's tokens so far
+
+    def prompt_of(self, index: int) -> list[int]:
+        return self.prompts[index // (self.body.n or 1)]
+
+    def echoed(self, index: int) -> str:
+        if not self.body.echo:
+            return ""
+        given = prompts_of(self.body)[index // (self.body.n or 1)]
+        if isinstance(given, str):
+            return given
+        return self.model.tokenizer.decode(given, clean_up_tokenization_spaces=False)
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        text = self.echoed(index)
+        return {"index": index, "text": text, "logprobs": None, "finish_reason": None} if text else None
+
+    def piece(self, index: int, chunk: Chunk) -> dict[str, Any]:
+        logprobs = self.logprobs(index, [chunk.logprob]) if chunk.logprob is not None else None
+        return {"index": index, "text": chunk.text, "logprobs": logprobs, "finish_reason": chunk.finish_reason}
+
+    def choice(self, index: int, chunks: Sequence[Chunk], scores: Sequence[TokenLogprob] | None) -> dict[str, Any]:
+        found = [chunk.logprob for chunk in chunks if chunk.logprob is not None]
+        logprobs = None
+        if scores is not None:
+            first = TokenLogprob(self.prompt_of(index)[0], 0.0, ())  # has nothing before it
+            logprobs = self.logprobs(index, [first, *scores, *found])
+            logprobs["token_logprobs"][0] = logprobs["top_logprobs"][0] = None
+        elif found:
+            logprobs = self.logprobs(index, found)
+        return {
+            "index": index,
+            "text": self.echoed(index) + "".join(chunk.text for chunk in chunks),
+            "logprobs": logprobs,
+            "finish_reason": chunks[-1].finish_reason if chunks else "length",
+        }
+
+    def logprobs(self, index: int, found: Sequence[TokenLogprob]) -> dict[str, Any]:
+        def spell(token_id: int) -> str:
+            return token_bytes(self.model.tokenizer, token_id).decode(errors="replace")
+
+        tokens = [spell(one.token_id) for one in found]
+        offset = self.offsets.get(index, 0)
+        offsets = []
+        for token in tokens:
+            offsets.append(offset)
+            offset += len(token)
+        self.offsets[index] = offset
+        # Different tokens may have the same text, as parts of characters: the likeliest is told.
+        tops = [{spell(token): finite(value) for token, value in reversed(one.top)} for one in found]
+        return {
+            "tokens": tokens,
+            "token_logprobs": [finite(one.logprob) for one in found],
+            "top_logprobs": tops,
+            "text_offset": offsets,
+        }
+
+
+def finite(logprob: float) -> float:
+    """JSON knows no infinity; OpenAI writes this for what is all but impossible."""
+    return max(logprob, -9999.0)
+
+
+@dataclass
+class Tally:
+    """What a request has used."""
+
+    prompt_tokens: int
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+    def add(self, done: Done) -> None:
+        self.completion_tokens += done.completion_tokens
+        self.cached_tokens += done.cached_tokens
+
+    def usage(self) -> dict[str, Any]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+
+
+def respond(
+    form: ChatFormat | TextFormat, service: Service, model: Any, body: Sampling, tasks: Sequence[Task]
+) -> Response:
+    """Compute the answers and send them, as they come or together."""
+    if body.stream and any(task.scored for task in tasks):
+        raise InvalidParameter("echo with logprobs cannot be streamed", "stream")
+    head = {
+        "id": f"{form.prefix}-{uuid.uuid4().hex}",
+        "object": form.object,
+        "created": int(time.time()),
+        "model": model.name,
+    }
+    tally = Tally(sum(len(task.token_ids) for task in tasks))
+    answers = Answers(service, g.caller, model, tasks, client_gone(request.environ))
+    try:
+        if not body.stream:
+            return jsonify(head | collect(form, answers, tasks, tally, service))
+        if isinstance(form, ChatFormat):
+            head["object"] = "chat.completion.chunk"
+        wants_usage = bool(body.stream_options and body.stream_options.include_usage)
+        events = answers.events(service.settings.SSE_KEEP_ALIVE)
+        events = itertools.chain([next(events)], events)  # a failure to begin has a status of its own
+    except BaseException:
+        answers.close()
+        raise
+    lines = stream(form, answers, events, head, tally, service, wants_usage=wants_usage)
+    response = Response(stream_with_context(lines), mimetype="text/event-stream")
+    response.headers["Cache-Control"] = "no-cache"
+    response.headers["X-Accel-Buffering"] = "no"  # nginx would hold the answer back
+    response.call_on_close(answers.close)
+    return response
+
+
+def collect(
+    form: ChatFormat | TextFormat, answers: Answers, tasks: Sequence[Task], tally: Tally, service: Service
+) -> dict[str, Any]:
+    """Wait for all answers; return choices and usage."""
+    chunks: list[list[Chunk]] = [[] for task in tasks for _ in range(task.choices)]
+    scores: dict[int, list[TokenLogprob]] = {}
+    for event in answers.events():
+        if isinstance(event, Piece):
+            chunks[event.index].append(event.chunk)
+        elif isinstance(event, Scores):
+            scores[event.task] = event.logprobs
+        elif event is not None:
+            tally.add(event)
+    choices = [form.choice(i, found, scores.get(i // tasks[0].choices)) for i, found in enumerate(chunks)]
+    for found in chunks:
+        service.log_text("outputs", "".join(chunk.text for chunk in found))
+    return {"choices": choices, "usage": tally.usage()}
+
+
+def stream(
+    form: ChatFormat | TextFormat,
+    answers: Answers,
+    events: Iterator[Any],
+    head: dict[str, Any],
+    tally: Tally,
+    service: Service,
+    *,
+    wants_usage: bool,
+) -> Iterator[str]:
+    """Yield the answers as server-sent events."""
+    if wants_usage:
+        head["usage"] = None
+    opened: set[int] = set()
+    try:
+        for event in events:
+            if isinstance(event, Piece):
+                service.log_text("outputs", event.chunk.text)
+                if event.index not in opened:
+                    opened.add(event.index)
+                    if (opening := form.opening(event.index)) is not None:
+                        yield sse(head | {"choices": [opening]})
+                chunk = event.chunk
+                if chunk.text or chunk.finish_reason or chunk.logprob:
+                    yield sse(head | {"choices": [form.piece(event.index, chunk)]})
+            elif isinstance(event, Done):
+                tally.add(event)
+            else:
+                yield ": the swarm is slow, the answer goes on\n\n"  # so that no proxy cuts the line
+        if wants_usage:
+            yield sse(head | {"choices": [], "usage": tally.usage()})
+        yield "data: [DONE]\n\n"
+    except Cancelled:
+        log.info("the client has hung up")
+    except Exception as error:
+        if describe(error)[0] == 500:
+            log.exception("a streamed answer failed")
+        else:
+            log.info("a streamed answer failed: %s", error)
+        yield sse(openai_error(error)[0])
+        yield "data: [DONE]\n\n"
+    finally:
+        answers.close()
+
+
+def sse(data: dict[str, Any]) -> str:
+    """Return a server-sent event."""
+    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
