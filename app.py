@@ -17,6 +17,7 @@ from flask.typing import ResponseReturnValue
 from flask_cors import CORS
 from werkzeug.exceptions import HTTPException
 
+import api_docs
 import http_api
 import openai_api
 import status_api
@@ -52,6 +53,7 @@ def create_app(settings: Settings | None = None) -> Flask:
     app.config["MAX_CONTENT_LENGTH"] = settings.MAX_BODY_BYTES
     app.json.sort_keys = False  # type: ignore[attr-defined]
     app.extensions["petals_chat"] = Service(settings)
+    app.register_blueprint(api_docs.blueprint)
     app.register_blueprint(http_api.blueprint)
     app.register_blueprint(openai_api.blueprint)
     app.register_blueprint(status_api.blueprint)

@@ -9,16 +9,20 @@ from urllib.parse import parse_qsl
 from flask import Blueprint, Response, current_app, g, jsonify, request
 from werkzeug.exceptions import BadRequest
 
+from api_docs import documented
 from errors import InvalidParameter, WrongModel
+from http_schemas import Closed, CloseRequest, Failure, GenerateRequest, OpenRequest, Outputs, SessionId
 from inference_sessions import InferenceSession
 from parameters import GenerationParams, get_text, parse_generation, require_int, require_text
 from service import Service, get_service
 from swarm.errors import Cancelled
 
 blueprint = Blueprint("http_api", __name__, url_prefix="/api/v1")
+TAG = "HTTP API"
 
 
 @blueprint.post("/generate")
+@documented(TAG, Outputs, request=GenerateRequest, failure=Failure, forms=True)
 def generate_text() -> Response:
     """Generate text, in a session opened earlier or without one."""
     values = request_values()
@@ -36,6 +40,7 @@ def generate_text() -> Response:
 
 
 @blueprint.route("/open_inference_session", methods=["GET", "POST"])
+@documented(TAG, SessionId, request=OpenRequest, failure=Failure, forms=True)
 def open_inference_session() -> Response:
     """Open an inference session."""
     values = request_values()
@@ -47,6 +52,7 @@ def open_inference_session() -> Response:
 
 
 @blueprint.route("/close_inference_session", methods=["GET", "POST"])
+@documented(TAG, Closed, request=CloseRequest, failure=Failure, forms=True)
 def close_inference_session() -> Response:
     """Close an inference session."""
     session_id = require_text(request_values(), "session_id")

@@ -15,18 +15,26 @@ from typing import Any
 from flask import Blueprint, Response, current_app, g, jsonify, request, stream_with_context
 
 from answers import Answers, Done, Piece, Scores, Task
+from api_docs import documented
 from chat_template import ChatPrompt, apply_template
 from config import ModelConfig
 from errors import InvalidParameter, ModelNotFound, TooLong, describe, openai_error
 from generation import Chunk, TokenLogprob, token_bytes
 from http_api import client_gone, stateless_length
 from openai_schemas import (
+    ChatCompletion,
     ChatRequest,
     CompletionRequest,
+    Content,
     DetokenizeRequest,
+    Model,
+    ModelList,
+    Prompt,
     Sampling,
     TemplateRequest,
+    TextCompletion,
     TokenizeRequest,
+    Tokens,
 )
 from parameters import SMALLEST_FACTOR, GenerationParams
 from service import Service, get_service
@@ -35,11 +43,13 @@ from swarm.errors import Cancelled
 log = logging.getLogger(__name__)
 blueprint = Blueprint("openai_api", __name__)
 
+TAG, TOKENIZER_TAG = "OpenAI API", "Tokenizer"
 # Of a completion without max_tokens, as at OpenAI.
 DEFAULT_MAX_TOKENS = 16
 
 
 @blueprint.get("/v1/models")
+@documented(TAG, ModelList)
 def list_models() -> Response:
     """The models that the caller may use."""
     service = get_service(current_app)
@@ -48,6 +58,7 @@ def list_models() -> Response:
 
 
 @blueprint.get("/v1/models/<path:model>")
+@documented(TAG, Model)
 def get_model(model: str) -> Response:
     """One model."""
     service = get_service(current_app)
@@ -70,6 +81,7 @@ def model_object(service: Service, name: str) -> dict[str, Any]:
 
 
 @blueprint.post("/v1/chat/completions")
+@documented(TAG, ChatCompletion, request=ChatRequest, streams=True)
 def chat_completions() -> Response:
     """Answer a conversation."""
     body: ChatRequest = ChatRequest.read(request.get_data(cache=False))
@@ -94,6 +106,7 @@ def chat_completions() -> Response:
 
 
 @blueprint.post("/v1/completions")
+@documented(TAG, TextCompletion, request=CompletionRequest, streams=True)
 def completions() -> Response:
     """Continue texts."""
     body: CompletionRequest = CompletionRequest.read(request.get_data(cache=False))
@@ -114,6 +127,7 @@ def completions() -> Response:
 
 
 @blueprint.post("/tokenize")
+@documented(TOKENIZER_TAG, Tokens, request=TokenizeRequest)
 def tokenize() -> Response:
     """Turn text into token ids."""
     body: TokenizeRequest = TokenizeRequest.read(request.get_data(cache=False))
@@ -126,6 +140,7 @@ def tokenize() -> Response:
 
 
 @blueprint.post("/detokenize")
+@documented(TOKENIZER_TAG, Content, request=DetokenizeRequest)
 def detokenize() -> Response:
     """Turn token ids into text."""
     body: DetokenizeRequest = DetokenizeRequest.read(request.get_data(cache=False))
@@ -135,6 +150,7 @@ def detokenize() -> Response:
 
 
 @blueprint.post("/apply-template")
+@documented(TOKENIZER_TAG, Prompt, request=TemplateRequest)
 def template() -> Response:
     """Turn a conversation into the text that the model reads."""
     body: TemplateRequest = TemplateRequest.read(request.get_data(cache=False))

@@ -3,6 +3,7 @@
 Numbers have the bounds of OpenAI's reference where it states any.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -56,6 +57,8 @@ REFUSED: Mapping[str, tuple[Any, ...]] = {
     "xtc_probability": (0,),
 }
 
+TYPE = re.compile(r"(str|int|constrained-str)$|(list|function)\b")
+
 Text = Annotated[str, Field(description="Valid Unicode.")]
 StopText = Annotated[str, StringConstraints(max_length=MAX_STOP_LENGTH)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
@@ -87,7 +90,7 @@ def first_problem(error: ValidationError) -> InvalidParameter:
     """Turn pydantic's errors into ours, which tells the first."""
     problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
     # Where the choices of a union are named after types these are part of the place; nobody wants to read them.
-    place = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("list[", "function-", "constr", "str")))
+    place = ".".join(str(part) for part in problem["loc"] if not TYPE.match(str(part)))
     if not place:
         return InvalidParameter(f"the body must be a JSON object in UTF-8: {problem['msg']}")
     return InvalidParameter(f"{place}: {problem['msg']}", place.split(".")[0])

@@ -2,12 +2,16 @@
 
 from flask import Blueprint, Response, current_app, jsonify
 
+from api_docs import documented
+from http_schemas import Health, Readiness
 from service import get_service
 
 blueprint = Blueprint("status_api", __name__)
+TAG = "State"
 
 
 @blueprint.get("/healthz")
+@documented(TAG, Health, failure=None)
 def healthz() -> Response:
     """200 while the program can answer at all; with how full it is."""
     sessions = get_service(current_app).sessions
@@ -15,6 +19,7 @@ def healthz() -> Response:
 
 
 @blueprint.get("/readyz")
+@documented(TAG, Readiness, failure=None, also=(503,))
 def readyz() -> tuple[Response, int]:
     """200 when all models are ready, else 503; the state of each either way."""
     service = get_service(current_app)
