@@ -62,6 +62,8 @@ def list_models() -> Response:
 def get_model(model: str) -> Response:
     """One model."""
     service = get_service(current_app)
+    if model not in service.models.served and f"/{model}" in service.models.served:
+        model = f"/{model}"  # a directory: two slashes in a row do not survive the way here
     if model not in service.models.served:
         raise ModelNotFound(f"no model {model!r} is served here; there are: {', '.join(service.models.served)}")
     g.caller.check_model(model)

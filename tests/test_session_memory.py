@@ -1,0 +1,242 @@
+"""Sessions that are kept for who goes on from them."""
+
+import threading
+from typing import Any
+
+import pytest
+from transformers import BloomForCausalLM, PreTrainedTokenizerBase
+
+from inference_sessions import InferenceSessions
+from session_memory import SessionMemory, common_prefix
+from swarm.client import SwarmModel
+from swarm.errors import CacheFull
+from swarm.local import LocalSwarm
+from tests.client import websocket
+from tests.conftest import LiveApp, greedy, load_model, tiny_server
+from tests.test_openai_api import complete, post
+from tests.test_session import infos, wait_until
+
+MODEL, OWNER = "model", "me"
+
+
+class Kept:
+    """A session that has processed all its tokens but the last."""
+
+    def __init__(self, token_ids: list[int], max_length: int = 100, rewinds: bool = True) -> None:
+        self.token_ids = list(token_ids)
+        self.position = len(token_ids) - 1
+        self.max_length = max_length
+        self.rewinds = rewinds
+        self.closed = False
+
+    def truncate(self, length: int) -> None:
+        del self.token_ids[length:]
+        self.position = min(self.position, length)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def memory(**options: Any) -> SessionMemory:
+    return SessionMemory(**{"max_sessions": 3, "max_tokens": 1000, "timeout": 60.0, **options})
+
+
+def test_the_longest_beginning_is_taken() -> None:
+    kept, short = memory(), Kept([1, 2, 3, 4])
+    long = Kept([1, 2, 3, 4, 5, 6, 7])
+    for session in (short, long, Kept([1, 9, 9, 9, 9])):
+        kept.keep(MODEL, OWNER, session)
+    assert kept.take(MODEL, OWNER, [1, 2, 3, 4, 5, 6, 7, 8], 100) is long
+    assert long.token_ids == [1, 2, 3, 4, 5, 6]
+    # It is in use now: the next one takes what there is, and does not wait.
+    assert kept.take(MODEL, OWNER, [1, 2, 3, 4, 5, 6, 7, 8], 100) is short
+    assert len(kept) == 1
+
+
+def test_a_token_is_left_to_process() -> None:
+    kept = memory()
+    kept.keep(MODEL, OWNER, Kept([1, 2, 3, 4, 5]))
+    taken = kept.take(MODEL, OWNER, [1, 2, 3, 4], 100)
+    assert taken is not None and taken.token_ids == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("model", "owner", "tokens", "lengths"),
+    [
+        ("other", OWNER, [1, 2, 3, 4, 5], (100, None)),
+        (MODEL, "other", [1, 2, 3, 4, 5], (100, None)),
+        (MODEL, "", [1, 2, 3, 4, 5], (100, None)),
+        (MODEL, OWNER, [2, 2, 3, 4, 5], (100, None)),  # nothing in common
+        (MODEL, OWNER, [1, 9], (100, None)),  # more would be lost than saved
+        (MODEL, OWNER, [1, 2, 3, 4, 5], (101, None)),  # too short
+        (MODEL, OWNER, [1, 2, 3, 4, 5], (50, 50)),  # too long
+    ],
+)
+def test_what_does_not_fit_is_left(model: str, owner: str, tokens: list[int], lengths: tuple[int, int | None]) -> None:
+    kept, session = memory(), Kept([1, 2, 3, 4, 5])
+    kept.keep(MODEL, OWNER, session)
+    assert kept.take(model, owner, tokens, *lengths) is None
+    assert session.token_ids == [1, 2, 3, 4, 5] and not session.closed
+
+
+def test_servers_that_cannot_forget() -> None:
+    """With them a session serves only those who have all of its tokens."""
+    kept = memory()
+    kept.keep(MODEL, OWNER, Kept([1, 2, 3, 4, 5], rewinds=False))
+    assert kept.take(MODEL, OWNER, [1, 2, 3, 9, 9], 100) is None
+    assert kept.take(MODEL, OWNER, [1, 2, 3, 4, 9], 100) is not None
+
+
+def test_bounds() -> None:
+    now = 0.0
+    kept = memory(max_tokens=350, clock=lambda: now)
+    sessions = [Kept([i, 2, 3]) for i in range(5)]
+    for session in sessions[:4]:
+        kept.keep(MODEL, OWNER, session)
+    assert [session.closed for session in sessions[:4]] == [True, False, False, False]  # three at most
+    large = Kept([1, 2, 3], max_length=200)
+    kept.keep(MODEL, OWNER, large)
+    assert (kept.tokens, sessions[1].closed, sessions[2].closed) == (300, True, True)
+    kept.keep(MODEL, OWNER, too_large := Kept([1, 2, 3], max_length=400))
+    assert too_large.closed and kept.tokens == 300
+    kept.make_room(50)
+    assert (sessions[3].closed, large.closed) == (True, False)
+    now = 60.0
+    kept.expire()
+    assert large.closed and len(kept) == 0
+
+
+def test_useless_sessions_are_closed() -> None:
+    kept, nothing, closed = memory(), Kept([1]), Kept([1, 2, 3])
+    closed.closed = True
+    kept.keep(MODEL, OWNER, nothing)
+    kept.keep(MODEL, OWNER, closed)
+    assert nothing.closed and len(kept) == 0
+    kept.keep(MODEL, OWNER, last := Kept([1, 2]))
+    kept.close()
+    kept.keep(MODEL, OWNER, late := Kept([1, 2]))
+    assert last.closed and late.closed
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "length"), [("", "", 0), ("abc", "abd", 2), ("abc", "abcd", 3), ("b", "a", 0)]
+)
+def test_common_prefix(first: str, second: str, length: int) -> None:
+    assert common_prefix(list(map(ord, first)), list(map(ord, second))) == length
+
+
+def seen_by(model: SwarmModel, before: list[dict[str, Any]]) -> list[int]:
+    return [now["inference_tokens"] - then["inference_tokens"] for now, then in zip(infos(model), before, strict=True)]
+
+
+def test_a_conversation_of_twenty_turns(
+    live_app: LiveApp, model: SwarmModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """From the second turn on the servers see only what is new: by their own counts."""
+    messages: list[dict[str, str]] = []
+    known: list[int] = []  # what the session has processed
+    for turn in range(20):
+        messages.append({"role": "user", "content": f"{turn}: a bee"})
+        prompt = tokenizer.encode(post(live_app, "/apply-template", messages=messages)["prompt"])
+        before = infos(model)
+        # Ends with a chosen token, so that the answer becomes the same tokens again when it is sent back.
+        answer = post(live_app, "/v1/chat/completions", messages=messages, temperature=0, max_tokens=4,
+                      logit_bias={str(tokenizer.encode(" servers")[0]): 100})  # fmt: skip
+        cached = common_prefix(known, prompt)
+        assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == cached
+        generated = answer["usage"]["completion_tokens"]
+        assert seen_by(model, before) == [len(prompt) - cached + generated - 1] * 2
+        if turn:
+            assert len(prompt) - cached < 40 < len(prompt)
+        text = answer["choices"][0]["message"]["content"]
+        messages.append({"role": "assistant", "content": text})
+        known = tokenizer.encode(
+            post(live_app, "/apply-template", messages=messages, add_generation_prompt=False)["prompt"]
+        )
+        known = known[: len(prompt) + generated - 1]
+
+
+def test_answers_are_the_same_with_memory(
+    live_app: LiveApp, reference: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Continued, regenerated, and branching off in the middle."""
+    token_ids = tokenizer.encode("The quick brown fox jumps over the lazy dog, who said that?")
+    first = greedy(reference, token_ids, 10)
+    for prompt in (
+        token_ids,
+        token_ids,
+        [*token_ids, *first],
+        [*token_ids, *first[:5], 9],
+        token_ids[:9],
+        [*token_ids, 7],
+    ):
+        expected = tokenizer.decode(greedy(reference, prompt, 10), clean_up_tokenization_spaces=False)
+        answer = complete(live_app, prompt=prompt, max_tokens=10)
+        assert answer["choices"][0]["text"] == expected
+    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
+
+
+def test_the_same_request_many_times_at_once(
+    live_app: LiveApp, reference: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    token_ids = tokenizer.encode("Une abeille, deux abeilles")
+    expected = tokenizer.decode(greedy(reference, token_ids, 12), clean_up_tokenization_spaces=False)
+    answers: list[str] = []
+    for _ in range(3):
+        threads = [
+            threading.Thread(
+                target=lambda: answers.append(complete(live_app, prompt=token_ids, max_tokens=12)["choices"][0]["text"])
+            )
+            for _ in range(6)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=60)
+    assert answers == [expected] * 18
+
+
+def test_the_page_after_a_reload(live_app: LiveApp, model: SwarmModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A connection that begins with what another one has said finds it computed."""
+    text = "блоки модели хранятся на серверах, the lazy dog"
+    tokens = len(tokenizer.encode(text))
+    counts = []
+    for inputs in (text, text + " and more"):
+        before = infos(model)
+        with websocket(live_app.websocket_url) as ws:
+            ws.send({"type": "open_inference_session", "max_length": 300})
+            assert ws.receive()["ok"]
+            ws.send({"type": "generate", "inputs": inputs, "max_new_tokens": 1})
+            assert ws.receive()["ok"]
+        counts.append(seen_by(model, before)[0])
+        wait_until(lambda: len(live_app.service.sessions) == 0, "the session is still open")
+    assert counts == [tokens, len(tokenizer.encode(text + " and more")) - tokens]
+
+
+def test_stateless_http_calls(live_app: LiveApp, model: SwarmModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    text = "分散された大規模言語モデル, wer sagt das?"
+    before = infos(model)
+    first = post(live_app, "/api/v1/generate", inputs=text, max_new_tokens=4)["outputs"]
+    again = post(live_app, "/api/v1/generate", inputs=text, max_new_tokens=4)["outputs"]
+    assert first == again
+    assert seen_by(model, before) == [len(tokenizer.encode(text)) + 3 + 1 + 3] * 2
+
+
+def test_kept_sessions_make_room(tiny_bloom: Any) -> None:
+    """The servers have attention cache for two sessions only: who comes is given the place of those that are kept."""
+    with LocalSwarm() as local:
+        local.start_server(tiny_server(tiny_bloom, "0:4", attn_cache_tokens=256))
+        model = load_model(tiny_bloom, local, cache_timeout=5.0)
+        kept = SessionMemory(8, 10_000, 600.0)
+        sessions = InferenceSessions(8, 600.0, memory=kept)
+        for number in range(2):
+            with sessions.temporary(model, 120) as entry:
+                entry.session.step([number + 5, 6, 7])
+        assert len(kept) == 2
+        with model.open_session(200) as session, pytest.raises(CacheFull):  # nobody is asked yet
+            session.step([5])
+        model.state.make_room = kept.make_room
+        with model.open_session(200) as session:
+            session.step([5])
+        assert len(kept) == 0
+        model.close()
