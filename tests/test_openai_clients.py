@@ -1,0 +1,105 @@
+"""Programs that others wrote for the OpenAI API: npm's openai, the llm command line, langchain-openai.
+
+OpenAI's Python package is used all over test_openai_api.py; lm-eval in test_lm_eval.py.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from langchain_core.messages import AIMessage, HumanMessage
+from langchain_openai import ChatOpenAI, OpenAI
+
+from tests.conftest import LiveApp
+from tests.processes import ROOT
+from tests.test_openai_api import CHAT, complete, post
+from tests.test_session import wait_until
+
+TIMEOUT = 120  # seconds for a whole program
+LLM = [sys.executable, "-m", "llm"]
+NODE = shutil.which("node")
+
+
+def run(command: list[str], **environment: str) -> str:
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=TIMEOUT, env={**os.environ, **environment}, cwd=ROOT
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def chat_text(app: LiveApp, **options: Any) -> str:
+    answer = post(app, "/v1/chat/completions", messages=CHAT, temperature=0, **options)
+    return answer["choices"][0]["message"]["content"]
+
+
+@pytest.mark.skipif(NODE is None, reason="Node.js is not installed")
+def test_javascript(live_app: LiveApp) -> None:
+    assert NODE is not None
+    seen = json.loads(run([NODE, "tests/npm/client.mjs", f"{live_app.url}/v1", live_app.model_name]))
+    assert live_app.model_name in seen["models"]
+    assert seen["whole"] == seen["streamed"] == chat_text(live_app, max_tokens=20)
+    assert seen["logprobs"] == seen["tokens"] == seen["usage"]["completion_tokens"]
+    assert len(set(seen["several"])) == 2
+    assert seen["stopped"]["text"] == seen["text"][: seen["text"].index(seen["stop"])]
+    assert seen["stopped"]["finish_reason"] == "stop"
+    assert seen["unknown"] == {"status": 404, "code": "model_not_found"}
+    assert seen["tooLong"] == {"status": 400, "code": "context_length_exceeded"}
+    # What it hung up on, aborted and did not wait for has ended here as well.
+    wait_until(lambda: len(live_app.service.sessions) == 0, "a session is still open")
+
+
+def test_llm_command_line(live_app: LiveApp, tmp_path: Path) -> None:
+    (tmp_path / "extra-openai-models.yaml").write_text(
+        f"- model_id: swarm\n  model_name: {json.dumps(live_app.model_name)}\n  api_base: {live_app.url}/v1\n"
+        f"- model_id: swarm-text\n  model_name: {json.dumps(live_app.model_name)}\n  api_base: {live_app.url}/v1\n"
+        "  completion: true\n"
+        f"- model_id: unknown\n  model_name: gpt-4\n  api_base: {live_app.url}/v1\n"
+    )
+    # The bundled model's package has a plugin for llm, whose own needs are not installed.
+    environment = {"LLM_USER_PATH": str(tmp_path), "LLM_LOAD_PLUGINS": "", "OPENAI_API_KEY": "none"}
+    options = ["-o", "temperature", "0", "-o", "max_tokens", "20"]
+    expected = chat_text(live_app, max_tokens=20)
+    for extra in ([], ["--no-stream"]):
+        found = run([*LLM, "-m", "swarm", *options, *extra, CHAT[0]["content"]], **environment)
+        assert found.strip() == expected.strip()
+    # It keeps the conversation and sends it again.
+    assert run([*LLM, "-c", *options, "And why?"], **environment).strip()
+    text = complete(live_app, prompt="The quick brown fox", max_tokens=20)["choices"][0]["text"]
+    found = run([*LLM, "-m", "swarm-text", *options, "--no-stream", "The quick brown fox"], **environment)
+    assert found.strip() == text.strip()
+    with pytest.raises(AssertionError, match="gpt-4"):
+        run([*LLM, "-m", "unknown", "x"], **environment)
+
+
+def test_langchain(live_app: LiveApp) -> None:
+    options: dict[str, Any] = {
+        "base_url": f"{live_app.url}/v1",
+        "api_key": "none",
+        "model": live_app.model_name,
+        "temperature": 0,
+        "max_tokens": 20,
+        "max_retries": 0,
+    }
+    chat = ChatOpenAI(**options, stream_usage=True)
+    expected = chat_text(live_app, max_tokens=20)
+    answer = chat.invoke([HumanMessage(CHAT[0]["content"])])
+    assert isinstance(answer, AIMessage) and answer.content == expected
+    assert answer.usage_metadata is not None and 0 < answer.usage_metadata["output_tokens"] <= 20
+    pieces = list(chat.stream([HumanMessage(CHAT[0]["content"])]))
+    assert "".join(str(piece.content) for piece in pieces) == expected
+    several = chat.model_copy(update={"n": 2, "temperature": 1.0}).generate([[HumanMessage("x")]])
+    assert len(several.generations[0]) == 2
+    logprobs = chat.bind(logprobs=True, top_logprobs=2).invoke("x")
+    assert len(logprobs.response_metadata["logprobs"]["content"]) > 0
+    text = complete(live_app, prompt="The quick brown fox", max_tokens=20)["choices"][0]["text"]
+    assert OpenAI(**options).invoke("The quick brown fox") == text
+    stop = text[5:8]
+    assert OpenAI(**options).invoke("The quick brown fox", stop=[stop]) == text[: text.index(stop)]
+    with pytest.raises(Exception, match="gpt-4"):
+        ChatOpenAI(**{**options, "model": "gpt-4"}).invoke("x")
