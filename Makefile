@@ -9,6 +9,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 TESTABLE := $(VENV)/testable
+LM_EVAL := .venv-lm-eval
+NPM := tests/npm
 
 .PHONY: run install test lint bench soak help
 .DEFAULT_GOAL := help
@@ -38,8 +40,15 @@ $(TESTABLE): $(INSTALLED) requirements-dev.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements-dev.txt
 	@touch $@
 
-test: $(TESTABLE)
+# lm-eval wants newer packages than petals can use.
+$(LM_EVAL)/installed: requirements-lm-eval.txt
+	@sh bin/make-venv $(LM_EVAL)
+	$(LM_EVAL)/bin/python -m pip install --disable-pip-version-check --quiet -r requirements-lm-eval.txt
+	@touch $@
+
+test: $(TESTABLE) $(LM_EVAL)/installed
 	@sh bin/get-browser
+	@sh bin/get-npm-packages $(NPM)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(TESTABLE)

@@ -14,8 +14,8 @@ from parameters import MAX_SEED, MAX_STOP_LENGTH, MAX_STOP_SEQUENCES, MAX_TOKENS
 
 # Each answer takes attention cache for the whole prompt.
 MAX_CHOICES = 16
-# As many as OpenAI takes; each is a session of its own.
-MAX_PROMPTS = 2048
+# Each is a session of its own; so many answers of the default length take some seconds even on a slow swarm's servers.
+MAX_PROMPTS = 256
 MAX_TOP_LOGPROBS = 20
 MAX_TOKEN_ID = 2**31 - 1
 

@@ -1,13 +1,13 @@
 """The whole product as a new user meets it: started as `make run` does, SmolLM2 answers over HTTP and in a browser."""
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
 
+from tests.browser import browser_page
 from tests.client import call, websocket
 from tests.processes import Program
 
@@ -22,24 +22,14 @@ WebSocket.prototype.send = function (message) {
   send.call(this, message.replace('"do_sample":1', '"do_sample":0'));
 };
 """
-# Without these Chromium keeps asking for hosts of its maker.
-QUIET = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
 
 
 @pytest.fixture
 def page(default_program: Program) -> Iterator[Page]:
-    browser_path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if browser_path is None:
-        assert not os.environ.get("CI"), "CI has no Chromium: bin/get-browser failed"
-        pytest.skip("no Chromium found")
-    with sync_playwright() as playwright:
-        # Chromium's sandbox needs rights that containers and root do not have; the only page visited is our own.
-        browser = playwright.chromium.launch(executable_path=browser_path, args=["--no-sandbox", *QUIET])
-        page = browser.new_page(viewport={"width": 1100, "height": 760}, color_scheme="light")
+    with browser_page() as page:
         page.add_init_script(WITHOUT_SAMPLING)
         page.goto(default_program.url)
         yield page
-        browser.close()
 
 
 def test_http(default_program: Program) -> None:

@@ -38,7 +38,7 @@ def chat_text(app: LiveApp, **options: Any) -> str:
     return answer["choices"][0]["message"]["content"]
 
 
-@pytest.mark.skipif(NODE is None, reason="Node.js is not installed")
+@pytest.mark.skipif(not (ROOT / "tests/npm/node_modules").exists(), reason="make test installs npm's packages")
 def test_javascript(live_app: LiveApp) -> None:
     assert NODE is not None
     seen = json.loads(run([NODE, "tests/npm/client.mjs", f"{live_app.url}/v1", live_app.model_name]))
