@@ -54,11 +54,13 @@ VALUES: dict[type, tuple[str, Any]] = {
 @pytest.mark.parametrize("field", FIELDS, ids=lambda field: field.name)
 def test_each_setting_can_be_set(field: dataclasses.Field) -> None:
     text, value = VALUES[type(field.default)]
-    text, value = {
+    special: dict[str, tuple[str, Any]] = {
         "DEFAULT_MODEL_NAME": (DEFAULT, DEFAULT),
         "TORCH_DTYPE": ("bfloat16", "bfloat16"),
         "LOG_LEVEL": ("DEBUG", "DEBUG"),
-    }.get(field.name, (text, value))
+        "NON_PUBLIC_MODELS": (DEFAULT, (DEFAULT,)),
+    }
+    text, value = special.get(field.name, (text, value))
     settings = Settings.from_environment({field.name: text})
     assert getattr(settings, field.name) == value
     assert type(getattr(settings, field.name)) is type(value)
@@ -138,6 +140,11 @@ def test_default_model_is_one_of_the_models() -> None:
     settings = Settings.from_environment({"DEFAULT_MODEL_NAME": "two", "MODELS": "one,two"})
     assert settings.default_model == "two"
     assert Settings.from_environment({"MODELS": "one,two"}).default_model == "one"
+
+
+def test_models_that_are_not_public_are_served() -> None:
+    message = refusal(NON_PUBLIC_MODELS=f"{DEFAULT},gpt2")
+    assert message == "NON_PUBLIC_MODELS names gpt2, which MODELS does not"
 
 
 def test_dtype_is_known() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from access import Access
 from app import app
 from config import KNOWN_MODELS, Settings
 from errors import SWARM_ERRORS, ApiError
@@ -19,12 +20,13 @@ BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Settings)])
 def test_every_setting_is_documented(name: str) -> None:
-    assert f"| `{name}` |" in README
+    assert re.search(rf"^\| .*`{name}`.* \|", README, re.MULTILINE)
 
 
 def test_every_documented_setting_exists() -> None:
     table = README.split("## Configuration")[1].split("## ")[0]
-    names = set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE)) - {"HOST"}
+    rows = re.findall(r"^\| (`[A-Z_`, ]+) \|", table, re.MULTILINE)
+    names = set(re.findall(r"\w+", " ".join(rows))) - {"HOST", "PORT"}
     assert names == {field.name for field in dataclasses.fields(Settings)}
 
 
@@ -62,7 +64,7 @@ def run(command: list[str], program: Program, text: str, tmp_path: Path) -> str:
 
 def test_curl_example(default_program: Program, tmp_path: Path) -> None:
     (example,) = examples("bash", "curl")
-    (answer,) = examples("json", "outputs")
+    (answer,) = examples("json", '"outputs"')
     assert run(["bash"], default_program, example, tmp_path) == answer
 
 
@@ -75,6 +77,18 @@ def test_http_session_example(default_program: Program, tmp_path: Path) -> None:
 def test_websocket_example(default_program: Program, tmp_path: Path) -> None:
     (example,) = examples("python", "websockets")
     assert run([sys.executable], default_program, example, tmp_path).endswith("The capital of France is Paris.")
+
+
+def test_openai_example(default_program: Program, tmp_path: Path) -> None:
+    (example,) = examples("python", "from openai")
+    assert run([sys.executable], default_program, example, tmp_path) == "The capital of France is Paris."
+
+
+def test_example_of_keys(tmp_path: Path) -> None:
+    (example,) = examples("json", "requests_per_minute")
+    (tmp_path / "keys.json").write_text(example)
+    access = Access(Settings(API_KEYS_FILE=str(tmp_path / "keys.json")))
+    assert access.caller("a long secret").owner == "key ann"
 
 
 def test_server_example_is_a_valid_command_line() -> None:
