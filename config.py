@@ -112,7 +112,7 @@ class Settings:
     QUEUE_TIMEOUT: float = 30.0  # seconds that each may wait, for these and for attention cache on the servers
     # Sessions of finished answers are kept, for who goes on from them; they make room when somebody needs it.
     WARM_SESSIONS: int = 32  # at a time; 0: none
-    WARM_TOKENS: int = 131_072  # tokens of attention cache that they may hold together; a chat holds 2048
+    WARM_TOKENS: int = 32_768  # tokens of attention cache that they may hold together; a chat holds 2048
     WARM_TIMEOUT: float = 240.0  # seconds; stock servers end sessions that are idle for 300
     REQUEST_TIMEOUT: float = 600.0  # seconds a request may wait for its session to be free
     SEND_TIMEOUT: float = 30.0  # seconds a WebSocket client may take no data before it is given up

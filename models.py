@@ -3,6 +3,7 @@
 Nothing heavy is imported before ``start``: importing the app costs nothing.
 """
 
+import functools
 import logging
 import re
 import threading
@@ -72,7 +73,8 @@ class Models:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.make_room: Callable[[int], None] = lambda tokens: None  # see SwarmState.make_room
+        # Called when a model's servers have no attention cache left for so many tokens; see SwarmState.make_room.
+        self.make_room: Callable[[str, int], None] = lambda name, tokens: None
         self.served = {config.name: ServedModel(config) for config in settings.models()}
         self._local: LocalSwarm | None = None
         self._swarm: Swarm | None = None
@@ -162,7 +164,7 @@ class Models:
             self._start_server(served)
             with self._loading:
                 served.model = model = self._load_client(served)
-            model.state.make_room = self.make_room
+            model.state.make_room = functools.partial(self.make_room, served.config.name)
             self._await_blocks(served, model)
             self._warm_up(served, model)
         except SwarmError as error:

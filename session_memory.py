@@ -117,14 +117,16 @@ class SessionMemory:
             return None
         return best.session
 
-    def make_room(self, tokens: int) -> None:
-        """Close sessions that hold so many tokens of attention cache together, if there are any. Does not wait."""
+    def make_room(self, model: str, tokens: int) -> None:
+        """Close sessions of a model that hold so many tokens of attention cache, if there are any. Does not wait."""
         dropped = []
         with self._lock:
-            while tokens > 0 and self._kept:
-                session = self._kept.pop(0).session
-                tokens -= session.max_length
-                dropped.append(session)
+            for kept in [kept for kept in self._kept if kept.model == model]:
+                if tokens <= 0:
+                    break
+                self._kept.remove(kept)
+                tokens -= kept.session.max_length
+                dropped.append(kept.session)
         close_all(dropped)
 
     def expire(self) -> None:

@@ -147,6 +147,7 @@ class Side:
                 "TORCH_DTYPE": dtype,
                 "MAX_SESSIONS": "96",
                 "MAX_CONCURRENT_GENERATIONS": "96",
+                "WARM_SESSIONS": "0",  # the prompts are the same again and again
                 "LOG_LEVEL": "WARNING",
             }
             log = directory / f"{kind.split()[0]}.log"

@@ -99,7 +99,9 @@ def test_bounds() -> None:
     assert (kept.tokens, sessions[1].closed, sessions[2].closed) == (300, True, True)
     kept.keep(MODEL, OWNER, too_large := Kept([1, 2, 3], max_length=400))
     assert too_large.closed and kept.tokens == 300
-    kept.make_room(50)
+    kept.make_room("other", 50)
+    assert not sessions[3].closed
+    kept.make_room(MODEL, 50)
     assert (sessions[3].closed, large.closed) == (True, False)
     now = 60.0
     kept.expire()
@@ -235,7 +237,7 @@ def test_kept_sessions_make_room(tiny_bloom: Any) -> None:
         assert len(kept) == 2
         with model.open_session(200) as session, pytest.raises(CacheFull):  # nobody is asked yet
             session.step([5])
-        model.state.make_room = kept.make_room
+        model.state.make_room = lambda tokens: kept.make_room(model.name, tokens)
         with model.open_session(200) as session:
             session.step([5])
         assert len(kept) == 0
