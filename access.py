@@ -4,13 +4,14 @@ Without API keys everybody may use everything but the models that are not public
 """
 
 import contextlib
+import functools
 import hashlib
 import hmac
 import json
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from limits import RateLimitItem, RateLimitItemPerMinute
 from limits.storage import MemoryStorage
 from limits.strategies import FixedWindowRateLimiter
 
-from admission import FairQueue, QueueFull
+from admission import FairQueue, QueueFull, WaitedTooLong
 from config import Settings
 from errors import ConfigError, ModelNotAllowed, TooManyRequests, Unauthorized
 
@@ -97,9 +98,10 @@ class Caller:
         return self._key.concurrent if self._key else 0
 
     @contextlib.contextmanager
-    def generating(self) -> Iterator[None]:
+    def generating(self, *, patient: bool = False, cancelled: Callable[[], bool] | None = None) -> Iterator[None]:
         """Count an answer that is being computed.
 
+        :param patient: wait while there are too many, until ``cancelled``
         :raises TooManyRequests: if there are too many already
         """
         places = self._access.places(self._key) if self._key is not None else None
@@ -107,8 +109,8 @@ class Caller:
             yield
             return
         try:
-            places.take()
-        except QueueFull:
+            places.take(patient=patient, cancelled=cancelled)
+        except (QueueFull, WaitedTooLong):
             raise TooManyRequests(f"this API key may have {places.places} answers computed at a time") from None
         try:
             yield
@@ -126,17 +128,18 @@ class Access:
         """
         self.not_public = frozenset(settings.NON_PUBLIC_MODELS)
         self._keys = read_keys(settings)
-        self._limiter = FixedWindowRateLimiter(MemoryStorage())
         self._lock = threading.Lock()  # looking and counting are two steps
         self._places = {
-            key.name: FairQueue(key.concurrent, max_waiting=0, timeout=0.0) for key in self._keys if key.concurrent
+            key.name: FairQueue(key.concurrent, max_waiting=0, timeout=settings.REQUEST_TIMEOUT)
+            for key in self._keys
+            if key.concurrent
         }
         # With a secret of its own a page stays valid when the program is started anew.
         self._signer = TimestampSigner(settings.SECRET_KEY or secrets.token_hex(), salt="page")
 
-    @property
-    def needs_key(self) -> bool:
-        return bool(self._keys)
+    @functools.cached_property
+    def _limiter(self) -> FixedWindowRateLimiter:
+        return FixedWindowRateLimiter(MemoryStorage())  # starts a thread, which an import must not
 
     def caller(self, presented: str | None) -> Caller:
         """Return who presents a key, or none.
@@ -217,6 +220,8 @@ def read_keys(settings: Settings) -> Sequence[Key]:
         if not isinstance(found, list):
             raise ConfigError(f"API_KEYS_FILE={settings.API_KEYS_FILE} must hold a list of keys")
         entries += found
+        if not entries:
+            raise ConfigError(f"API_KEYS_FILE={settings.API_KEYS_FILE} holds no key: everybody would be let in")
     keys = [read_key(entry, number, settings) for number, entry in enumerate(entries, 1)]
     if len({key.name for key in keys}) < len(keys) or len({key.digest for key in keys}) < len(keys):
         raise ConfigError("API_KEYS and API_KEYS_FILE: a key or a name is there twice")

@@ -39,12 +39,14 @@ class FairQueue:
     def take(
         self,
         *,
+        patient: bool = False,
         cancelled: Callable[[], bool] | None = None,
         on_position: Callable[[int], None] | None = None,
         make_room: Callable[[], None] | None = None,
     ) -> None:
         """Take a place, waiting for one if need be; it must be given back.
 
+        :param patient: wait even if too many do already
         :param cancelled: looked at while waiting; ends it when it returns true
         :param on_position: told the place in the queue, 1 for the next one, whenever it changes
         :param make_room: called, without any lock, while no place is free; may give places back
@@ -57,7 +59,7 @@ class FairQueue:
             if not self._waiting and self._taken < self.places:
                 self._taken += 1
                 return
-            if len(self._waiting) >= self.max_waiting:
+            if len(self._waiting) >= self.max_waiting and not patient:
                 raise QueueFull(f"{len(self._waiting)} wait already")
             self._waiting.append(ticket)
         try:

@@ -8,7 +8,6 @@ import contextvars
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +32,7 @@ class Task:
     params: GenerationParams
     choices: int = 1
     scored: bool = False  # whether the prompt's own log-probabilities are wanted
+    remember: bool = True  # whether the session may be kept for who goes on from it
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class Done:
 
     cached_tokens: int = 0  # of the prompt, how many did not have to be computed
     completion_tokens: int = 0
+    unwritten: Sequence[int] = ()  # answers that have no piece: nothing but the prompt was wanted
 
 
 class Answers:
@@ -76,14 +77,12 @@ class Answers:
         self._gone = gone
         self._stop = threading.Event()
         self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._numbers = iter(range(len(tasks)))
         workers = min(len(tasks), PROMPTS_AT_A_TIME, caller.concurrent or PROMPTS_AT_A_TIME)
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="answer")
-        first = 0
-        for number, task in enumerate(tasks):
-            # In the request's context, so that the log names it.
-            self._pool.submit(contextvars.copy_context().run, self._work, number, task, first)
-            first += task.choices
-        self._pool.shutdown(wait=False)
+        for _ in range(workers):
+            # In the request's context, so that the log names it. A daemon: the end of the program does not wait for it.
+            run = contextvars.copy_context().run
+            threading.Thread(target=run, args=(self._work,), name="answer", daemon=True).start()
 
     def events(self, patience: float | None = None) -> Iterator[Piece | Scores | Done | None]:
         """Yield what comes, in the order in which it comes, until all prompts are done with.
@@ -111,11 +110,18 @@ class Answers:
     def _cancelled(self) -> bool:
         return self._stop.is_set() or self._gone()
 
-    def _work(self, number: int, task: Task, first: int) -> None:
+    def _work(self) -> None:
+        """Answer one prompt after the other, until none is left."""
         try:
-            if self._cancelled():
-                raise Cancelled("the client has hung up")
-            self._events.put(self._answer(number, task, first))
+            while (number := next(self._numbers, None)) is not None:  # atomic under the interpreter's lock
+                if self._cancelled():
+                    raise Cancelled("the client has hung up")
+                task = self._tasks[number]
+                first = sum(before.choices for before in self._tasks[:number])
+                if task.budget or task.scored:
+                    self._events.put(self._answer(number, task, first))
+                else:  # only the prompt's own text is wanted
+                    self._events.put(Done(unwritten=range(first, first + task.choices)))
         except BaseException as error:
             self._events.put(error)
 
@@ -126,28 +132,32 @@ class Answers:
             task.length,
             rows=task.choices,
             owner=self._caller.owner,
-            remember=not task.scored,
+            remember=task.remember,
             cancelled=cancelled,
         )
-        with opened as entry, service.generating(self._caller, cancelled):
-            token_ids = list(task.token_ids)
-            if task.scored:
-                assert task.params.logprobs is not None
-                scores = score(entry.session, token_ids, task.params.logprobs, cancelled)
-                self._events.put(Scores(number, scores))
-                token_ids = token_ids[-1:]
-            elif task.choices == 1:
-                token_ids = entry.recall(token_ids)
-            completion_tokens = 0
+        # The first prompt of a request may be refused for the key's limit; the others wait for their turn.
+        with opened as entry, service.generating(self._caller, cancelled, patient=number > 0):
+            written: list[int] = []  # an entry for each token
             try:
-                for index, chunk in self._chunks(entry, task, token_ids) if task.budget else ():
-                    if chunk.finish_reason == "cancelled":
-                        raise Cancelled("the client has hung up")
-                    completion_tokens += len(chunk.token_ids)
-                    self._events.put(Piece(first + index, chunk))
+                self._write(entry, task, number, first, written)
             finally:
-                self._caller.count_tokens(len(task.token_ids) - entry.cached_tokens + completion_tokens)
-            return Done(entry.cached_tokens, completion_tokens)
+                self._caller.count_tokens(len(task.token_ids) - entry.cached_tokens + len(written))
+            unwritten = () if task.budget else range(first, first + task.choices)
+            return Done(entry.cached_tokens, len(written), unwritten)
+
+    def _write(self, entry: Any, task: Task, number: int, first: int, written: list[int]) -> None:
+        token_ids = list(task.token_ids)
+        if task.scored:
+            assert task.params.logprobs is not None
+            self._events.put(Scores(number, score(entry.session, token_ids, task.params.logprobs, self._cancelled)))
+            token_ids = token_ids[-1:]
+        elif task.choices == 1:
+            token_ids = entry.recall(token_ids)
+        for index, chunk in self._chunks(entry, task, token_ids) if task.budget else ():
+            if chunk.finish_reason == "cancelled":
+                raise Cancelled("the client has hung up")
+            written += chunk.token_ids
+            self._events.put(Piece(first + index, chunk))
 
     def _chunks(self, entry: Any, task: Task, token_ids: Sequence[int]) -> Iterator[tuple[int, Chunk]]:
         options: dict[str, Any] = {

@@ -67,7 +67,7 @@ def plain_text(config: ModelConfig, messages: Sequence[Mapping[str, str]], *, ad
     for message in messages:
         content = message["content"].strip()
         if message["role"] == "user":
-            text += before + content
+            text += ("" if answered else chat.turn_end) + before + content
             answered = False
         elif message["role"] == "assistant":
             text += (before if answered else "") + after + " " + content + chat.turn_end

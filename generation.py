@@ -206,14 +206,25 @@ def byte_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], di
 BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
 
 
+@functools.lru_cache(maxsize=16)  # Transformers puts the list together anew each time
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Return the ids of tokens that are spelled as they are, by any tokenizer."""
+    return frozenset(tokenizer.all_special_ids)
+
+
 def token_bytes(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bytes:
-    """Return the bytes that a token stands for, be they text or a part of a character."""
+    """Return the bytes that a token stands for, be they text or a part of a character; none if there is no such one."""
     continuations, bytes_of = byte_tokens(tokenizer)
     if token_id in bytes_of:
         return bytes([bytes_of[token_id]])
     spelled = tokenizer.convert_ids_to_tokens(token_id)
-    # Special tokens are spelled as they are, also by byte-level tokenizers.
-    if continuations and token_id not in tokenizer.all_special_ids and all(c in BYTES for c in spelled):
+    if spelled is None:  # a model may have more rows than its tokenizer has tokens
+        return b""
+    if token_id in special_tokens(tokenizer):
+        return spelled.encode()
+    if bytes_of:  # a sentence-piece tokenizer, whose decoder would drop a blank at the beginning
+        return spelled.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
+    if continuations and all(character in BYTES for character in spelled):
         return bytes(BYTES[character] for character in spelled)
     return tokenizer.decode([token_id], clean_up_tokenization_spaces=False).encode()
 
@@ -414,14 +425,15 @@ def generate_rows(
 ) -> Iterator[tuple[int, Chunk]]:
     """Generate several answers to the same prompt; yield (row, chunk), as ``generate`` does for each row by itself.
 
-    :param session: of so many rows, without tokens
+    :param session: of so many rows, which have no tokens of their own yet
     """
     detokenizers = [Detokenizer(tokenizer) for _ in range(rows)]
     for detokenizer in detokenizers:
-        detokenizer.restart(input_ids)
+        detokenizer.restart([*session.token_ids[-CONTEXT_TOKENS:], *input_ids])
     writers = [_Writer(params, defaults, detokenizer, row) for row, detokenizer in enumerate(detokenizers)]
     open_rows = set(range(rows))
     branches: list[list[int]] = [[] for _ in range(rows)]
+    prompt = [*session.token_ids, *input_ids]
     logits = None
     for left in range(budget - 1, -1, -1):
         try:
@@ -436,7 +448,7 @@ def generate_rows(
             yield from ((row, writers[row].end("cancelled")) for row in sorted(open_rows))
             return
         for row in sorted(open_rows):
-            chunk = writers[row].write(logits[row], [*input_ids, *branches[row]], is_last=left == 0)
+            chunk = writers[row].write(logits[row], [*prompt, *branches[row]], is_last=left == 0)
             branches[row] += chunk.token_ids
             if chunk.finish_reason is not None:
                 open_rows.remove(row)

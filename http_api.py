@@ -1,7 +1,10 @@
 """The HTTP API, /api/v1: parse, call, format. What it promises is in the README."""
 
 import contextlib
+import dataclasses
+import math
 import socket
+import struct
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from urllib.parse import parse_qsl
@@ -31,10 +34,11 @@ def generate_text() -> Response:
     g.caller.count_request()
     service.log_text("inputs", params.inputs)
     cancelled = client_gone(request.environ)
-    with _session(service, values, params, cancelled) as session, service.generating(g.caller, cancelled):
-        before = len(session.session.token_ids)
+    with (
+        _session(service, values, params, cancelled) as (session, params),
+        service.generating(g.caller, cancelled),
+    ):
         outputs = _answer(session, params, cancelled)
-        g.caller.count_tokens(len(session.session.token_ids) - before)
     service.log_text("outputs", outputs)
     return jsonify(ok=True, outputs=outputs)
 
@@ -63,28 +67,32 @@ def close_inference_session() -> Response:
 @contextlib.contextmanager
 def _session(
     service: Service, values: Mapping[str, Any], params: GenerationParams, cancelled: Callable[[], bool]
-) -> Iterator[InferenceSession]:
-    """The session that the request names, or one of its own."""
+) -> Iterator[tuple[InferenceSession, GenerationParams]]:
+    """The session that the request names, or one of its own; and the parameters for it."""
     model_name, session_id = get_text(values, "model"), get_text(values, "session_id")
     if not session_id:
         model = service.model(g.caller, model_name)
         # The session is as long as the request: known once its inputs are tokens.
         length = len(model.tokenizer.encode(params.inputs))
         wanted = params.max_length or length + (params.max_new_tokens or 0)
-        length = stateless_length(max(wanted, length), model.max_length)
+        needed = max(wanted, length)
+        if params.stop_sequence is not None:
+            # It may go on in rounds to the end of the session, which is what was asked for and not the room beyond.
+            params = dataclasses.replace(params, max_length=needed)
+        length = stateless_length(needed, model.max_length)
         with service.sessions.temporary(model, length, owner=g.caller.owner, cancelled=cancelled) as session:
-            yield session
+            yield session, params
         return
     wait = service.settings.REQUEST_TIMEOUT
     with service.sessions.use(session_id, wait=wait, owner=g.caller.owner, cancelled=cancelled) as session:
         if model_name and model_name != session.model.name:
             raise WrongModel(f"session {session_id} was opened for {session.model.name}, not for {model_name}")
-        yield session
+        yield session, params
 
 
 def _answer(session: InferenceSession, params: GenerationParams, cancelled: Callable[[], bool]) -> str:
     """Generate the whole answer; if that fails, or nobody is left to read it, the session is as it was."""
-    with session.undone_on_error():
+    with session.undone_on_error(), session.counted(g.caller.count_tokens):
         chunks = list(session.generate(params, cancelled))
         if chunks[-1].finish_reason == "cancelled":
             raise Cancelled("the client has hung up")
@@ -125,6 +133,14 @@ def _decode_pairs(data: bytes, what: str) -> dict[str, Any]:
         return dict(parse_qsl(data.decode("utf-8"), keep_blank_values=True, errors="strict"))
     except ValueError:
         raise InvalidParameter(f"{what} is not valid UTF-8") from None
+
+
+def limit_sends(environ: Mapping[str, Any], timeout: float) -> None:
+    """Let sending to a client that takes no data fail after so many seconds, instead of holding a thread for ever."""
+    sock: socket.socket | None = environ.get("gunicorn.socket") or environ.get("werkzeug.socket")
+    if sock is not None:
+        # Not `settimeout`, which would let the server's reader time out as well.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", math.ceil(timeout), 0))
 
 
 def client_gone(environ: Mapping[str, Any]) -> Callable[[], bool]:

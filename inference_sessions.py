@@ -82,6 +82,15 @@ class InferenceSession:
         return token_ids[len(found.token_ids) :]
 
     @contextlib.contextmanager
+    def counted(self, count: Callable[[int], None]) -> Iterator[None]:
+        """Count the tokens that the block adds to the session, however it ends, less those computed before."""
+        length, cached = len(self.session.token_ids), self.cached_tokens
+        try:
+            yield
+        finally:
+            count(len(self.session.token_ids) - length - (self.cached_tokens - cached))
+
+    @contextlib.contextmanager
     def undone_on_error(self) -> Iterator[None]:
         """Undo what was added to the session if the block fails: its client can send the same request again."""
         length, text_state = len(self.session.token_ids), self.detokenizer.state
@@ -352,7 +361,8 @@ class InferenceSessions:
 
     def _expire_forever(self) -> None:
         # A session lives at most a tenth longer than its timeout; a look every tenth of a second would be waste.
-        while not self._stop.wait(max(0.1, self.timeout / 10)):
+        timeout = min(self.timeout, self.memory.timeout or self.timeout)
+        while not self._stop.wait(max(0.1, timeout / 10)):
             self.expire()
             self.memory.expire()
 

@@ -74,7 +74,7 @@ class Models:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         # Called when a model's servers have no attention cache left for so many tokens; see SwarmState.make_room.
-        self.make_room: Callable[[str, int], None] = lambda name, tokens: None
+        self.make_room: Callable[[str, int], bool] = lambda name, tokens: False
         self.served = {config.name: ServedModel(config) for config in settings.models()}
         self._local: LocalSwarm | None = None
         self._swarm: Swarm | None = None

@@ -20,7 +20,7 @@ from chat_template import ChatPrompt, apply_template
 from config import ModelConfig
 from errors import InvalidParameter, ModelNotFound, TooLong, describe, openai_error
 from generation import Chunk, TokenLogprob, token_bytes
-from http_api import client_gone, stateless_length
+from http_api import client_gone, limit_sends, stateless_length
 from openai_schemas import (
     ChatCompletion,
     ChatRequest,
@@ -46,6 +46,8 @@ blueprint = Blueprint("openai_api", __name__)
 TAG, TOKENIZER_TAG = "OpenAI API", "Tokenizer"
 # Of a completion without max_tokens, as at OpenAI.
 DEFAULT_MAX_TOKENS = 16
+# Tokens and log-probabilities that one request may ask for: 100 MB while they are written as JSON.
+MAX_TOLD = 1_000_000
 
 
 @blueprint.get("/v1/models")
@@ -96,14 +98,15 @@ def chat_completions() -> Response:
     wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     if wanted == 0:
         raise InvalidParameter("max_tokens must be at least 1", "max_tokens")
-    # As long as a conversation on the page, so that its next turns find room in the session.
-    length = min(config.session_length, model.max_length)
-    if len(token_ids) + (wanted or 1) > length:
-        length = model.max_length
-    check_length(len(token_ids), wanted or 1, length)
+    length = chat_length(len(token_ids), wanted, min(config.session_length, model.max_length), model.max_length)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = sampling(body, config, model, chat.stop, logprobs)
-    task = Task(token_ids, wanted or length - len(token_ids), length, params, body.n or 1)
+    wanted = wanted or length - len(token_ids)
+    choices = body.n or 1
+    if choices > 1:
+        length = len(token_ids) + wanted  # several rows are not gone on from
+    check_work(len(token_ids) + wanted, choices, logprobs)
+    task = Task(token_ids, wanted, length, params, choices)
     return respond(ChatFormat(model, chat), service, model, body, [task])
 
 
@@ -119,12 +122,15 @@ def completions() -> Response:
     params = sampling(body, config, model, (), body.logprobs)
     scored = bool(body.echo) and body.logprobs is not None
     prompts = [encode_prompt(model, prompt) for prompt in prompts_of(body)]
+    check_work(sum(map(len, prompts)) + wanted * len(prompts), body.n or 1, body.logprobs)
     tasks = []
     for token_ids in prompts:
         check_length(len(token_ids), wanted, model.max_length)
         needed = len(token_ids) + wanted
-        length = needed if scored else stateless_length(needed, model.max_length)
-        tasks.append(Task(token_ids, wanted, length, params, body.n or 1, scored))
+        # Of several prompts or answers none is gone on from, and they would push out conversations that are.
+        alone = len(prompts) == (body.n or 1) == 1 and not scored
+        length = stateless_length(needed, model.max_length) if alone else needed
+        tasks.append(Task(token_ids, wanted, length, params, body.n or 1, scored, remember=alone))
     return respond(TextFormat(model, body, prompts), service, model, body, tasks)
 
 
@@ -227,6 +233,31 @@ def check_length(prompt: int, wanted: int, longest: int) -> None:
     """
     if prompt + wanted > longest:
         raise TooLong(f"a prompt of {prompt} tokens and {wanted} new ones exceed the model's {longest}")
+
+
+def chat_length(prompt: int, wanted: int | None, usual: int, longest: int) -> int:
+    """Return the length of a chat's session: that of a conversation on the page, so that next turns find room in it.
+
+    :param wanted: tokens that the answer may have; None: as many as there is room for, at least a quarter of the usual
+    :raises TooLong: if even the longest is too short
+    """
+    if prompt + (usual // 4 if wanted is None else wanted) <= usual:
+        return usual
+    check_length(prompt, wanted or 1, longest)
+    return longest
+
+
+def check_work(tokens: int, choices: int, logprobs: int | None) -> None:
+    """Refuse requests whose answer would take memory without end.
+
+    :param tokens: of prompts and answers
+    :raises InvalidParameter: telling the numbers
+    """
+    told = tokens * choices * (1 if logprobs is None else 2 + logprobs)
+    if told > MAX_TOLD:
+        raise InvalidParameter(
+            f"{tokens} tokens, n={choices} and logprobs={logprobs} are {told} values in all, more than {MAX_TOLD}"
+        )
 
 
 def prompts_of(body: CompletionRequest) -> list[Any]:
@@ -425,6 +456,7 @@ def respond(
     except BaseException:
         answers.close()
         raise
+    limit_sends(request.environ, service.settings.SEND_TIMEOUT)
     lines = stream(form, answers, events, head, tally, service, wants_usage=wants_usage)
     response = Response(stream_with_context(lines), mimetype="text/event-stream")
     response.headers["Cache-Control"] = "no-cache"
@@ -479,6 +511,9 @@ def stream(
                     yield sse(head | {"choices": [form.piece(event.index, chunk)]})
             elif isinstance(event, Done):
                 tally.add(event)
+                for choice in event.unwritten:
+                    opening = form.opening(choice) or {"index": choice, "text": "", "logprobs": None}
+                    yield sse(head | {"choices": [opening | {"finish_reason": "length"}]})
             else:
                 yield ": the swarm is slow, the answer goes on\n\n"  # so that no proxy cuts the line
         if wants_usage:

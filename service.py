@@ -66,16 +66,19 @@ class Service:
         caller: Caller,
         cancelled: Callable[[], bool],
         on_position: Callable[[int], None] | None = None,
+        *,
+        patient: bool = False,
     ) -> Iterator[None]:
         """Have a place among the answers that are computed at a time; wait for it in a fair queue.
 
         :param caller: for whom; may be allowed fewer
+        :param patient: whether to wait while the caller has too many
         :param cancelled: looked at while waiting; ends it when it returns true
         :param on_position: told the place in the queue, whenever it changes
         :raises TooManyRequests: if too many wait already, or no place becomes free in time
         :raises Cancelled: if the wait was ended
         """
-        with caller.generating():
+        with caller.generating(patient=patient, cancelled=cancelled):
             with self._place(cancelled, on_position):
                 yield
 

@@ -67,6 +67,7 @@ class SessionMemory:
         with self._lock:
             useful = session.position > 0 and not session.closed and not self._closed
             if useful and session.max_length <= self.max_tokens and self.max_sessions > 0:
+                session.drop_history()  # who is being answered needs that memory more
                 self._kept.append(_Kept(session, model, owner, self._clock()))
                 dropped = self._drop_excess()
             else:
@@ -92,6 +93,7 @@ class SessionMemory:
         :param min_length, max_length: what its length must be
         :returns: a session whose ``token_ids`` are a beginning of the given ones; or None
         """
+        self.expire()
         with self._lock:
             best, common = None, 0
             for kept in self._kept:
@@ -117,8 +119,11 @@ class SessionMemory:
             return None
         return best.session
 
-    def make_room(self, model: str, tokens: int) -> None:
-        """Close sessions of a model that hold so many tokens of attention cache, if there are any. Does not wait."""
+    def make_room(self, model: str, tokens: int) -> bool:
+        """Close sessions of a model that hold so many tokens of attention cache, if there are any. Does not wait.
+
+        :returns: whether there were any
+        """
         dropped = []
         with self._lock:
             for kept in [kept for kept in self._kept if kept.model == model]:
@@ -128,6 +133,7 @@ class SessionMemory:
                 tokens -= kept.session.max_length
                 dropped.append(kept.session)
         close_all(dropped)
+        return bool(dropped)
 
     def expire(self) -> None:
         """Close the sessions that are too old."""

@@ -136,15 +136,12 @@ class Connection:
             with (
                 self.service.sessions.use(self.session_id, wait=wait, cancelled=self._cancelled) as session,
                 self.service.generating(self._caller, self._cancelled, self._tell_position),
+                session.counted(self._caller.count_tokens),
             ):
-                before = len(session.session.token_ids)
                 for chunks in rounds(session.generate(params, self._cancelled), params):
                     response = answer(chunks)
                     self.service.log_text("outputs", response["outputs"])
                     self._send(response)
-                    length = len(session.session.token_ids)
-                    self._caller.count_tokens(length - before)
-                    before = length
         except Cancelled:  # before the answer began
             self._send(answer([Chunk("", (), "cancelled")]))
 

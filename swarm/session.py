@@ -62,6 +62,8 @@ LOGIT_ROWS = 32
 LOOP_TIMEOUT = 10.0  # seconds
 # A server that answers with an error will answer the same again; this long the chain looks for another one.
 REFUSAL_PATIENCE = 3.0  # seconds
+# A server frees the attention cache of a session that was closed within a few milliseconds.
+FREEING_TIME = 0.05  # seconds
 # A request carries hidden states, deep prompts and beam hypotheses; this program sends only the first.
 ARGS_STRUCTURE = pack_args_kwargs(torch.empty(1), DUMMY, DUMMY_INT64)[1]
 NO_PROMPTS_AND_HYPOTHESES = (serialize_torch_tensor(DUMMY), serialize_torch_tensor(DUMMY_INT64))
@@ -276,6 +278,10 @@ class SwarmSession:
         """
         self._chain.reset_soon().result(timeout=LOOP_TIMEOUT)
 
+    def drop_history(self) -> None:
+        """Free the memory for restoring lost spans; they can be restored from the tokens. Does not wait."""
+        RemoteExpertWorker.run_coroutine(self._chain.drop_history(), return_future=True)
+
     def close(self) -> None:
         """Free the servers' attention cache. Does not wait; may be called twice, and from any thread."""
         self._finalizer()
@@ -393,12 +399,16 @@ class _Chain:
                 failing_since = failing_since or time.monotonic()
                 if time.monotonic() - failing_since > failure.patience:
                     raise failure.error from failure
-                if not self._vacate(index, failure):
+                # A server that is full of what can be freed has not failed.
+                full = isinstance(failure.error, CacheFull)
+                freed = full and self.state.make_room(self.max_length * self.rows)
+                if not self._vacate(index, failure, ban=not freed):
                     self._drop()
                     return None
-                if isinstance(failure.error, CacheFull):
-                    self.state.make_room(self.max_length * self.rows)
+                if full:
                     await turn.take()
+                if freed:
+                    await asyncio.sleep(FREEING_TIME)
                 await asyncio.sleep(next(delays))
             else:
                 self.state.unban(self.spans[index].peer_id)
@@ -425,7 +435,7 @@ class _Chain:
         ]
         log.debug("route: %s", ", ".join(f"{s.start}:{s.end} via {s.peer_id}" for s in self.spans))
 
-    def _vacate(self, index: int, failure: _ServerFailed) -> bool:
+    def _vacate(self, index: int, failure: _ServerFailed, *, ban: bool = True) -> bool:
         """Let go of a failed server. Return whether its blocks can be computed elsewhere from its history."""
         span = self.spans[index]
         if span.peer_id is None:
@@ -434,9 +444,16 @@ class _Chain:
         if span.processed:
             self.recoveries += 1
         span.close()
-        self.state.ban(span.peer_id)
+        if ban:
+            self.state.ban(span.peer_id)
         self.spans[index] = _Span.vacancy(span.start, span.end, span.history)
         return span.history.complete
+
+    async def drop_history(self) -> None:
+        """Drop the inputs of all spans."""
+        for span in self.spans:
+            span.history.drop()
+        self._account_history()
 
     def _account_history(self) -> None:
         """Count this chain's histories; drop them if all sessions together hold more than the budget."""

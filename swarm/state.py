@@ -38,8 +38,8 @@ class SwarmState:
         self.manager = manager
         self.model = model
         self.num_blocks = len(manager)
-        # Called on the event loop when servers have no attention cache left for so many tokens; may free some.
-        self.make_room: Callable[[int], None] = lambda tokens: None
+        # Called on the event loop when servers have no attention cache left for so many tokens; tells if it frees some.
+        self.make_room: Callable[[int], bool] = lambda tokens: False
         self.cache_turn = asyncio.Lock()  # held by the session that waits for attention cache; for the event loop
 
     def start(self, timeout: float) -> bool:

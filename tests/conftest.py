@@ -109,8 +109,16 @@ def live_app(tiny_bloom: Path, swarm: LocalSwarm, model: SwarmModel) -> Iterator
         MAX_QUEUE=2,
         QUEUE_TIMEOUT=1.0,
         SHUTDOWN_TIMEOUT=1.0,
+        WARM_SESSIONS=0,  # so that what a test does to the servers depends on no other test
     )
     with serve(settings) as live:
+        yield live
+
+
+@pytest.fixture(scope="module")
+def warm_app(live_app: LiveApp) -> Iterator[LiveApp]:
+    """The app as it is by default, which keeps sessions of finished answers."""
+    with serve(dataclasses.replace(live_app.service.settings, MODELS=(live_app.model_name,), WARM_SESSIONS=32)) as live:
         yield live
 
 

@@ -39,6 +39,7 @@ def locked(live_app: LiveApp, tmp_path_factory: pytest.TempPathFactory) -> Itera
         NON_PUBLIC_MODELS=(live_app.model_name,),
         API_KEYS_FILE=str(keys),
         API_KEYS=("env-key",),
+        WARM_SESSIONS=32,
         WEBSOCKET_ORIGINS=("https://friend.example",),
     )
     with serve(settings) as live:
@@ -93,7 +94,8 @@ def test_models_that_are_not_public(locked: LiveApp) -> None:
 
 
 def open_session(app: LiveApp, headers: dict[str, str] | None = None, **message: Any) -> dict[str, Any]:
-    with connect(app.websocket_url, additional_headers=headers) as ws:
+    # A connection that was refused is closed by the client, after this time: the server waits for that.
+    with connect(app.websocket_url, additional_headers=headers, close_timeout=1) as ws:
         ws.send(json.dumps({"type": "open_inference_session", "max_length": 16, **message}))
         return json.loads(ws.recv(timeout=60))
 
@@ -210,6 +212,7 @@ def test_page_tokens_of_another_program_and_of_yesterday(monkeypatch: pytest.Mon
     [
         ("{", "cannot be read as JSON"),
         ("{}", "must hold a list"),
+        ("[]", "holds no key"),
         ('["x"]', 'with a "key"'),
         ('[{"name": "x"}]', 'with a "key"'),
         ('[{"key": 5}]', "key must be of type str"),

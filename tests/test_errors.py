@@ -23,6 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # What clients may rely on: (status, code, Retry-After in seconds or None).
 ANSWERS: dict[str, tuple[int, str, int | None]] = {
     "InvalidParameter": (400, "invalid_parameter", None),
+    "Unauthorized": (401, "invalid_api_key", None),
+    "ModelNotAllowed": (403, "model_not_allowed", None),
     "SessionNotFound": (404, "session_not_found", None),
     "ModelNotFound": (404, "model_not_found", None),
     "WrongModel": (409, "wrong_model", None),

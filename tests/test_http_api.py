@@ -314,3 +314,11 @@ def test_texts_are_logged_only_when_asked_for(live_app: LiveApp, caplog: pytest.
         finally:
             service.settings = silent
         assert "zyzzyva" in caplog.text
+
+
+def test_a_stop_sequence_that_does_not_come(live_app: LiveApp) -> None:
+    """Ends where it was asked to, whatever room there is."""
+    form = {"inputs": "The quick brown fox", "max_new_tokens": 6}
+    status, _, body = call(live_app.url, "/api/v1/generate", form=form)
+    assert status == 200
+    assert call(live_app.url, "/api/v1/generate", form=form | {"stop_sequence": "never to be seen"})[2] == body

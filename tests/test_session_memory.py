@@ -33,6 +33,9 @@ class Kept:
         del self.token_ids[length:]
         self.position = min(self.position, length)
 
+    def drop_history(self) -> None:
+        self.history = None
+
     def close(self) -> None:
         self.closed = True
 
@@ -132,17 +135,18 @@ def seen_by(model: SwarmModel, before: list[dict[str, Any]]) -> list[int]:
 
 
 def test_a_conversation_of_twenty_turns(
-    live_app: LiveApp, model: SwarmModel, tokenizer: PreTrainedTokenizerBase
+    warm_app: LiveApp, model: SwarmModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """From the second turn on the servers see only what is new: by their own counts."""
-    messages: list[dict[str, str]] = []
+    # Begins as no other conversation here.
+    messages: list[dict[str, str]] = [{"role": "system", "content": "Ж: twenty turns."}]
     known: list[int] = []  # what the session has processed
     for turn in range(20):
         messages.append({"role": "user", "content": f"{turn}: a bee"})
-        prompt = tokenizer.encode(post(live_app, "/apply-template", messages=messages)["prompt"])
+        prompt = tokenizer.encode(post(warm_app, "/apply-template", messages=messages)["prompt"])
         before = infos(model)
         # Ends with a chosen token, so that the answer becomes the same tokens again when it is sent back.
-        answer = post(live_app, "/v1/chat/completions", messages=messages, temperature=0, max_tokens=4,
+        answer = post(warm_app, "/v1/chat/completions", messages=messages, temperature=0, max_tokens=4,
                       logit_bias={str(tokenizer.encode(" servers")[0]): 100})  # fmt: skip
         cached = common_prefix(known, prompt)
         assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == cached
@@ -153,13 +157,13 @@ def test_a_conversation_of_twenty_turns(
         text = answer["choices"][0]["message"]["content"]
         messages.append({"role": "assistant", "content": text})
         known = tokenizer.encode(
-            post(live_app, "/apply-template", messages=messages, add_generation_prompt=False)["prompt"]
+            post(warm_app, "/apply-template", messages=messages, add_generation_prompt=False)["prompt"]
         )
         known = known[: len(prompt) + generated - 1]
 
 
 def test_answers_are_the_same_with_memory(
-    live_app: LiveApp, reference: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase
+    warm_app: LiveApp, reference: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """Continued, regenerated, and branching off in the middle."""
     token_ids = tokenizer.encode("The quick brown fox jumps over the lazy dog, who said that?")
@@ -173,13 +177,13 @@ def test_answers_are_the_same_with_memory(
         [*token_ids, 7],
     ):
         expected = tokenizer.decode(greedy(reference, prompt, 10), clean_up_tokenization_spaces=False)
-        answer = complete(live_app, prompt=prompt, max_tokens=10)
+        answer = complete(warm_app, prompt=prompt, max_tokens=10)
         assert answer["choices"][0]["text"] == expected
     assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
 
 
 def test_the_same_request_many_times_at_once(
-    live_app: LiveApp, reference: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase
+    warm_app: LiveApp, reference: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     token_ids = tokenizer.encode("Une abeille, deux abeilles")
     expected = tokenizer.decode(greedy(reference, token_ids, 12), clean_up_tokenization_spaces=False)
@@ -187,7 +191,7 @@ def test_the_same_request_many_times_at_once(
     for _ in range(3):
         threads = [
             threading.Thread(
-                target=lambda: answers.append(complete(live_app, prompt=token_ids, max_tokens=12)["choices"][0]["text"])
+                target=lambda: answers.append(complete(warm_app, prompt=token_ids, max_tokens=12)["choices"][0]["text"])
             )
             for _ in range(6)
         ]
@@ -198,28 +202,28 @@ def test_the_same_request_many_times_at_once(
     assert answers == [expected] * 18
 
 
-def test_the_page_after_a_reload(live_app: LiveApp, model: SwarmModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_the_page_after_a_reload(warm_app: LiveApp, model: SwarmModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """A connection that begins with what another one has said finds it computed."""
     text = "блоки модели хранятся на серверах, the lazy dog"
     tokens = len(tokenizer.encode(text))
     counts = []
     for inputs in (text, text + " and more"):
         before = infos(model)
-        with websocket(live_app.websocket_url) as ws:
+        with websocket(warm_app.websocket_url) as ws:
             ws.send({"type": "open_inference_session", "max_length": 300})
             assert ws.receive()["ok"]
             ws.send({"type": "generate", "inputs": inputs, "max_new_tokens": 1})
             assert ws.receive()["ok"]
         counts.append(seen_by(model, before)[0])
-        wait_until(lambda: len(live_app.service.sessions) == 0, "the session is still open")
+        wait_until(lambda: len(warm_app.service.sessions) == 0, "the session is still open")
     assert counts == [tokens, len(tokenizer.encode(text + " and more")) - tokens]
 
 
-def test_stateless_http_calls(live_app: LiveApp, model: SwarmModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_stateless_http_calls(warm_app: LiveApp, model: SwarmModel, tokenizer: PreTrainedTokenizerBase) -> None:
     text = "分散された大規模言語モデル, wer sagt das?"
     before = infos(model)
-    first = post(live_app, "/api/v1/generate", inputs=text, max_new_tokens=4)["outputs"]
-    again = post(live_app, "/api/v1/generate", inputs=text, max_new_tokens=4)["outputs"]
+    first = post(warm_app, "/api/v1/generate", inputs=text, max_new_tokens=4)["outputs"]
+    again = post(warm_app, "/api/v1/generate", inputs=text, max_new_tokens=4)["outputs"]
     assert first == again
     assert seen_by(model, before) == [len(tokenizer.encode(text)) + 3 + 1 + 3] * 2
 

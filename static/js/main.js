@@ -16,6 +16,7 @@ const speed = new Intl.NumberFormat("en", { minimumFractionDigits: 1, maximumFra
 
 class Chat {
   #models;
+  #pageToken; // shows the server that it is the page that asks
   #model;
   #conversation;
   #view;
@@ -25,8 +26,9 @@ class Chat {
   #task = new AbortController(); // ends what the phase waits for
   #stopping = false;
 
-  constructor({ models, default_model: defaultModel }) {
+  constructor({ models, default_model: defaultModel, page_token: pageToken }) {
     this.#models = models;
+    this.#pageToken = pageToken;
     this.#view = new View({
       send: (text) => this.#send(text),
       stop: () => this.#stop(),
