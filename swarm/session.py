@@ -234,6 +234,10 @@ class SwarmSession:
         if self.closed:
             coroutine.close()
             raise SessionClosed("the session is closed")
+        if self._cancelled.is_set():  # before the step began, which may be over before it is looked for again
+            self._cancelled.clear()
+            coroutine.close()
+            raise Cancelled("the step was cancelled")
         future = RemoteExpertWorker.run_coroutine(coroutine, return_future=True)
         try:
             while True:

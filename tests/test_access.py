@@ -16,6 +16,7 @@ from config import Settings
 from errors import ConfigError, Unauthorized
 from tests.client import call, websocket
 from tests.conftest import LiveApp, serve
+from tests.test_openai_api import ENDLESS
 from tests.test_session import wait_until
 
 CHAT: list[Any] = [{"role": "user", "content": "Who said that?"}]
@@ -174,7 +175,7 @@ def test_tokens_a_minute(locked: LiveApp) -> None:
 
 
 def test_answers_at_a_time(locked: LiveApp) -> None:
-    stream = ask(locked, "secret-one", max_tokens=1500, stream=True)
+    stream = ask(locked, "secret-one", max_tokens=1500, logit_bias=ENDLESS, stream=True)
     next(stream)
     with pytest.raises(openai.RateLimitError, match="1 answers computed at a time"):
         ask(locked, "secret-one")

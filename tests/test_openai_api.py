@@ -23,6 +23,7 @@ from tests.test_session import infos, wait_until
 PROMPT = "The quick brown fox"
 CHAT: list[Any] = [{"role": "user", "content": "Who said that?"}]
 LONG_ENOUGH = 60.0  # seconds
+ENDLESS = {"2": -100}  # no </s>, so that an answer is as long as it may be
 
 
 def post(app: LiveApp, path: str, **body: Any) -> Any:
@@ -266,7 +267,9 @@ def test_errors_of_each_class(live_app: LiveApp, client: openai.OpenAI) -> None:
 
 def test_a_failure_within_a_stream_is_an_event(live_app: LiveApp, monkeypatch: pytest.MonkeyPatch) -> None:
     client = openai.OpenAI(base_url=f"{live_app.url}/v1", api_key="none", max_retries=0)
-    stream = client.completions.create(model=live_app.model_name, prompt=PROMPT, max_tokens=1500, stream=True)
+    stream = client.completions.create(
+        model=live_app.model_name, prompt=PROMPT, max_tokens=1500, logit_bias=ENDLESS, stream=True
+    )
     next(stream)
     served = live_app.service.models.served[live_app.model_name].model
     assert served is not None
@@ -285,6 +288,7 @@ def test_hanging_up_ends_the_generation(live_app: LiveApp, model: SwarmModel, st
     opened = len(live_app.service.sessions)
     client = openai.OpenAI(base_url=f"{live_app.url}/v1", api_key="none", max_retries=0, timeout=0.5)
     options: dict[str, Any] = {"model": live_app.model_name, "prompt": PROMPT, "max_tokens": 1900, "n": 2}
+    options["logit_bias"] = ENDLESS
     if stream:
         answer = client.completions.create(**options, stream=True)
         next(answer)

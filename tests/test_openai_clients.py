@@ -11,13 +11,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 from langchain_core.messages import AIMessage, HumanMessage
 from langchain_openai import ChatOpenAI, OpenAI
 
 from tests.conftest import LiveApp
 from tests.processes import ROOT
-from tests.test_openai_api import CHAT, complete, post
+from tests.test_openai_api import CHAT, ENDLESS, complete, post
 from tests.test_session import wait_until
 
 TIMEOUT = 120  # seconds for a whole program
@@ -76,6 +77,12 @@ def test_llm_command_line(live_app: LiveApp, tmp_path: Path) -> None:
     assert found.strip() == text.strip()
     with pytest.raises(AssertionError, match="gpt-4"):
         run([*LLM, "-m", "unknown", "x"], **environment)
+    opened = len(live_app.service.sessions)
+    command = [*LLM, "-m", "swarm", "-o", "max_tokens", "1900", "-o", "logit_bias", json.dumps(ENDLESS), "x"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, **environment}) as process:
+        assert process.stdout is not None and process.stdout.read(1)
+        process.kill()  # in the middle of its answer
+    wait_until(lambda: len(live_app.service.sessions) <= opened, "a session is still open")
 
 
 def test_langchain(live_app: LiveApp) -> None:
@@ -102,5 +109,14 @@ def test_langchain(live_app: LiveApp) -> None:
     assert OpenAI(**options).invoke("The quick brown fox") == text
     stop = text[5:8]
     assert OpenAI(**options).invoke("The quick brown fox", stop=[stop]) == text[: text.index(stop)]
-    with pytest.raises(Exception, match="gpt-4"):
+    with pytest.raises(openai.NotFoundError, match="gpt-4"):
         ChatOpenAI(**{**options, "model": "gpt-4"}).invoke("x")
+    with pytest.raises(openai.BadRequestError, match="exceed the model's"):
+        ChatOpenAI(**{**options, "max_tokens": 9999}).invoke("x")
+    with pytest.raises(openai.APITimeoutError):
+        ChatOpenAI(**{**options, "timeout": 0.001}).invoke("x")
+    opened = len(live_app.service.sessions)
+    endless: Any = ChatOpenAI(**{**options, "max_tokens": 1900, "logit_bias": ENDLESS}).stream("x")
+    next(endless)
+    endless.close()  # hangs up
+    wait_until(lambda: len(live_app.service.sessions) <= opened, "a session is still open")

@@ -141,6 +141,10 @@ def test_cancel_from_another_thread(model: SwarmModel) -> None:
         session.cancel()
         with pytest.raises(Cancelled):
             session.step([3] * 2000)
+        assert session.step().shape == (model.head.vocab_size,)
+        session.cancel()
+        with pytest.raises(Cancelled):
+            session.step([3])  # over in a few milliseconds
 
 
 def test_closed_session(model: SwarmModel) -> None:

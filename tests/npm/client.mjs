@@ -5,6 +5,7 @@ import OpenAI, { APIConnectionTimeoutError, APIUserAbortError, BadRequestError, 
 const [baseURL, model] = process.argv.slice(2);
 const client = new OpenAI({ baseURL, apiKey: "none", maxRetries: 0, timeout: 60_000 });
 const messages = [{ role: "user", content: "Who said that?" }];
+const endless = { logit_bias: { 2: -100 } }; // no end of text, so that an answer is as long as it may be
 const options = { model, messages, temperature: 0, max_tokens: 20 };
 
 async function failure(promise, kind) {
@@ -39,13 +40,13 @@ const stopped = await client.completions.create({
   stop: [stop],
 });
 
-const long = await client.completions.create({ model, prompt: "a", max_tokens: 1900, stream: true });
+const long = await client.completions.create({ model, ...endless, prompt: "a", max_tokens: 1900, stream: true });
 for await (const chunk of long) {
   if (chunk.choices[0]?.text) break; // hangs up
 }
 const abort = new AbortController();
 const aborted = failure(
-  client.completions.create({ model, prompt: "a", max_tokens: 1900 }, { signal: abort.signal }),
+  client.completions.create({ model, ...endless, prompt: "a", max_tokens: 1900 }, { signal: abort.signal }),
   APIUserAbortError,
 );
 setTimeout(() => abort.abort(), 100);
@@ -66,7 +67,7 @@ console.log(
     unknown: await failure(client.chat.completions.create({ ...options, model: "gpt-4" }), NotFoundError),
     tooLong: await failure(client.chat.completions.create({ ...options, max_tokens: 9999 }), BadRequestError),
     timeOut: await failure(
-      client.chat.completions.create({ ...options, max_tokens: 1900 }, { timeout: 20 }),
+      client.chat.completions.create({ ...options, ...endless, max_tokens: 1900 }, { timeout: 20 }),
       APIConnectionTimeoutError,
     ),
   }),
