@@ -31,6 +31,7 @@ from generation import (
     end_tokens,
     generate,
     token_budget,
+    token_bytes,
 )
 from parameters import MAX_SEED, GenerationParams, parse_generation
 from swarm.errors import BlocksMissing, Cancelled, SessionLengthExceeded
@@ -764,3 +765,16 @@ def test_inputs_become_tokens() -> None:
     assert encode_inputs("Who said", session, tokenizer) == plain
     assert encode_inputs("", session, tokenizer) == []
     assert session.token_ids == [5]
+
+
+@pytest.mark.parametrize("text", ["hello a", "a  b", "abc 🐝 é"])
+def test_bytes_of_sentence_pieces_join_to_the_text(text: str) -> None:
+    """Blanks included, which the tokenizer's own decoder drops at the beginning of each piece."""
+    token_ids = SENTENCE_PIECE.encode(text, add_special_tokens=False)
+    assert b"".join(token_bytes(SENTENCE_PIECE, token_id) for token_id in token_ids).decode() == f" {text}"
+
+
+@pytest.mark.parametrize("text", ["hello a", "abc 🐝 é"])
+def test_bytes_of_byte_level_tokens_join_to_the_text(text: str) -> None:
+    token_ids = TOKENIZER.encode(text)
+    assert b"".join(token_bytes(TOKENIZER, token_id) for token_id in token_ids).decode() == text

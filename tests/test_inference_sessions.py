@@ -13,7 +13,7 @@ import pytest
 from errors import ApiError, SessionNotFound, ShuttingDown, TimedOut, TooManySessions
 from generation import Detokenizer
 from inference_sessions import InferenceSession, InferenceSessions
-from swarm.errors import SessionLengthExceeded
+from swarm.errors import Cancelled, SessionLengthExceeded
 from tests.tiny import make_tokenizer
 
 TIMEOUT = 300.0  # seconds after which an unused session expires, on the test's clock
@@ -886,3 +886,18 @@ def test_many_sessions_through_few_places(pool: ThreadPoolExecutor, model: FakeM
         opened = [future.result(timeout=LIMIT) for future in [pool.submit(work) for _ in range(16)]]
         assert sum(opened) == len(sessions) == 4
         sessions.shut_down(0)
+
+
+@pytest.mark.parametrize("error", [None, Cancelled("hung up")])
+def test_tokens_are_counted_however_it_ends(error: Exception | None) -> None:
+    """All that were added, less those that a kept session had computed; also if they are taken back afterwards."""
+    session = FakeSession(16)
+    counts: list[int] = []
+    entry = InferenceSession("id", FakeModel(), session, Detokenizer(TOKENIZER))
+    with contextlib.suppress(Cancelled), entry.undone_on_error(), entry.counted(counts.append):
+        session.token_ids += [1, 2, 3, 4, 5]
+        entry.cached_tokens = 2
+        if error is not None:
+            raise error
+    assert counts == [3]
+    assert len(session.token_ids) == (5 if error is None else 0)
