@@ -48,6 +48,12 @@ class Key:
     tokens_per_minute: int  # of prompts and answers together
     concurrent: int  # answers computed at a time
 
+    @functools.cached_property
+    def limits(self) -> dict[str, RateLimitItem]:
+        """What is counted by the minute, where there is a limit."""
+        counts = {"requests": self.requests_per_minute, "tokens": self.tokens_per_minute}
+        return {kind: RateLimitItemPerMinute(count) for kind, count in counts.items() if count}
+
 
 class Caller:
     """Somebody who uses an API, with a key or without."""
@@ -177,17 +183,18 @@ class Access:
 
     def count_request(self, key: Key) -> None:
         with self._lock:
-            for kind, limit in (("requests", key.requests_per_minute), ("tokens", key.tokens_per_minute)):
-                item = RateLimitItemPerMinute(limit) if limit else None
-                if item is not None and not self._limiter.test(item, key.name, kind):
+            for kind, item in key.limits.items():
+                if not self._limiter.test(item, key.name, kind):
                     raise self._exceeded(item, key, kind)
-            if key.requests_per_minute:
-                self._limiter.hit(RateLimitItemPerMinute(key.requests_per_minute), key.name, "requests")
+            self._hit(key, "requests", 1)
 
     def count_tokens(self, key: Key, tokens: int) -> None:
-        if key.tokens_per_minute:
-            with self._lock:
-                self._limiter.hit(RateLimitItemPerMinute(key.tokens_per_minute), key.name, "tokens", cost=tokens)
+        with self._lock:
+            self._hit(key, "tokens", tokens)
+
+    def _hit(self, key: Key, kind: str, count: int) -> None:
+        if (item := key.limits.get(kind)) is not None:
+            self._limiter.hit(item, key.name, kind, cost=count)
 
     def _exceeded(self, item: RateLimitItem, key: Key, kind: str) -> TooManyRequests:
         error = TooManyRequests(f"this API key allows {item.amount} {kind} a minute")

@@ -57,7 +57,7 @@ class Done:
 
     cached_tokens: int = 0  # of the prompt, how many did not have to be computed
     completion_tokens: int = 0
-    unwritten: Sequence[int] = ()  # answers that have no piece: nothing but the prompt was wanted
+    unwritten: Sequence[int] = ()  # answers that have neither pieces nor scores: only the prompt's text was wanted
 
 
 class Answers:
@@ -117,7 +117,7 @@ class Answers:
                 if self._cancelled():
                     raise Cancelled("the client has hung up")
                 task = self._tasks[number]
-                first = sum(before.choices for before in self._tasks[:number])
+                first = number * task.choices  # of each prompt there are equally many
                 if task.budget or task.scored:
                     self._events.put(self._answer(number, task, first))
                 else:  # only the prompt's own text is wanted
@@ -142,8 +142,7 @@ class Answers:
                 self._write(entry, task, number, first, written)
             finally:
                 self._caller.count_tokens(len(task.token_ids) - entry.cached_tokens + len(written))
-            unwritten = () if task.budget else range(first, first + task.choices)
-            return Done(entry.cached_tokens, len(written), unwritten)
+            return Done(entry.cached_tokens, len(written))
 
     def _write(self, entry: Any, task: Task, number: int, first: int, written: list[int]) -> None:
         token_ids = list(task.token_ids)

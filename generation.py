@@ -28,7 +28,7 @@ from transformers import (
 from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
 
 from errors import InvalidParameter, TooLong
-from parameters import GenerationParams
+from parameters import MAX_SEED, GenerationParams
 from swarm.errors import Cancelled
 
 FinishReason = Literal["stop", "length", "time", "cancelled"]
@@ -157,7 +157,7 @@ class Sampler:
             self._processors.append(LogitBias(params.logit_bias))
         self._generator: torch.Generator | None = None
         if params.do_sample:
-            seed = secrets.randbits(63) if params.seed is None else (params.seed + row) % 2**63
+            seed = secrets.randbits(63) if params.seed is None else (params.seed + row) % (MAX_SEED + 1)
             self._generator = torch.Generator().manual_seed(seed)
             if (temperature := setting("temperature")) not in (None, 1.0):
                 self._processors.append(TemperatureLogitsWarper(temperature))
@@ -432,8 +432,7 @@ def generate_rows(
         detokenizer.restart([*session.token_ids[-CONTEXT_TOKENS:], *input_ids])
     writers = [_Writer(params, defaults, detokenizer, row) for row, detokenizer in enumerate(detokenizers)]
     open_rows = set(range(rows))
-    branches: list[list[int]] = [[] for _ in range(rows)]
-    prompt = [*session.token_ids, *input_ids]
+    texts = [[*session.token_ids, *input_ids] for _ in range(rows)]
     logits = None
     for left in range(budget - 1, -1, -1):
         try:
@@ -443,13 +442,13 @@ def generate_rows(
                 logits = session.step(input_ids, cancelled=cancelled).expand(rows, -1)
             else:
                 # Rows that have ended go on with their last token, which nobody sees.
-                logits = session.step_rows([branch[-1] for branch in branches], cancelled=cancelled)
+                logits = session.step_rows([text[-1] for text in texts], cancelled=cancelled)
         except Cancelled:
             yield from ((row, writers[row].end("cancelled")) for row in sorted(open_rows))
             return
         for row in sorted(open_rows):
-            chunk = writers[row].write(logits[row], [*prompt, *branches[row]], is_last=left == 0)
-            branches[row] += chunk.token_ids
+            chunk = writers[row].write(logits[row], texts[row], is_last=left == 0)
+            texts[row] += chunk.token_ids
             if chunk.finish_reason is not None:
                 open_rows.remove(row)
             yield row, chunk

@@ -2,9 +2,6 @@
 
 import contextlib
 import dataclasses
-import math
-import socket
-import struct
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from urllib.parse import parse_qsl
@@ -13,6 +10,7 @@ from flask import Blueprint, Response, current_app, g, jsonify, request
 from werkzeug.exceptions import BadRequest
 
 from api_docs import documented
+from client_socket import client_gone
 from errors import InvalidParameter, WrongModel
 from http_schemas import Closed, CloseRequest, Failure, GenerateRequest, OpenRequest, Outputs, SessionId
 from inference_sessions import InferenceSession
@@ -133,31 +131,3 @@ def _decode_pairs(data: bytes, what: str) -> dict[str, Any]:
         return dict(parse_qsl(data.decode("utf-8"), keep_blank_values=True, errors="strict"))
     except ValueError:
         raise InvalidParameter(f"{what} is not valid UTF-8") from None
-
-
-def limit_sends(environ: Mapping[str, Any], timeout: float) -> None:
-    """Let sending to a client that takes no data fail after so many seconds, instead of holding a thread for ever."""
-    sock: socket.socket | None = environ.get("gunicorn.socket") or environ.get("werkzeug.socket")
-    if sock is not None:
-        # Not `settimeout`, which would let the server's reader time out as well.
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", math.ceil(timeout), 0))
-
-
-def client_gone(environ: Mapping[str, Any]) -> Callable[[], bool]:
-    """Return a function that tells whether the client has hung up."""
-    sock: socket.socket | None = environ.get("gunicorn.socket") or environ.get("werkzeug.socket")
-
-    def gone() -> bool:
-        if sock is None:
-            return False
-        try:
-            # Readable without a byte to read: the other side has closed. Bytes would be the next request.
-            return sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
-        except ValueError:  # a TLS socket cannot peek
-            return False
-
-    return gone

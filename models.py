@@ -86,15 +86,23 @@ class Models:
         """Begin to load in the background."""
         threading.Thread(target=self._load_all, name="load-models", daemon=True).start()
 
+    def find(self, name: str) -> ServedModel:
+        """Return a model in whatever state it is.
+
+        :raises ModelNotFound: if no such model is served
+        """
+        served = self.served.get(name)
+        if served is None:
+            raise ModelNotFound(f"no model {name!r} is served here; there are: {', '.join(self.served)}")
+        return served
+
     def get(self, name: str | None) -> "SwarmModel":
         """Return a model that can be used; None: the default model.
 
         :raises ModelNotFound: if no such model is served
         :raises ModelUnavailable, ModelNotReady: if it failed to load, or is not loaded yet
         """
-        served = self.served.get(name or self.settings.default_model)
-        if served is None:
-            raise ModelNotFound(f"no model {name!r} is served here; there are: {', '.join(self.served)}")
+        served = self.find(name or self.settings.default_model)
         if served.error is not None:
             raise served.error
         if served.model is None or not served.ready:

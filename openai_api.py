@@ -17,10 +17,11 @@ from flask import Blueprint, Response, current_app, g, jsonify, request, stream_
 from answers import Answers, Done, Piece, Scores, Task
 from api_docs import documented
 from chat_template import ChatPrompt, apply_template
+from client_socket import client_gone, client_socket, limit_sends
 from config import ModelConfig
-from errors import InvalidParameter, ModelNotFound, TooLong, describe, openai_error
+from errors import InvalidParameter, TooLong, describe, openai_error
 from generation import Chunk, TokenLogprob, token_bytes
-from http_api import client_gone, limit_sends, stateless_length
+from http_api import stateless_length
 from openai_schemas import (
     ChatCompletion,
     ChatRequest,
@@ -36,7 +37,7 @@ from openai_schemas import (
     TokenizeRequest,
     Tokens,
 )
-from parameters import SMALLEST_FACTOR, GenerationParams
+from parameters import MAX_SEED, SMALLEST_FACTOR, GenerationParams
 from service import Service, get_service
 from swarm.errors import Cancelled
 
@@ -66,8 +67,7 @@ def get_model(model: str) -> Response:
     service = get_service(current_app)
     if model not in service.models.served and f"/{model}" in service.models.served:
         model = f"/{model}"  # a directory: two slashes in a row do not survive the way here
-    if model not in service.models.served:
-        raise ModelNotFound(f"no model {model!r} is served here; there are: {', '.join(service.models.served)}")
+    service.models.find(model)
     g.caller.check_model(model)
     return jsonify(model_object(service, model))
 
@@ -201,7 +201,7 @@ def sampling(
         frequency_penalty=body.frequency_penalty or 0.0,
         logit_bias=bias,
         logprobs=logprobs,
-        seed=None if body.seed is None else body.seed % 2**63,
+        seed=None if body.seed is None else body.seed % (MAX_SEED + 1),
         extra_stop_sequences=(*(text for text in stops if text), *stop),
     )
 
@@ -456,7 +456,8 @@ def respond(
     except BaseException:
         answers.close()
         raise
-    limit_sends(request.environ, service.settings.SEND_TIMEOUT)
+    if (sock := client_socket(request.environ)) is not None:
+        limit_sends(sock, service.settings.SEND_TIMEOUT)
     lines = stream(form, answers, events, head, tally, service, wants_usage=wants_usage)
     response = Response(stream_with_context(lines), mimetype="text/event-stream")
     response.headers["Cache-Control"] = "no-cache"

@@ -4,9 +4,7 @@ import contextlib
 import functools
 import json
 import logging
-import math
 import socket
-import struct
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -19,6 +17,7 @@ from simple_websocket import ConnectionClosed
 from simple_websocket import Server as WebSocket
 
 from access import Caller, presented_key
+from client_socket import limit_sends
 from config import Settings
 from errors import ApiError, InvalidParameter, describe, error_body
 from generation import Chunk
@@ -195,8 +194,7 @@ class WholeSends:
         """
         self._sock = sock
         self._lock = threading.Lock()
-        # Not `settimeout`, which would let the reader time out as well.
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", math.ceil(timeout), 0))
+        limit_sends(sock, timeout)
 
     def send(self, data: bytes) -> int:
         with self._lock:

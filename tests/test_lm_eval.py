@@ -21,28 +21,28 @@ DOCS = [
     {"question": "分散", "choices": ["された", "モデル"], "answer": 1},
     {"question": "Who said", "choices": ["that?", "the swarm"], "answer": 0},
 ]
-CHOOSE = """
-task: choose
+TASK = """
+task: {name}
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {data}}}}}
 test_split: test
+doc_to_text: "{{{{question}}}}"
+"""
+# By name: what is particular to each.
+TASKS = {
+    "choose": """
 output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
+doc_to_choice: "{{choices}}"
 doc_to_target: answer
-metric_list: [{{metric: acc}}]
-"""
-WRITE = """
-task: write
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
+metric_list: [{metric: acc}]
+""",
+    "write": """
 output_type: generate_until
-doc_to_text: "{{{{question}}}}"
-doc_to_target: "{{{{expected}}}}"
-generation_kwargs: {{until: ["\\n\\n"], max_gen_toks: 12, do_sample: false}}
-metric_list: [{{metric: exact_match}}]
-"""
+doc_to_target: "{{expected}}"
+generation_kwargs: {until: ["\\n\\n"], max_gen_toks: 12, do_sample: false}
+metric_list: [{metric: exact_match}]
+""",
+}
 
 
 def likelihood(
@@ -71,8 +71,8 @@ def test_scores_equal_transformers(
     data = tmp_path / "docs.jsonl"
     lines = [json.dumps(doc | {"expected": text}) for doc, text in zip(DOCS, expected, strict=True)]
     data.write_text("\n".join(lines))
-    for name, task in (("choose", CHOOSE), ("write", WRITE)):
-        (tmp_path / f"{name}.yaml").write_text(task.format(data=data))
+    for name, particulars in TASKS.items():
+        (tmp_path / f"{name}.yaml").write_text(TASK.format(name=name, data=data) + particulars)
     arguments = [
         f"model={live_app.model_name}",
         f"base_url={live_app.url}/v1/completions",
@@ -82,7 +82,7 @@ def test_scores_equal_transformers(
         "max_retries=1",
     ]
     command = [PYTHON, "-m", "lm_eval", "--model", "local-completions", "--model_args", ",".join(arguments)]
-    command += ["--tasks", "choose,write", "--include_path", tmp_path, "--output_path", tmp_path / "out"]
+    command += ["--tasks", ",".join(TASKS), "--include_path", tmp_path, "--output_path", tmp_path / "out"]
     command += ["--log_samples", "--batch_size", "4", "--seed", "1"]
     environment = {"HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     result = subprocess.run(

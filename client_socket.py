@@ -1,0 +1,38 @@
+"""The connection of a request's client: whether it has hung up, and how long sending to it may take."""
+
+import math
+import socket
+import struct
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def client_socket(environ: Mapping[str, Any]) -> socket.socket | None:
+    """Return the socket of a request, if its server tells."""
+    return environ.get("gunicorn.socket") or environ.get("werkzeug.socket")
+
+
+def limit_sends(sock: socket.socket, timeout: float) -> None:
+    """Let sending to a client that takes no data fail after so many seconds, instead of holding a thread for ever."""
+    # Not `settimeout`, which would let readers time out as well.
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", math.ceil(timeout), 0))
+
+
+def client_gone(environ: Mapping[str, Any]) -> Callable[[], bool]:
+    """Return a function that tells whether the client has hung up."""
+    sock = client_socket(environ)
+
+    def gone() -> bool:
+        if sock is None:
+            return False
+        try:
+            # Readable without a byte to read: the other side has closed. Bytes would be the next request.
+            return sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        except ValueError:  # a TLS socket cannot peek
+            return False
+
+    return gone
