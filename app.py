@@ -12,7 +12,7 @@ import uuid
 
 import click
 import werkzeug.serving
-from flask import Flask, Response, current_app, g, jsonify, render_template, request
+from flask import Flask, Response, current_app, g, jsonify, request
 from flask.typing import ResponseReturnValue
 from flask_cors import CORS
 from werkzeug.exceptions import HTTPException
@@ -20,6 +20,7 @@ from werkzeug.exceptions import HTTPException
 import api_docs
 import http_api
 import openai_api
+import page
 import status_api
 import websocket_api
 from access import presented_key
@@ -37,8 +38,6 @@ API_PREFIXES = ("/api/", *OPENAI_PREFIXES, "/healthz", "/readyz", "/openapi.json
 KEY_PREFIXES = ("/api/v1/", *OPENAI_PREFIXES)
 # Werkzeug and Flask raise these themselves.
 HTTP_CODES = {400: "invalid_parameter", 404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
-# Only what this program itself serves; the page has no inline scripts or styles.
-CONTENT_SECURITY_POLICY = "default-src 'self'; img-src 'self' data:; object-src 'none'; base-uri 'none'"
 
 
 def create_app(settings: Settings | None = None) -> Flask:
@@ -56,6 +55,7 @@ def create_app(settings: Settings | None = None) -> Flask:
     app.register_blueprint(api_docs.blueprint)
     app.register_blueprint(http_api.blueprint)
     app.register_blueprint(openai_api.blueprint)
+    app.register_blueprint(page.blueprint)
     app.register_blueprint(status_api.blueprint)
     websocket_api.register(app, settings)
     paths = "|".join(prefix.strip("/") for prefix in API_PREFIXES)
@@ -67,31 +67,7 @@ def create_app(settings: Settings | None = None) -> Flask:
     app.before_request(begin_request)
     app.after_request(end_request)
     app.register_error_handler(Exception, handle_error)
-    app.add_url_rule("/", view_func=index)
     return app
-
-
-def index() -> str:
-    """The chat page."""
-    settings = get_service(current_app).settings
-    models = [
-        {
-            "name": model.name,
-            "max_length": model.session_length,
-            "title": model.title or model.name.rstrip("/").rpartition("/")[2],
-            "chat": {
-                "begin": model.chat.begin,
-                "user": model.chat.user,
-                "turn_end": model.chat.turn_end,
-                "stop": model.chat.stop,
-            },
-            "generation": dict(model.generation),
-        }
-        for model in settings.models()
-    ]
-    service = get_service(current_app)
-    page_config = {"models": models, "default_model": settings.default_model, "page_token": service.access.page_token()}
-    return render_template("index.html", page_config=page_config)
 
 
 def start(app: Flask) -> None:
@@ -118,7 +94,9 @@ def end_request(response: Response) -> Response:
     """Log the request, without its query string, which may hold a prompt."""
     response.headers["X-Request-Id"] = g.get("request_id", "")
     if response.mimetype == "text/html":
-        response.headers["Content-Security-Policy"] = CONTENT_SECURITY_POLICY
+        response.headers.setdefault("Content-Security-Policy", page.CONTENT_SECURITY_POLICY)
+        response.headers["X-Content-Type-Options"] = "nosniff"
+        response.headers["Referrer-Policy"] = "no-referrer"
     seconds = time.monotonic() - g.get("started", time.monotonic())
     log.info("%s %s %d %.3f s", request.method, request.path, response.status_code, seconds)
     return response

@@ -23,7 +23,8 @@ from tests.test_session import wait_until
 
 TIMEOUT = 120  # seconds for a whole program
 LLM = [sys.executable, "-m", "llm"]
-NODE = shutil.which("node")
+# The machine's own, or the one that came with npm: see bin/get-npm-packages.
+NODE = shutil.which("node") or shutil.which("node", path=str(Path(sys.executable).parent))
 
 
 def run(command: list[str], **environment: str) -> str:
@@ -39,11 +40,11 @@ def chat_text(app: LiveApp, **options: Any) -> str:
     return answer["choices"][0]["message"]["content"]
 
 
-@pytest.mark.skipif(not (ROOT / "tests/npm/node_modules").exists(), reason="make test installs npm's packages")
+@pytest.mark.skipif(not (ROOT / "node_modules/openai").exists(), reason="make test installs npm's packages")
 def test_javascript(live_app: LiveApp) -> None:
     assert NODE is not None
     opened = len(live_app.service.sessions)
-    seen = json.loads(run([NODE, "tests/npm/client.mjs", f"{live_app.url}/v1", live_app.model_name]))
+    seen = json.loads(run([NODE, "tests/openai_client.mjs", f"{live_app.url}/v1", live_app.model_name]))
     assert live_app.model_name in seen["models"]
     assert seen["whole"] == seen["streamed"] == chat_text(live_app, max_tokens=20)
     assert seen["logprobs"] == seen["tokens"] == seen["usage"]["completion_tokens"]

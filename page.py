@@ -1,0 +1,73 @@
+"""The pages for people, and the files that they load: all from this program, none from elsewhere."""
+
+from pathlib import Path
+from typing import Any
+
+from flask import Blueprint, Response, abort, current_app, render_template, send_from_directory
+
+from config import ModelConfig
+from service import Service, get_service
+
+blueprint = Blueprint("page", __name__)
+
+# Nothing but what this program serves; no inline script or style; markup from strings only by one named policy, which
+# takes what highlight.js makes.
+CONTENT_SECURITY_POLICY = "; ".join(
+    (
+        "default-src 'none'",
+        "script-src 'self'",
+        "style-src 'self'",
+        "img-src 'self' data:",
+        "font-src 'self'",
+        "connect-src 'self'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+        "require-trusted-types-for 'script'",
+        "trusted-types highlight",
+    )
+)
+NODE_MODULES = Path(__file__).parent / "node_modules"
+# What the pages use of the packages in package-lock.json, by the name under /vendor.
+PACKAGES = {"marked": "marked/lib", "katex": "katex/dist", "highlight": "@highlightjs/cdn-assets/es"}
+VENDOR_AGE = 3600  # seconds that a browser need not ask again; the packages change with a release
+
+
+@blueprint.get("/")
+def index() -> str:
+    """The chat."""
+    return render_template("index.html", page_config=page_config(get_service(current_app)))
+
+
+@blueprint.get("/vendor/<package>/<path:name>")
+def vendor_file(package: str, name: str) -> Response:
+    """A file of a package that the pages use."""
+    if package not in PACKAGES:
+        abort(404)
+    return send_from_directory(NODE_MODULES / PACKAGES[package], name, max_age=VENDOR_AGE)
+
+
+def page_config(service: Service) -> dict[str, Any]:
+    """Return what a page has to know from the beginning."""
+    settings = service.settings
+    return {
+        "models": [describe(model) for model in settings.models()],
+        "default_model": settings.default_model,
+        "page_token": service.access.page_token(),
+    }
+
+
+def describe(model: ModelConfig) -> dict[str, Any]:
+    """Return how the page names a model and talks to it."""
+    return {
+        "name": model.name,
+        "max_length": model.session_length,
+        "title": model.title or model.name.rstrip("/").rpartition("/")[2],
+        "chat": {
+            "begin": model.chat.begin,
+            "user": model.chat.user,
+            "turn_end": model.chat.turn_end,
+            "stop": model.chat.stop,
+        },
+        "generation": dict(model.generation),
+    }
