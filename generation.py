@@ -348,8 +348,8 @@ def encode_inputs(text: str, session: Session, tokenizer: PreTrainedTokenizerBas
 def token_budget(params: GenerationParams, session: Session, input_length: int) -> int:
     """Return how many tokens may be generated.
 
-    With a stop sequence generation goes on in rounds, to the end of the session or of ``max_length`` if need be; a
-    request without one asks for a number of tokens, which must fit.
+    With a stop sequence generation goes on in rounds, to the end of the session, of ``max_length`` or of
+    ``max_answer_tokens`` if need be; a request without one asks for a number of tokens, which must fit.
 
     :raises TooLong: if the request does not fit the session
     """
@@ -361,7 +361,8 @@ def token_budget(params: GenerationParams, session: Session, input_length: int) 
     if wanted is None or wanted < 1:
         raise TooLong(f"max_length={params.max_length} leaves no room after {prefix} tokens of prefix and inputs")
     if params.stop_sequence is not None:
-        return room if params.max_length is None else min(room, wanted)
+        bounds = (wanted if params.max_length is not None else None, params.max_answer_tokens)
+        return min([room, *(bound for bound in bounds if bound is not None)])
     if wanted > room:
         raise TooLong(f"{prefix} tokens and {wanted} new ones exceed the session's {session.max_length}")
     return wanted

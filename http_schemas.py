@@ -21,6 +21,7 @@ class GenerateRequest(BaseModel):
     inputs: str | None = None
     max_length: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = Field(None, description="Tokens, prefix included.")
     max_new_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    max_answer_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
     do_sample: Flag | None = Field(None, description="Default false: always the likeliest token.")
     temperature: Annotated[float, Field(ge=SMALLEST_FACTOR)] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None

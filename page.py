@@ -29,7 +29,7 @@ CONTENT_SECURITY_POLICY = "; ".join(
 )
 NODE_MODULES = Path(__file__).parent / "node_modules"
 # What the pages use of the packages in package-lock.json, by the name under /vendor.
-PACKAGES = {"marked": "marked/lib", "katex": "katex/dist", "highlight": "@highlightjs/cdn-assets/es"}
+PACKAGES = {"marked": "marked/lib", "katex": "katex/dist", "highlight": "@highlightjs/cdn-assets/es", "idb": "idb/build"}
 VENDOR_AGE = 3600  # seconds that a browser need not ask again; the packages change with a release
 
 
@@ -62,9 +62,10 @@ def describe(model: ModelConfig) -> dict[str, Any]:
     return {
         "name": model.name,
         "max_length": model.session_length,
-        "title": model.title or model.name.rstrip("/").rpartition("/")[2],
+        "title": model.shown_title,
         "chat": {
-            "begin": model.chat.begin,
+            "system": model.chat.system,
+            "first": model.chat.first,
             "user": model.chat.user,
             "turn_end": model.chat.turn_end,
             "stop": model.chat.stop,

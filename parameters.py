@@ -23,6 +23,7 @@ class GenerationParams:
     inputs: str = ""
     max_length: int | None = None  # tokens, prefix included
     max_new_tokens: int | None = None  # tokens; exactly one of the two is given
+    max_answer_tokens: int | None = None  # of all rounds together, where there is a stop sequence
     do_sample: bool = False
     temperature: float | None = None
     top_k: int | None = None
@@ -54,6 +55,7 @@ def parse_generation(values: Mapping[str, Any]) -> GenerationParams:
         inputs=get_text(values, "inputs") or "",
         max_length=get_int(values, "max_length", minimum=1, maximum=MAX_TOKENS),
         max_new_tokens=get_int(values, "max_new_tokens", minimum=1, maximum=MAX_TOKENS),
+        max_answer_tokens=get_int(values, "max_answer_tokens", minimum=1, maximum=MAX_TOKENS),
         do_sample=get_bool(values, "do_sample"),
         temperature=get_float(values, "temperature", minimum=SMALLEST_FACTOR),
         top_k=get_int(values, "top_k", minimum=0),

@@ -172,6 +172,12 @@ def test_chat_formats(model: ModelConfig) -> None:
         assert "{text}" not in part
     assert model.chat.stop and all(model.chat.stop)
     assert model.chat.turn_end
+    # What a system prompt makes of the first turn is, with the model's own one, what a context begins with.
+    assert (model.chat.first.count("{system}"), model.chat.first.count("{text}")) == (1, 1)
+    if model.chat.system:
+        assert model.chat.first.replace("{system}", model.chat.system) == model.chat.begin + model.chat.user
+    else:
+        assert model.chat.begin == ""
     # A stop sequence ends the answer, not the person's turn before it: the next turn must begin with what it was.
     turn = model.chat.turn_end + model.chat.user
     assert any(turn.startswith(stop) for stop in model.chat.stop)
@@ -199,7 +205,7 @@ def test_models_keep_their_order_and_unknown_ones_are_talked_to_as_in_a_script()
 def test_chat_format_is_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         DIALOGUE.begin = ""  # type: ignore[misc]
-    assert ChatFormat("", "{text}", "", ()) == ChatFormat("", "{text}", "", ())
+    assert ChatFormat("", "{text}", "", (), "") == ChatFormat("", "{text}", "", (), "")
 
 
 # The machine

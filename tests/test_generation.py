@@ -702,6 +702,9 @@ def test_failed_step_keeps_the_tokens() -> None:
         # In rounds: to the end of the session, or of max_length.
         (30, 10, {"max_new_tokens": 1, "stop_sequence": "x"}, 60),
         (30, 10, {"max_new_tokens": 500, "stop_sequence": "x"}, 60),
+        (30, 10, {"max_new_tokens": 1, "stop_sequence": "x", "max_answer_tokens": 7}, 7),
+        (30, 10, {"max_new_tokens": 1, "stop_sequence": "x", "max_answer_tokens": 70}, 60),
+        (30, 10, {"max_length": 50, "stop_sequence": "x", "max_answer_tokens": 7}, 7),
         (30, 10, {"max_length": 50, "stop_sequence": "x"}, 10),
         (30, 10, {"max_length": 500, "stop_sequence": "x"}, 60),
         # Further stop sequences alone do not make rounds.
