@@ -23,7 +23,7 @@ import openai_api
 import page
 import status_api
 import websocket_api
-from access import presented_key
+from access import Caller, presented_key
 from config import Settings
 from errors import ApiError, describe, error_body, openai_error
 from service import Service, get_service
@@ -36,6 +36,8 @@ OPENAI_PREFIXES = ("/v1/", "/tokenize", "/detokenize", "/apply-template")
 API_PREFIXES = ("/api/", *OPENAI_PREFIXES, "/healthz", "/readyz", "/openapi.json")
 # Those that need an API key, if there are any.
 KEY_PREFIXES = ("/api/v1/", *OPENAI_PREFIXES)
+# Of those, what this program's own pages ask for as well; they show themselves to be that by a token.
+PAGE_PATHS = ("/api/v1/state",)
 # Werkzeug and Flask raise these themselves.
 HTTP_CODES = {400: "invalid_parameter", 404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
 
@@ -86,8 +88,19 @@ def begin_request() -> None:
         raise ApiError("the session registry lives in one process: start gunicorn with one worker and many threads")
     if request.path.startswith(KEY_PREFIXES) and request.method != "OPTIONS":
         # Who opens a WebSocket is found out there: its browser sends no header.
-        g.caller = get_service(current_app).access.caller(presented_key(request.headers.get("Authorization")))
+        g.caller = find_caller()
     get_service(current_app).start()  # under servers that tell us of no beginning
+
+
+def find_caller() -> Caller:
+    """Return who sends the request.
+
+    :raises Unauthorized: if the key, or the page's token, is not known, or a key is needed and not there
+    """
+    access = get_service(current_app).access
+    if request.path in PAGE_PATHS and (token := request.headers.get("X-Page-Token")):
+        return access.page(token)
+    return access.caller(presented_key(request.headers.get("Authorization")))
 
 
 def end_request(response: Response) -> Response:

@@ -73,14 +73,57 @@ class Health(BaseModel):
     sessions: SessionCount
 
 
+State = Literal["loading", "ready", "blocks_missing", "failed"]
+
+
 class ModelState(BaseModel):
-    state: Literal["loading", "ready", "blocks_missing", "failed"]
+    state: State
     message: str
 
 
 class Readiness(BaseModel):
     ready: bool
     models: dict[str, ModelState]
+
+
+class ServerInfo(BaseModel):
+    """What a server of the swarm announced last."""
+
+    peer_id: str
+    name: str | None = Field(description="What its owner calls it.")
+    start: int
+    end: int = Field(description="It serves the blocks from start up to, but not including, end.")
+    throughput: float = Field(description="Requests per second, as announced.")
+    cache_tokens_left: int | None = Field(
+        description="Free attention cache, in keys and values of a token in a block: a token takes two for each block."
+    )
+    torch_dtype: str | None
+    version: str | None = Field(description="Of petals.")
+    ping: float | None = Field(description="Seconds there and back; null: not measured, or it does not answer.")
+
+
+class ModelInfo(BaseModel):
+    name: str
+    title: str
+    state: State
+    message: str
+    progress: Annotated[float, Field(ge=0, le=1)] | None = Field(description="While it loads, where it is known.")
+    size: str | None = Field(description="Parameters, as people say it.")
+    parameters: int | None = Field(description="Counted once the model is loaded.")
+    licence: str | None
+    link: str | None = Field(description="Where to read about the model.")
+    context_length: int | None = Field(description="Tokens of the longest session.")
+    num_blocks: int | None
+    blocks: list[int] = Field(description="For each block the number of servers that hold it.")
+    servers: list[ServerInfo]
+
+
+class SwarmReport(BaseModel):
+    ok: Literal[True]
+    time: float = Field(description="Seconds since 1970.")
+    initial_peers: list[str] = Field(description="Multiaddrs by which other machines join the swarm, or public.")
+    sessions: SessionCount
+    models: list[ModelInfo]
 
 
 class FailureDetail(BaseModel):

@@ -49,6 +49,7 @@ class ServedModel:
         self.model: SwarmModel | None = None
         self.error: SwarmError | None = None
         self.progress = "waiting to be loaded"
+        self.fraction: float | None = None  # how much of that is done, where it is known
         self.ready = False  # whether it has answered once
 
     @property
@@ -64,8 +65,11 @@ class ServedModel:
 
     def report(self, message: str) -> None:
         """Tell the log, and whoever asks, how far the loading is."""
-        self.progress = message
+        self.progress, self.fraction = message, None
         log.info("%s: %s", self.config.name, message)
+
+    def report_fraction(self, done: float) -> None:
+        self.fraction = done
 
 
 class Models:
@@ -108,6 +112,11 @@ class Models:
         if served.model is None or not served.ready:
             raise ModelNotReady(f"{served.config.name} is not ready yet: {served.status.message}")
         return served.model
+
+    @property
+    def initial_peers(self) -> list[str]:
+        """Multiaddrs by which others join the swarm; none while an own one is not founded yet."""
+        return self._swarm.initial_peers if self._swarm is not None else list(self.settings.INITIAL_PEERS)
 
     @property
     def status(self) -> dict[str, ModelStatus]:
@@ -197,7 +206,9 @@ class Models:
         from swarm.local import ServerOptions
 
         name, settings = served.config.name, self.settings
-        path = weights.locate(name, cache_dir=settings.cache_dir, progress=served.report)
+        path = weights.locate(
+            name, cache_dir=settings.cache_dir, progress=served.report, fraction=served.report_fraction
+        )
         served.report("starting a server of the embedded swarm")
         dtype, share = settings.torch_dtype(), CACHE_SHARE / len(self.served)
         config = AutoConfig.from_pretrained(path)

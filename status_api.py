@@ -1,10 +1,18 @@
-"""Whether the program lives, and which models are ready: for load balancers, the page and people."""
+"""Whether the program lives, which models are ready, and who serves them: for load balancers, the pages and people."""
 
-from flask import Blueprint, Response, current_app, jsonify
+import dataclasses
+import time
+from typing import TYPE_CHECKING, Any
+
+from flask import Blueprint, Response, current_app, g, jsonify
 
 from api_docs import documented
-from http_schemas import Health, Readiness
+from http_schemas import Failure, Health, Readiness, SwarmReport
+from models import ServedModel
 from service import get_service
+
+if TYPE_CHECKING:
+    from swarm.state import ServerView
 
 blueprint = Blueprint("status_api", __name__)
 TAG = "State"
@@ -28,3 +36,53 @@ def readyz() -> tuple[Response, int]:
     }
     ready = not service.ending.is_set() and all(model["state"] == "ready" for model in models.values())
     return jsonify(ready=ready, models=models), 200 if ready else 503
+
+
+@blueprint.get("/api/v1/state")
+@documented(TAG, SwarmReport, failure=Failure)
+def swarm_state() -> Response:
+    """Which servers hold which blocks of which models, as was read last: asking costs the swarm nothing."""
+    service = get_service(current_app)
+    sessions = service.sessions
+    return jsonify(
+        ok=True,
+        time=time.time(),
+        initial_peers=service.models.initial_peers,
+        sessions={"open": len(sessions), "max": sessions.max_sessions},
+        models=[describe(served) for name, served in service.models.served.items() if g.caller.may_use(name)],
+    )
+
+
+def describe(served: ServedModel) -> dict[str, Any]:
+    """Return what there is to know of a model; null where nobody knows it, or not yet."""
+    config, status, model = served.config, served.status, served.model
+    return {
+        "name": config.name,
+        "title": config.shown_title,
+        "state": status.state,
+        "message": status.message,
+        "progress": served.fraction if status.state == "loading" else None,
+        "size": config.size or (short_count(model.parameters) if model else None),
+        "parameters": model.parameters if model else None,
+        "licence": config.licence or None,
+        "link": config.link,
+        "context_length": model.max_length if model else None,
+        "num_blocks": model.state.num_blocks if model else None,
+        "blocks": model.state.holders() if model else [],
+        "servers": describe_servers(model.state.servers()) if model else [],
+    }
+
+
+def describe_servers(servers: list["ServerView"]) -> list[dict[str, Any]]:
+    """Return them in the order of their blocks, which does not change from one answer to the next."""
+    ordered = sorted(servers, key=lambda server: (server.start, server.end, server.peer_id))
+    described = [dataclasses.asdict(server) for server in ordered]
+    return [{"peer_id": server.pop("peer_id"), "name": server.pop("public_name"), **server} for server in described]
+
+
+def short_count(count: int) -> str:
+    """Write a number of parameters as people say it: 134515008 as 135M, 7069016064 as 7.1B."""
+    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if (value := count / size) >= 0.9995:
+            return f"{value:.1f}".removesuffix(".0") + unit if value < 9.95 else f"{value:.0f}{unit}"
+    return str(count)

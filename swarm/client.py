@@ -35,6 +35,8 @@ class Swarm:
 
     def __init__(self, dht: Any) -> None:
         self.dht = dht
+        # Multiaddrs by which others join: through this program, or as it joined itself.
+        self.initial_peers: list[str] = []
 
     @classmethod
     def join(cls, initial_peers: Sequence[str]) -> "Swarm":
@@ -45,7 +47,9 @@ class Swarm:
         """
         peers = PUBLIC_INITIAL_PEERS if list(initial_peers) == ["public"] else list(initial_peers)
         failure = f"none of the initial peers {', '.join(peers)} answers"
-        return cls._start(failure, initial_peers=peers, client_mode=True)
+        joined = cls._start(failure, initial_peers=peers, client_mode=True)
+        joined.initial_peers = list(initial_peers)
+        return joined
 
     @classmethod
     def found(cls, host_maddrs: Sequence[str]) -> "Swarm":
@@ -55,7 +59,9 @@ class Swarm:
         :raises SwarmUnreachable: if the addresses cannot be listened on
         """
         failure = f"cannot listen on {', '.join(host_maddrs)}"
-        return cls._start(failure, host_maddrs=list(host_maddrs), use_auto_relay=False)
+        founded = cls._start(failure, host_maddrs=list(host_maddrs), use_auto_relay=False)
+        founded.initial_peers = [str(maddr) for maddr in founded.dht.get_visible_maddrs()]
+        return founded
 
     @classmethod
     def _start(cls, failure: str, **options: Any) -> "Swarm":
@@ -66,11 +72,6 @@ class Swarm:
             dht.terminate()
             raise SwarmUnreachable(f"{failure}: {str(error) or type(error).__name__}") from error
         return cls(dht)
-
-    @property
-    def initial_peers(self) -> list[str]:
-        """Multiaddrs by which others join through this program."""
-        return [str(maddr) for maddr in self.dht.get_visible_maddrs()]
 
     def close(self) -> None:
         """Leave the swarm and end the processes below."""
@@ -94,6 +95,7 @@ class SwarmModel:
         self.name = name
         self.tokenizer = tokenizer
         self.config = model.config
+        self.parameters = count_parameters(model)
         self.generation_config: GenerationConfig = model.generation_config
         self.head = Head(model)
         self.state = SwarmState(model.transformer.h.sequence_manager, name)
@@ -154,6 +156,14 @@ class SwarmModel:
     def close(self) -> None:
         """Stop following the swarm. Open sessions should be closed before."""
         self.state.close()
+
+
+def count_parameters(model: Any) -> int:
+    """Return how many parameters a petals model has, with those of the blocks that others hold."""
+    with torch.device("meta"):  # no memory, no time
+        block = model.config.block_class(model.config)
+    here = sum(parameter.numel() for parameter in model.parameters())
+    return here + len(model.transformer.h) * sum(parameter.numel() for parameter in block.parameters())
 
 
 def longest_session(config: Any) -> int:

@@ -1,6 +1,7 @@
 """Who serves which blocks, how fast, how full; and the route of a session through them."""
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,10 +22,11 @@ class ServerView:
     start: int
     end: int  # serves blocks [start, end)
     throughput: float  # as announced, requests/s
-    cache_tokens_left: int | None  # free attention cache, tokens times blocks
+    cache_tokens_left: int | None  # free attention cache: tokens times blocks, keys and values counted apart
     torch_dtype: str | None
     version: str | None
     public_name: str | None
+    ping: float | None = None  # seconds there and back, smoothed; None: not measured, or it does not answer
 
 
 class SwarmState:
@@ -72,8 +74,14 @@ class SwarmState:
             spans = self.manager.state.sequence_info.spans_containing_block
             return [block for block in range(self.num_blocks) if not spans[block]]
 
+    def holders(self) -> list[int]:
+        """Return for each block how many known servers hold it."""
+        with self.manager.lock_changes:
+            return [len(spans) for spans in self.manager.state.sequence_info.spans_containing_block]
+
     def servers(self) -> list[ServerView]:
-        """Return all known servers that are online, longest span first."""
+        """Return all known servers that are online, longest span first. Asks nobody: it is what was read last."""
+        pings = self.manager.ping_aggregator.to_dict()
         with self.manager.lock_changes:
             spans = list(self.manager.state.sequence_info.spans_by_priority)
         return [
@@ -86,6 +94,7 @@ class SwarmState:
                 torch_dtype=span.server_info.torch_dtype,
                 version=span.server_info.version,
                 public_name=span.server_info.public_name,
+                ping=ping if math.isfinite(ping := pings.get(span.peer_id, math.inf)) else None,
             )
             for span in spans
             if span.server_info.state == ServerState.ONLINE

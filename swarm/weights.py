@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from gguf import GGUFReader
 
 Progress = Callable[[str], None]
+Fraction = Callable[[float], None]  # told how much is done, 0 to 1
 
 # Seconds for each connection to the hub and for each answer from it.
 HUB_TIMEOUT = 5.0
@@ -77,18 +78,25 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "chat-petals"
 
 
-def locate(model: str, *, cache_dir: Path, progress: Progress = lambda line: None) -> str:
+def locate(
+    model: str,
+    *,
+    cache_dir: Path,
+    progress: Progress = lambda line: None,
+    fraction: Fraction = lambda done: None,
+) -> str:
     """Return what ``from_pretrained`` takes for ``model``: the path of a directory, or the model's name on the hub.
 
     ``model`` is a name from ``BUNDLED_MODELS``, an existing directory, or a hub name. A bundled model is prepared under
     ``cache_dir`` once, which takes about ten seconds; ``progress`` is then called with lines such as
-    ``"SmolLM2-135M-Instruct: block 12 of 30"``. Of a hub model only the configuration is looked for.
+    ``"SmolLM2-135M-Instruct: block 12 of 30"``, and ``fraction`` after each with how much of it is done, where that is
+    known. Of a hub model only the configuration is looked for.
 
     Raises ModelUnavailable, naming the model and what is missing or broken; when the hub does not answer, after
     HUB_LIMIT seconds at the latest.
     """
     if model in BUNDLED_MODELS:
-        return str(_prepared(model, BUNDLED_MODELS[model], cache_dir.absolute(), progress))
+        return str(_prepared(model, BUNDLED_MODELS[model], cache_dir.absolute(), progress, fraction))
     if _is_directory_name(model):
         directory = _directory(model)
         _check_directory(model, directory)
@@ -253,7 +261,7 @@ def _hub_reason(error: Exception) -> str:
     return str(error).partition("\n")[0] or type(error).__name__
 
 
-def _prepared(model: str, source: Bundled, cache_dir: Path, progress: Progress) -> Path:
+def _prepared(model: str, source: Bundled, cache_dir: Path, progress: Progress, fraction: Fraction) -> Path:
     """Return the directory of the prepared model, after preparing it if this is the first time."""
     from filelock import FileLock, Timeout
 
@@ -270,7 +278,7 @@ def _prepared(model: str, source: Bundled, cache_dir: Path, progress: Progress) 
             held = lock.acquire(timeout=PREPARATION_LIMIT)
         with held:
             if not _is_whole(model, target):
-                _prepare(model, source, target, progress)
+                _prepare(model, source, target, progress, fraction)
     except Timeout as error:
         raise ModelUnavailable(f"{model}: another process still prepares it after {PREPARATION_LIMIT:g} s") from error
     except OSError as error:
@@ -290,7 +298,7 @@ def _short_name(model: str) -> str:
     return model.rpartition("/")[2]
 
 
-def _prepare(model: str, source: Bundled, target: Path, progress: Progress) -> None:
+def _prepare(model: str, source: Bundled, target: Path, progress: Progress, fraction: Fraction) -> None:
     """Convert the bundled file into ``target``, which appears at once and whole. The caller holds the lock.
 
     Raises ModelUnavailable, or OSError when the directory cannot be written.
@@ -303,7 +311,7 @@ def _prepare(model: str, source: Bundled, target: Path, progress: Progress) -> N
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir()
-        _convert(gguf_file, partial, lambda line: progress(f"{_short_name(model)}: {line}"))
+        _convert(gguf_file, partial, lambda line: progress(f"{_short_name(model)}: {line}"), fraction)
         if target.exists():
             shutil.rmtree(target)
         partial.rename(target)
@@ -352,7 +360,7 @@ _BLOCK_TENSORS = {
 _CONTROL_TOKEN = 3
 
 
-def _convert(gguf_file: Path, directory: Path, progress: Progress) -> None:
+def _convert(gguf_file: Path, directory: Path, progress: Progress, fraction: Fraction) -> None:
     """Write the Llama of a GGUF file as a Transformers checkpoint with its tokenizer.
 
     Everything is taken from the file. What it asks for that is not known here is refused with ValueError, not ignored.
@@ -368,7 +376,7 @@ def _convert(gguf_file: Path, directory: Path, progress: Progress) -> None:
     _write_json(directory / "config.json", config)
     token_ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     _write_json(directory / "generation_config.json", token_ids)
-    _write_weights(dict(_weights(reader, config, progress)), directory / "model.safetensors")
+    _write_weights(dict(_weights(reader, config, progress, fraction)), directory / "model.safetensors")
 
 
 def _config(metadata: Mapping[str, Any], *, tied: bool) -> dict[str, Any]:
@@ -414,7 +422,7 @@ def _shortest(value: float) -> float:
 
 
 def _weights(
-    reader: "GGUFReader", config: Mapping[str, Any], progress: Progress
+    reader: "GGUFReader", config: Mapping[str, Any], progress: Progress, fraction: Fraction
 ) -> Iterator[tuple[str, "np.ndarray[Any, Any]"]]:
     """Yield Transformers' names and the weights, float32, of shape (out, in) or (hidden,); block by block."""
     from gguf import dequantize
@@ -428,6 +436,7 @@ def _weights(
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     for block in range(config["num_hidden_layers"]):
         progress(f"block {block + 1} of {config['num_hidden_layers']}")
+        fraction(block / config["num_hidden_layers"])
         for ours, theirs in _BLOCK_TENSORS.items():
             weight = take(f"blk.{block}.{ours}")
             if ours in heads:

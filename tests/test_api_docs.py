@@ -39,7 +39,7 @@ def test_schemathesis(short_app: LiveApp, tmp_path: Path) -> None:
     command += ["--request-timeout", "60", "--no-color", "--suppress-health-check", "filter_too_much"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, cwd=tmp_path)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
-    assert "Tested: 14" in result.stdout, result.stdout[-2000:]
+    assert "Tested: 15" in result.stdout, result.stdout[-2000:]
 
 
 def openapi() -> Any:
