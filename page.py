@@ -1,9 +1,12 @@
 """The pages for people, and the files that they load: all from this program, none from elsewhere."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
-from flask import Blueprint, Response, abort, current_app, render_template, send_from_directory
+import rcssmin
+import rjsmin
+from flask import Blueprint, Response, abort, current_app, render_template, request, send_from_directory
 
 from config import ModelConfig
 from service import Service, get_service
@@ -27,9 +30,16 @@ CONTENT_SECURITY_POLICY = "; ".join(
         "trusted-types highlight",
     )
 )
+STATIC = Path(__file__).parent / "static"
+# Scripts and styles go out without their comments and indentation, two fifths of them.
+MINIFIERS = {".js": (rjsmin.jsmin, "text/javascript"), ".css": (rcssmin.cssmin, "text/css")}
 NODE_MODULES = Path(__file__).parent / "node_modules"
 # What the pages use of the packages in package-lock.json, by the name under /vendor.
-PACKAGES = {"marked": "marked/lib", "katex": "katex/dist", "highlight": "@highlightjs/cdn-assets/es", "idb": "idb/build"}
+PACKAGES = {
+    "marked": "marked/lib",
+    "katex": "katex/dist",
+    "highlight": "@highlightjs/cdn-assets/es",
+}
 VENDOR_AGE = 3600  # seconds that a browser need not ask again; the packages change with a release
 
 
@@ -37,6 +47,36 @@ VENDOR_AGE = 3600  # seconds that a browser need not ask again; the packages cha
 def index() -> str:
     """The chat."""
     return render_template("index.html", page_config=page_config(get_service(current_app)))
+
+
+@blueprint.get("/swarm")
+def swarm() -> str:
+    """Who holds which blocks, and how to add a machine."""
+    service = get_service(current_app)
+    config = {
+        "page_token": service.access.page_token(),
+        "own_swarm": not service.settings.INITIAL_PEERS,  # founded here, and not somebody else's
+    }
+    return render_template("swarm.html", page_config=config)
+
+
+def static_file(filename: str) -> Response:
+    """A file of our own."""
+    path = STATIC / filename
+    if path.suffix not in MINIFIERS or ".." in path.parts or not path.is_file():
+        return send_from_directory(STATIC, filename)
+    text, content_type = minified(path, path.stat().st_mtime_ns)
+    response = Response(text, content_type=f"{content_type}; charset=utf-8")
+    response.headers["Cache-Control"] = "no-cache"  # ask each time whether it has changed
+    response.add_etag()
+    return response.make_conditional(request)
+
+
+@functools.lru_cache(maxsize=256)  # more than there are files
+def minified(path: Path, modified: int) -> tuple[str, str]:
+    """Return a script or style without what only people read, and its type."""
+    minify, content_type = MINIFIERS[path.suffix]
+    return minify(path.read_text()), content_type
 
 
 @blueprint.get("/vendor/<package>/<path:name>")

@@ -74,6 +74,7 @@ def test_defaults() -> None:
         "inputs": "",
         "max_length": 5,
         "max_new_tokens": None,
+        "max_answer_tokens": None,
         "do_sample": False,
         "temperature": None,
         "top_k": None,

@@ -1,239 +1,729 @@
-/** Wires the conversation, the connection and the page together. */
+/** Wires the chats, the connection to the server and the page together. */
 
-import { Conversation, TokenRate } from "./conversation.js";
+import { Announcer } from "./announcer.js";
+import { Composer } from "./composer.js";
+import { $, pageConfig, setText } from "./dom.js";
+import { newId } from "./id.js";
+import { MessageList } from "./messages.js";
+import { Picker } from "./picker.js";
 import { readiness } from "./readiness.js";
-import { ConnectionLost, InferenceSocket, RequestFailed, SocketError } from "./socket.js";
-import { View, pageConfig } from "./view.js";
+import { ChatSession, Interrupted } from "./session.js";
+import { Settings, samplingParameters } from "./settings.js";
+import { Sidebar, Toast } from "./sidebar.js";
+import { RequestFailed, SocketError } from "./socket.js";
+import { openStore } from "./store.js";
+import { TokenRate, forgetUpTo, transcript } from "./transcript.js";
+import { MessageTree } from "./tree.js";
+import { blocks, count, explain, number, serverName, whySlow } from "./words.js";
 
-const SESSION_MAX_LENGTH = 2048; // tokens: a chat's share of the swarm's attention cache
-const PATIENCE_MS = 20_000; // with a server that cannot be reached or has failed, when a message waits for it
+const KEEP_MS = 300; // between two times that a growing answer is kept: what a reload may have to ask for again
+const SLOW = 1; // tokens per second: slower than anybody reads
+const SLOW_AFTER = 4; // seconds of an answer, before its speed is judged
+const TITLE_LENGTH = 60; // characters of a question
+const DELETED_FOR_MS = 60_000; // that a deleted chat is kept: longer than it can be brought back
+const MAX_FILE = 64 * 2 ** 20; // bytes of an imported file; its chats are held in memory twice
 const DOWN = new Set(["failed", "unreachable"]); // states of a model that may never become ready
+const REFUSALS = new Set(["too_long", "invalid_parameter", "request_too_large"]); // of a question: it would be refused again
+const LOCK_MS = 2_000; // for the window that was left to let go of its answer
+const SWARM_PAGE = "swarm";
 
-const TOO_LONG = "This chat has no room left for your message. Write a shorter one, or start a new chat.";
-
-const count = new Intl.NumberFormat("en");
-const speed = new Intl.NumberFormat("en", { minimumFractionDigits: 1, maximumFractionDigits: 1 });
-
-class Chat {
+class App {
+  #store;
   #models;
-  #pageToken; // shows the server that it is the page that asks
-  #model;
-  #conversation;
-  #view;
-  #socket = null;
-  /** @type {"loading" | "idle" | "answering"} */
-  #phase = "loading";
-  #task = new AbortController(); // ends what the phase waits for
-  #stopping = false;
+  #states = new Map(); // what the server says of its models
+  #defaultModel;
+  #pageToken;
+  #chat; // that is shown
+  #tree;
+  #runs = new Map(); // chat id to the answer that is being written there
+  #session = null; // of the chat that is shown, while nothing is written there
+  #watch = new AbortController(); // ends the waiting for a model
+  #watched = null; // the model that is waited for, or was
+  #ready = false; // whether it can be asked
+  #list;
+  #composer;
+  #sidebar;
+  #settings;
+  #picker;
+  #toast = new Toast();
+  #announcer = new Announcer();
 
-  constructor({ models, default_model: defaultModel, page_token: pageToken }) {
+  constructor({ models, default_model: defaultModel, page_token: pageToken }, store) {
+    this.#store = store;
     this.#models = models;
+    this.#defaultModel = defaultModel;
     this.#pageToken = pageToken;
-    this.#view = new View({
+    this.#list = new MessageList({
+      regenerate: (id) => this.#regenerate(id),
+      proceed: (id) => this.#proceed(id),
+      edit: (id, text) => this.#edit(id, text),
+      select: (id) => this.#select(id),
+    });
+    this.#composer = new Composer({
       send: (text) => this.#send(text),
       stop: () => this.#stop(),
-      newChat: () => this.#newChat(),
-      selectModel: (name) => this.#selectModel(name),
+      editLast: () => this.#editLast(),
     });
-    this.#model = this.#find(this.#view.selectedModel ?? defaultModel);
-    this.#conversation = new Conversation(this.#model.chat);
-    this.#waitForModel();
+    this.#sidebar = new Sidebar({
+      newChat: () => this.#newChat(),
+      open: (id) => this.#open(id),
+      rename: (id, title) => this.#rename(id, title),
+      remove: (id) => this.#remove(id),
+      exportChat: (id, format) => this.#export(id, format),
+      importFile: (file) => this.#import(file),
+      search: (text) => store.search(text),
+    });
+    this.#settings = new Settings((settings, system) => this.#change({ settings, system }));
+    this.#picker = new Picker(models, pageToken, {
+      select: (name) => this.#selectModel(name),
+      told: (states) => ((this.#states = states), this.#showTokens()),
+    });
+    store.onChange(() => this.#changedElsewhere());
+    document.addEventListener("keydown", (event) => this.#shortcut(event));
+    addEventListener("hashchange", () => this.#openFromAddress());
+    for (const radio of document.querySelectorAll("input[name=theme]")) {
+      radio.checked = radio.value === (document.documentElement.dataset.theme ?? "");
+      radio.addEventListener("change", () => setTheme(radio.value));
+    }
   }
+
+  async start() {
+    await this.#store.purge(Date.now() - DELETED_FOR_MS);
+    this.#show(this.#blank(), []);
+    await this.#openFromAddress();
+    await this.#showList();
+    if (!this.#store.lasting) this.#toast.show("This browser keeps nothing: your chats will be gone when you leave.");
+  }
+
+  // Chats
+
+  #blank() {
+    const now = Date.now();
+    const { model = this.#defaultModel, system = null, settings = {} } = this.#chat ?? {};
+    return {
+      id: newId(),
+      title: "New chat",
+      named: false,
+      created: now,
+      updated: now,
+      model,
+      system,
+      settings,
+      selected: {},
+      forgotten: null,
+      deleted: null,
+    };
+  }
+
+  #newChat() {
+    this.#show(this.#blank(), []);
+    history.pushState(null, "", location.pathname + location.search);
+    this.#showList();
+    this.#composer.focus();
+  }
+
+  async #openFromAddress() {
+    const id = new URLSearchParams(location.hash.slice(1)).get("chat");
+    if (id && id !== this.#chat.id) await this.#open(id);
+    else if (!id && this.#tree.size) this.#newChat();
+  }
+
+  async #open(id) {
+    if (id === this.#chat.id) return;
+    const run = this.#runs.get(id);
+    const chat = run?.chat ?? (await this.#store.chat(id));
+    if (!chat || chat.deleted) return;
+    this.#show(chat, run ? run.tree : await this.#store.messages(id));
+    this.#setAddress();
+    this.#showList();
+    const last = this.#tree.path().at(-1);
+    if (last?.state === "running" && !run) this.#resume(last);
+  }
+
+  /** Show a chat; what is being written in another one goes on. */
+  #show(chat, messages) {
+    this.#session?.close();
+    this.#session = null;
+    this.#chat = chat;
+    if (!this.#find(chat.model)) chat.model = this.#defaultModel; // imported, or not served any more
+    this.#tree = messages instanceof MessageTree ? messages : new MessageTree(messages, chat.selected);
+    this.#picker.choose(chat.model);
+    this.#showMessages();
+    this.#list.follow();
+    this.#settings.show(this.#model, chat.settings, chat.system);
+    if (chat.model !== this.#watched) this.#watchModel();
+    else this.#idle();
+  }
+
+  #setAddress() {
+    const address = `#chat=${this.#chat.id}`;
+    if (location.hash !== address) history.pushState(null, "", address);
+  }
+
+  async #showList() {
+    setText($("title"), this.#chat.title);
+    document.title = this.#tree.size ? `${this.#chat.title} · Petals Chat` : "Petals Chat";
+    this.#sidebar.show(await this.#store.chats(), this.#chat.id, new Set(this.#runs.keys()));
+  }
+
+  async #rename(id, title) {
+    const chat = this.#known(id) ?? (await this.#store.chat(id));
+    Object.assign(chat, { title, named: true });
+    await this.#store.putChat(chat);
+    await this.#showList();
+  }
+
+  async #remove(id) {
+    const chat = this.#known(id) ?? (await this.#store.chat(id));
+    this.#runs.get(id)?.stop();
+    chat.deleted = Date.now();
+    await this.#store.putChat(chat);
+    if (id === this.#chat.id) this.#newChat();
+    else await this.#showList();
+    this.#toast.show(`Deleted “${chat.title}”.`, {
+      undo: async () => {
+        chat.deleted = null;
+        await this.#store.putChat(chat);
+        await this.#open(id);
+        await this.#showList();
+      },
+      gone: () => this.#store.delete(id),
+    });
+  }
+
+  #known(id) {
+    return id === this.#chat.id ? this.#chat : this.#runs.get(id)?.chat;
+  }
+
+  async #export(id, format) {
+    const chats = id ? [await this.#store.chat(id)] : await this.#store.chats();
+    const all = await Promise.all(chats.map(async (chat) => ({ chat, messages: await this.#store.messages(chat.id) })));
+    const name = id ? chats[0].title.replace(/[^\p{L}\p{N} _-]+/gu, "").slice(0, TITLE_LENGTH).trim() || "chat" : "petals-chats";
+    const { toJson, toMarkdown } = await import("./transfer.js");
+    if (format === "md") download(`${name}.md`, "text/markdown", toMarkdown(all[0]));
+    else download(`${name}.json`, "application/json", toJson(all));
+  }
+
+  async #import(file) {
+    const { ImportError, parse } = await import("./transfer.js");
+    try {
+      if (file.size > MAX_FILE) throw new ImportError(`The file is larger than ${MAX_FILE / 2 ** 20} MiB.`);
+      const found = parse(await file.text());
+      for (const { chat, messages } of found) await this.#store.putAll(chat, messages);
+      this.#toast.show(`Imported ${count(found.length, "chat")}.`);
+      await this.#open(found[0].chat.id);
+      await this.#showList();
+    } catch (error) {
+      if (!(error instanceof ImportError)) console.error(error);
+      const reason = error instanceof ImportError ? error.message : "It could not be kept.";
+      this.#toast.show(`${file.name} was not imported. ${reason}`);
+    }
+  }
+
+  /** Another page of this browser has changed something. */
+  async #changedElsewhere() {
+    await this.#showList();
+    if (this.#runs.has(this.#chat.id) || !this.#tree.size) return;
+    const chat = await this.#store.chat(this.#chat.id);
+    if (!chat || chat.deleted) return;
+    this.#chat = chat;
+    this.#tree = new MessageTree(await this.#store.messages(chat.id), chat.selected);
+    this.#showMessages();
+    this.#idle();
+  }
+
+  async #change(changes) {
+    Object.assign(this.#chat, changes);
+    if (this.#tree.size) await this.#store.putChat(this.#chat);
+  }
+
+  // Models
 
   #find(name) {
     return this.#models.find((model) => model.name === name);
   }
 
-  get #maxLength() {
-    return Math.min(this.#model.max_length, SESSION_MAX_LENGTH);
+  get #model() {
+    return this.#find(this.#chat.model);
   }
 
-  #begin(phase) {
-    this.#phase = phase;
-    this.#stopping = false;
-    this.#task = new AbortController();
-    return this.#task.signal;
+  /** Tokens that the model can read at most. */
+  get #limit() {
+    return Math.max(this.#states.get(this.#chat.model)?.context_length ?? 0, this.#model.max_length);
   }
 
-  async #waitForModel() {
-    const signal = this.#begin("loading");
-    this.#view.show("loading", "Connecting…", false);
-    this.#view.placeholder("The model is loading");
+  /** The chat goes on with another model, which will read it from the beginning. */
+  async #selectModel(name) {
+    this.#runs.get(this.#chat.id)?.stop();
+    this.#session?.close();
+    this.#session = null;
+    this.#picker.choose(name);
+    await this.#change({ model: name });
+    this.#settings.show(this.#model, this.#chat.settings, this.#chat.system);
+    this.#watchModel();
+  }
+
+  async #watchModel() {
+    this.#watch.abort();
+    this.#watch = new AbortController();
+    this.#watched = this.#chat.model;
+    const { signal } = this.#watch;
+    this.#ready = false;
+    this.#idle();
+    this.#composer.show("loading", "Connecting…", false);
     let told = "loading";
     try {
-      for await (const { state, words } of readiness(this.#model.name, signal)) {
-        this.#view.show(DOWN.has(state) ? "error" : "loading", words, false);
-        if (state !== told) this.#view.announce(words); // not each step of the progress
+      for await (const { state, words } of readiness(this.#chat.model, signal)) {
+        if (!this.#run) this.#composer.show(DOWN.has(state) ? "error" : "loading", words, false);
+        if (state !== told) this.#announcer.say(words); // not each step of the progress
         told = state;
       }
     } catch (error) {
       if (signal.aborted) return;
       throw error;
     }
-    this.#idle("ready", "Ready");
+    this.#ready = true;
+    this.#idle();
+    await this.#picker.refresh();
   }
 
-  #idle(state, status) {
-    const { full } = this.#conversation;
-    this.#begin("idle");
-    this.#view.show(state, status, !full);
-    this.#view.placeholder(full ? "This chat is full" : "Write a message");
+  // Messages
+
+  /** What is being written in the chat that is shown. */
+  get #run() {
+    return this.#runs.get(this.#chat.id);
   }
 
-  #send(text) {
-    this.#conversation.ask(text);
-    this.#view.retireNotices();
-    this.#view.addQuestion(text);
-    this.#answer(this.#view.addAnswer(this.#model.title));
+  #showMessages() {
+    this.#list.show(this.#tree, this.#chat.forgotten);
+    this.#showTokens();
   }
 
-  #retry(answer) {
-    if (this.#phase !== "idle") return;
-    this.#conversation.retry();
-    answer.restart();
-    this.#view.focus();
-    this.#answer(answer);
+  #showTokens() {
+    this.#composer.tokens(positionOf(this.#tree.path()), this.#limit);
+  }
+
+  get #isFull() {
+    return positionOf(this.#tree.path()) >= this.#limit;
+  }
+
+  /** Nothing is written in the chat that is shown, or something is: let the page say so. */
+  #idle({ failed = false } = {}) {
+    const run = this.#run;
+    const full = !run && this.#isFull;
+    this.#composer.placeholder(full ? "This chat is full" : this.#ready ? "Write a message" : "The model is loading");
+    if (run) this.#composer.show("answering", run.words, false);
+    else if (failed) this.#composer.show("error", "The last answer failed", this.#ready && !full);
+    else if (this.#ready) this.#composer.show("ready", "Ready", !full);
+  }
+
+  async #send(text) {
+    if (this.#run) return;
+    const path = this.#tree.path();
+    if (!path.length) {
+      const title = text.replace(/\s+/g, " ").trim();
+      this.#chat.title = title.length > TITLE_LENGTH ? `${title.slice(0, TITLE_LENGTH).trimEnd()}…` : title;
+      this.#setAddress();
+    }
+    this.#list.follow();
+    await this.#ask(path.at(-1)?.id ?? null, text);
+  }
+
+  async #ask(parent, text) {
+    const question = this.#add({ parent, role: "user", text, state: "done" });
+    await this.#answer(question);
+  }
+
+  async #answer(question) {
+    const stats = { tokens: 0, events: [] };
+    const answer = this.#add({ parent: question.id, role: "assistant", text: "", state: "running", stopSequence: null, stats });
+    await this.#write(answer);
+  }
+
+  #add(fields) {
+    const message = { id: newId(), chat: this.#chat.id, created: Date.now(), ...fields };
+    if (message.role === "assistant") message.model = this.#chat.model;
+    this.#tree.add(message);
+    this.#store.putMessage(message).catch((error) => this.#notKept(error));
+    return message;
+  }
+
+  #notKept(error) {
+    console.error(error);
+    this.#toast.show("This browser has no room to keep your chats. Export them, and delete some.");
+  }
+
+  #regenerate(id) {
+    if (this.#run || !this.#ready) return;
+    this.#clearNotices();
+    this.#answer(this.#tree.get(this.#tree.get(id).parent));
+  }
+
+  /** Let the model write on where it ended or was cut off. */
+  #proceed(id) {
+    if (this.#run || !this.#ready) return;
+    this.#clearNotices();
+    const answer = this.#tree.get(id);
+    // Another model has its own way to end an answer.
+    Object.assign(answer, { state: "running", stopSequence: null, model: this.#chat.model, error: undefined });
+    this.#write(answer);
+  }
+
+  async #edit(id, text) {
+    if (this.#run) return;
+    const { parent, role, model } = this.#tree.get(id);
+    this.#clearNotices();
+    if (role === "user") {
+      if (!this.#ready) return;
+      await this.#ask(parent, text);
+      return;
+    }
+    this.#add({ parent, role, text, state: "done", stopSequence: null, model, stats: {} });
+    await this.#keepChat(this.#chat, this.#tree);
+    this.#showMessages();
+  }
+
+  #editLast() {
+    const question = this.#tree.path().findLast(({ role }) => role === "user");
+    if (question && !this.#run) this.#list.get(question.id).edit();
+  }
+
+  async #select(id) {
+    if (this.#run) return;
+    this.#tree.select(id);
+    await this.#keepChat(this.#chat, this.#tree);
+    this.#showMessages();
+    this.#idle();
+  }
+
+  async #keepChat(chat, tree) {
+    chat.selected = tree.selected;
+    chat.updated = Date.now();
+    await this.#store.putChat(chat).catch((error) => this.#notKept(error));
+  }
+
+  #clearNotices() {
+    for (const { id, role } of this.#tree.path()) if (role === "assistant") this.#list.get(id)?.clearNotice();
   }
 
   #stop() {
-    if (this.#phase !== "answering" || this.#stopping) return;
-    this.#stopping = true;
-    this.#view.stopping();
-    if (!this.#socket?.stop()) this.#task.abort();
+    const run = this.#run;
+    if (!run || run.stopping) return;
+    this.#composer.stopping();
+    run.stop();
   }
 
-  #newChat() {
-    this.#conversation = new Conversation(this.#model.chat);
-    this.#view.clear();
-    if (this.#phase === "loading") return;
-    this.#task.abort();
-    this.#disconnect();
-    this.#idle("ready", "Ready");
+  // Answers
+
+  /** Take up an answer that was running when the page was left. */
+  async #resume(answer) {
+    const { point } = answer;
+    const mine = await lock(answer.id);
+    if (!mine) return; // another window is writing it
+    mine.release();
+    if (point?.sessionId) {
+      await this.#write(answer, point);
+    } else {
+      // It was left before it began.
+      answer.state = "interrupted";
+      await this.#store.putMessage(answer);
+      this.#showMessages();
+      this.#idle();
+      this.#tell(answer, explain(new Interrupted()));
+    }
   }
 
-  /** The conversation goes on with the other model, which will read it from the beginning. */
-  #selectModel(name) {
-    this.#task.abort();
-    this.#disconnect();
-    this.#model = this.#find(name);
-    this.#conversation.reformat(this.#model.chat);
-    this.#view.retireNotices();
-    this.#waitForModel();
-  }
-
-  async #answer(view) {
-    const run = { view, conversation: this.#conversation, rate: new TokenRate(), signal: this.#begin("answering") };
-    this.#view.show("answering", "Answering…", false);
-    let failed = false;
+  async #write(answer, point = null) {
+    const session = this.#takeSession();
+    const run = new Run({ chat: this.#chat, tree: this.#tree, answer, session, model: this.#model });
+    this.#runs.set(run.chat.id, run);
+    const held = await lock(answer.id);
+    this.#keepChat(run.chat, run.tree).then(() => this.#showList());
+    this.#showMessages();
+    this.#clearNotices();
+    this.#idle();
+    let error = null;
     try {
-      this.#finish(run, await this.#stream(run));
-    } catch (error) {
-      failed = !this.#givenUp(run);
-      if (failed) this.#fail(run, error);
-      else this.#cutOff(run);
+      for await (const message of session.answer(this.#transcript(run), this.#parameters(run), {
+        signal: run.abort.signal,
+        position: positionOf(run.tree.pathTo(answer.id)),
+        point,
+      })) {
+        this.#take(run, message);
+      }
+    } catch (caught) {
+      error = caught;
     }
-    view.end();
-    if (run.signal !== this.#task.signal) return; // the page has gone on to something else
-    if (failed) this.#idle("error", "The last answer failed");
-    else this.#idle("ready", "Ready");
+    await this.#finish(run, error);
+    held?.release();
   }
 
-  #givenUp({ signal }) {
-    return signal.aborted || this.#stopping;
+  #takeSession() {
+    const session = this.#session;
+    this.#session = null;
+    if (session?.model === this.#chat.model) return session;
+    session?.close();
+    return new ChatSession(this.#model, { limit: this.#limit, pageToken: this.#pageToken });
   }
 
-  #finish({ view, conversation, rate }, last) {
-    conversation.finish(last);
-    view.meta(describe(rate, last.finish_reason === "cancelled"));
-    this.#view.announce(conversation.answer);
-    if (!conversation.full) return;
-    const limit = `This chat has reached its limit of ${count.format(this.#maxLength)} tokens.`;
-    view.notice(`${limit} Start a new chat to go on.`, "New chat", () => this.#newChat());
+  #transcript({ chat, tree, answer, model }) {
+    const path = tree.pathTo(answer.id);
+    const start = Math.max(0, path.findIndex(({ id }) => id === chat.forgotten));
+    return transcript(path.slice(start), model.chat, model.name, chat.system ?? undefined);
   }
 
-  /** The user gave the answer up and the server did not end it in good order. */
-  #cutOff({ view, conversation, rate, signal }) {
-    conversation.abandon();
-    view.meta(describe(rate, true));
-    if (signal === this.#task.signal) this.#disconnect();
-  }
-
-  #fail({ view, conversation }, error) {
-    if (!(error instanceof SocketError)) console.error(error);
-    conversation.fail({ refused: error instanceof RequestFailed });
-    this.#disconnect();
-    if (error.code === "too_long") view.notice(TOO_LONG, "New chat", () => this.#newChat());
-    else view.notice(explain(error), "Retry", () => this.#retry(view));
-  }
-
-  /** A session may have ended unnoticed since the last answer. Then ask once more, in a new session. */
-  async #stream(run) {
-    const reused = this.#socket?.isOpen;
-    try {
-      return await this.#receive(run);
-    } catch (error) {
-      if (!reused || run.conversation.answer || this.#givenUp(run)) throw error;
-      this.#disconnect();
-      return await this.#receive(run);
-    }
-  }
-
-  async #receive({ view, conversation, rate, signal }) {
-    if (!this.#socket?.isOpen) await this.#connect(signal);
-    let response;
-    for await (response of this.#socket.generate(this.#request(conversation.input()))) {
-      conversation.receive(response.outputs);
-      rate.add(response.token_count, performance.now());
-      view.append(response.outputs);
-      view.meta(describe(rate, false));
-    }
-    return response;
-  }
-
-  #request(inputs) {
-    const [stop, ...others] = this.#model.chat.stop;
-    // Rounds of one token: the answer arrives token by token.
+  #parameters({ chat, tree, model, answer }) {
+    const [stop, ...others] = model.chat.stop;
+    const { seed, ...settings } = samplingParameters(chat.settings);
+    // Rounds of one token: the answer arrives token by token. Another answer to the same question is to be another one.
     const streaming = { max_new_tokens: 1, stop_sequence: stop, extra_stop_sequences: others };
-    return { inputs, ...this.#model.generation, ...streaming };
+    const fixed = seed === undefined ? {} : { seed: seed + tree.siblings(answer.id).indexOf(answer.id) };
+    return { model_defaults: true, ...settings, ...fixed, ...streaming };
   }
 
-  async #connect(signal) {
-    this.#disconnect();
-    await this.#modelReady(signal);
-    const url = new URL("api/v2/generate", document.baseURI);
-    url.protocol = url.protocol.replace("http", "ws");
-    const socket = (this.#socket = new InferenceSocket(url));
-    signal.addEventListener("abort", () => socket.close());
-    await socket.open({ model: this.#model.name, maxLength: this.#maxLength, pageToken: this.#pageToken });
+  /** Take in what the server says. */
+  #take(run, message) {
+    const { answer } = run;
+    const view = this.#list.get(answer.id);
+    if (message.outputs !== undefined) {
+      answer.text += message.outputs;
+      answer.stopSequence = message.stop_sequence ?? null;
+      run.count(message);
+      view?.append(message.outputs);
+      view?.note("");
+      run.words = "Answering…";
+      if (view) this.#announcer.append(message.outputs);
+      if (run.isSlow) this.#sayWhy(run, view);
+      this.#keepSoon(run);
+      if (view && message.stop !== true) this.#composer.tokens(answer.stats.position ?? 0, this.#limit);
+    } else if (message.swarm) {
+      run.notice(message.swarm);
+      view?.showStats();
+      const { prefill } = message.swarm;
+      if (prefill) view?.note(`Reading: ${number(prefill.processed)} of ${number(prefill.total)} tokens`);
+    } else {
+      const words = message.status ?? placeInQueue(message.queue.position);
+      run.words = words;
+      view?.note(words);
+    }
+    if (run === this.#run && !run.stopping) this.#composer.status(run.words);
   }
 
-  async #modelReady(signal) {
-    const patientUntil = performance.now() + PATIENCE_MS;
-    for await (const { state, words } of readiness(this.#model.name, signal)) {
-      if (DOWN.has(state) && performance.now() > patientUntil) throw new ConnectionLost(`${words}.`);
-      this.#view.status(state === "ready" ? "Answering…" : words);
+  #sayWhy(run, view) {
+    run.saidWhy = true;
+    view?.notice(whySlow(run.rate.perSecond, run.answer.stats.route), ["How to add a machine", `${SWARM_PAGE}#add`]);
+  }
+
+  #keepSoon(run) {
+    run.answer.point = run.session.point;
+    run.keepTimer ||= setTimeout(() => {
+      run.keepTimer = 0;
+      this.#store.putMessage(run.answer).catch((error) => this.#notKept(error));
+    }, KEEP_MS);
+  }
+
+  async #finish(run, error) {
+    const { answer, chat } = run;
+    const givenUp = run.stopping || run.abort.signal.aborted;
+    clearTimeout(run.keepTimer);
+    answer.point = null;
+    answer.state = error && !givenUp ? stateAfter(error) : givenUp || answer.stats.reason === "cancelled" ? "stopped" : "done";
+    if (error) {
+      run.session.close();
+      answer.stopSequence = null;
+    }
+    this.#runs.delete(chat.id);
+    await this.#store.putMessage(answer).catch((failure) => this.#notKept(failure));
+    if (chat.id === this.#chat.id && chat.model === run.model.name) this.#session = run.session;
+    else run.session.close();
+    await this.#keepChat(chat, run.tree);
+    await this.#showList();
+    if (chat.id !== this.#chat.id) return;
+    this.#showMessages();
+    this.#list.get(answer.id)?.note("");
+    this.#announcer.end();
+    this.#idle({ failed: error && !givenUp });
+    if (error && !givenUp) this.#fail(run, error);
+    else if (this.#isFull) this.#offerRoom(answer, `The model can read ${number(this.#limit)} tokens, and this chat has reached that.`);
+  }
+
+  #fail({ answer }, error) {
+    if (!(error instanceof SocketError || error instanceof Interrupted)) console.error(error);
+    if (error.code === "too_long") {
+      this.#offerRoom(answer, `This chat has no room left for your message: the model can read ${number(this.#limit)} tokens.`);
+    } else {
+      this.#tell(answer, explain(error));
     }
   }
 
-  #disconnect() {
-    this.#socket?.close();
-    this.#socket = null;
-    this.#conversation.forget();
+  /** Say below an answer that it failed, and offer to try again. */
+  #tell(answer, words) {
+    const again = answer.text
+      ? ["Continue", () => this.#proceed(answer.id)]
+      : ["Retry", () => this.#regenerateInPlace(answer)];
+    this.#list.get(answer.id)?.notice(words, again);
+    this.#announcer.say(words);
+  }
+
+  /** Ask again what got no answer: it is no branch worth keeping. */
+  #regenerateInPlace(answer) {
+    if (this.#run || !this.#ready) return;
+    this.#clearNotices();
+    Object.assign(answer, { state: "running", text: "", stopSequence: null, model: this.#chat.model, stats: { tokens: 0, events: [] } });
+    this.#composer.focus();
+    this.#write(answer);
+  }
+
+  /** The context is full: say so, and let the user choose what to do. */
+  #offerRoom(answer, words) {
+    const from = forgetUpTo(this.#tree.path(), this.#limit);
+    const choices = [["New chat", () => this.#newChat()]];
+    if (from) choices.unshift(["Go on without the oldest messages", () => this.#forget(answer, from)]);
+    this.#list.get(answer.id)?.notice(words, ...choices);
+    this.#announcer.say(words);
+  }
+
+  async #forget(answer, from) {
+    for (const message of this.#tree.path()) if (message.stats) message.stats.position = 0;
+    await Promise.all(this.#tree.path().map((message) => this.#store.putMessage(message)));
+    await this.#change({ forgotten: from });
+    this.#clearNotices();
+    this.#showMessages();
+    this.#idle();
+    if (!answer.text) this.#regenerateInPlace(answer);
+    else this.#composer.focus();
+  }
+
+  // Keys
+
+  #shortcut(event) {
+    const { key } = event;
+    const control = (event.ctrlKey || event.metaKey) && !event.altKey && !event.shiftKey;
+    if (key === "Escape" && !document.querySelector("dialog[open]") && !event.defaultPrevented) {
+      this.#stop();
+    } else if (control && key.toLowerCase() === "k") {
+      event.preventDefault();
+      closeDialogs();
+      this.#newChat();
+    } else if (control && key === "/") {
+      event.preventDefault();
+      if ($("keys").open) $("keys").close();
+      else (closeDialogs(), $("keys").showModal());
+    }
   }
 }
 
-function describe(rate, stopped) {
-  const parts = [];
-  if (rate.tokens) parts.push(`${count.format(rate.tokens)} ${rate.tokens === 1 ? "token" : "tokens"}`);
-  if (rate.perSecond) parts.push(`${speed.format(rate.perSecond)} tokens/s`);
-  if (stopped) parts.push("stopped");
-  return parts.join(" · ");
+/** An answer that is being written. */
+class Run {
+  abort = new AbortController();
+  rate = new TokenRate();
+  stopping = false;
+  saidWhy = false;
+  keepTimer = 0;
+  words = "Answering…";
+  #began = performance.now();
+  #lostAt = null;
+
+  constructor({ chat, tree, answer, session, model }) {
+    Object.assign(this, { chat, tree, answer, session, model });
+    this.rate.tokens = answer.stats?.tokens ?? 0;
+    answer.stats ??= { tokens: 0 };
+    answer.stats.events ??= [];
+    delete answer.stats.reason;
+  }
+
+  /** Count a response. */
+  count({ token_count: tokens, position, finish_reason: reason }) {
+    const { stats } = this.answer;
+    const now = performance.now();
+    this.rate.add(tokens, now);
+    if (tokens) stats.firstToken ??= (now - this.#began) / 1000;
+    stats.tokens = this.rate.tokens;
+    stats.perSecond = this.rate.perSecond ?? stats.perSecond;
+    stats.position = position ?? stats.position;
+    if (reason) stats.reason = reason;
+  }
+
+  /** Note what the server tells of the swarm. */
+  notice({ route, lost }) {
+    const { stats } = this.answer;
+    if (lost) {
+      this.#lostAt ??= performance.now();
+      stats.events.push({ words: `Healing: ${serverName(lost)} with ${blocks(lost)} was lost. ${lost.reason}`, lost, healed: false });
+    }
+    if (!route) return;
+    stats.route = route;
+    if (this.#lostAt === null) return;
+    const seconds = ((performance.now() - this.#lostAt) / 1000).toFixed(1);
+    this.#lostAt = null;
+    for (const event of stats.events.filter(({ healed }) => !healed)) {
+      const now = route.filter(({ start, end }) => start < event.lost.end && end > event.lost.start);
+      event.healed = true;
+      event.words =
+        `Healed in ${seconds} s: ${serverName(event.lost)} with ${blocks(event.lost)} was lost, ` +
+        `${now.map(serverName).join(" and ")} took over. No token was lost.`;
+    }
+  }
+
+  get isSlow() {
+    return !this.saidWhy && this.rate.seconds > SLOW_AFTER && this.rate.perSecond < SLOW;
+  }
+
+  /** End it: in good order if the server can be asked to, else at once. */
+  stop() {
+    this.stopping = true;
+    if (!this.session.stop()) this.abort.abort();
+  }
 }
 
-function explain(error) {
-  if (!(error instanceof SocketError)) return "Something went wrong in this page.";
-  if (!(error instanceof RequestFailed)) return error.message;
-  return `The server says: ${error.message}` + (error.requestId ? ` (request ${error.requestId})` : "");
+/** Tokens of the context that a chat has used. */
+function positionOf(path) {
+  return path.findLast(({ stats }) => stats?.position)?.stats.position ?? 0;
 }
 
-new Chat(pageConfig());
+function stateAfter(error) {
+  if (error instanceof Interrupted) return "interrupted";
+  return error instanceof RequestFailed && REFUSALS.has(error.code) ? "refused" : "failed";
+}
+
+function placeInQueue(position) {
+  return position === 1 ? "In the queue: you are next" : `In the queue: ${count(position - 1, "other")} before you`;
+}
+
+function closeDialogs() {
+  for (const dialog of document.querySelectorAll("dialog[open]")) dialog.close();
+}
+
+function setTheme(theme) {
+  if (theme) document.documentElement.dataset.theme = theme;
+  else delete document.documentElement.dataset.theme;
+  try {
+    if (theme) localStorage.setItem("theme", theme);
+    else localStorage.removeItem("theme");
+  } catch (error) {
+    console.warn("This browser lets the page keep nothing.", error);
+  }
+}
+
+function download(name, type, text) {
+  const url = URL.createObjectURL(new Blob([text], { type }));
+  const link = Object.assign(document.createElement("a"), { href: url, download: name });
+  link.click();
+  URL.revokeObjectURL(url);
+}
+
+/**
+ * Have an answer for this window alone.
+ *
+ * @returns {Promise<{release: () => void} | null>} null: another window has it
+ */
+async function lock(name) {
+  if (!navigator.locks) return { release() {} }; // on http: pages of other machines do without
+  return new Promise((resolve) => {
+    const held = () => new Promise((release) => resolve({ release }));
+    navigator.locks.request(name, { signal: AbortSignal.timeout(LOCK_MS) }, held).catch(() => resolve(null));
+  });
+}
+
+const app = new App(pageConfig(), await openStore());
+await app.start();

@@ -1,5 +1,7 @@
 /** Whether a model can answer, as GET /readyz tells it. Knows nothing of the page. */
 
+import { pause } from "./pause.js";
+
 const POLL_MS = 2_000;
 const PROBE_LIMIT_MS = 5_000;
 
@@ -38,12 +40,4 @@ async function probe(model, signal) {
     signal.throwIfAborted();
     return { state: "unreachable", words: WORDS.unreachable };
   }
-}
-
-function pause(ms, signal) {
-  return new Promise((resolve, reject) => {
-    const abort = () => (clearTimeout(timer), reject(signal.reason));
-    const timer = setTimeout(() => (signal.removeEventListener("abort", abort), resolve()), ms);
-    signal.addEventListener("abort", abort, { once: true });
-  });
 }

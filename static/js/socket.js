@@ -3,10 +3,11 @@
 const OPEN_LIMIT_MS = 60_000; // connecting and opening the session
 const RESPONSE_LIMIT_MS = 300_000; // one response: a long prompt in a slow swarm takes minutes
 const STOP_LIMIT_MS = 10_000; // the end of an answer after `stop`
+const DONE = 1000; // the close code that lets the server end the session: RFC 6455, section 7.4.1
 
 /**
  * SocketError
- *  ├─ ConnectionLost   the connection closed or never opened; the session is gone
+ *  ├─ ConnectionLost   the connection closed or never opened
  *  ├─ ResponseTimeout  the server kept silent for too long; the connection is closed
  *  └─ RequestFailed    the server answered that it could not do it
  */
@@ -32,8 +33,8 @@ export class RequestFailed extends SocketError {
 export class InferenceSocket {
   #url;
   #socket = null;
-  #responses = []; // arrived and not asked for yet
-  #waiter = null; // the one who asked for a response that has not arrived
+  #messages = []; // arrived and not asked for yet
+  #waiter = null; // the one who asked for a message that has not arrived
   #failure = null; // why the connection is no more
   #generating = false;
   #stopTimer = 0;
@@ -47,15 +48,43 @@ export class InferenceSocket {
     return this.#failure === null && this.#socket?.readyState === WebSocket.OPEN;
   }
 
-  /** Connect and open the session. `maxLength` is in tokens, prefix included. Throws SocketError; then it is closed. */
-  async open({ model, maxLength, pageToken }) {
+  /**
+   * Connect and open a session that outlives the connection for a while.
+   *
+   * @param {{model: string, maxLength: number, pageToken: string}} options `maxLength` in tokens, prefix included
+   * @param {(message: object) => void} onUpdate told the place in the queue
+   * @returns {Promise<{session_id: string, resume_timeout: number}>}
+   * @throws {SocketError} then it is closed
+   */
+  open({ model, maxLength, pageToken }, onUpdate) {
+    const request = { type: "open_inference_session", model, max_length: maxLength, page_token: pageToken, resumable: true };
+    return this.#begin(request, onUpdate);
+  }
+
+  /**
+   * Connect and take up a session whose connection was lost; `responses` yields the rest of its last answer.
+   *
+   * @param {{sessionId: string, received: number, pageToken: string}} options `received`: responses that are here already
+   * @returns {Promise<{answers: number, responses: number}>} how many answers the session has begun, and how far the
+   *   last one is
+   * @throws {SocketError} then it is closed
+   */
+  resume({ sessionId, received, pageToken }, onUpdate) {
+    const request = { type: "resume_inference_session", session_id: sessionId, received, page_token: pageToken };
+    return this.#begin(request, onUpdate);
+  }
+
+  async #begin(request, onUpdate) {
     this.#socket = new WebSocket(this.#url);
-    const request = { type: "open_inference_session", model, max_length: maxLength, page_token: pageToken };
-    this.#socket.onopen = () => this.#send(request);
+    this.#socket.onopen = () => this.#send({ ...request, queue_updates: true, swarm_updates: true });
     this.#socket.onmessage = ({ data }) => this.#deliver(data);
     this.#socket.onclose = () => this.#end(new ConnectionLost("The connection to the server was lost."));
     try {
-      await this.#receive(OPEN_LIMIT_MS);
+      for (;;) {
+        const message = await this.#receive(OPEN_LIMIT_MS);
+        if (!message.queue) return message;
+        onUpdate(message);
+      }
     } catch (error) {
       this.close();
       throw error;
@@ -63,19 +92,24 @@ export class InferenceSocket {
   }
 
   /**
-   * Generate with the parameters of the protocol's `generate`; yields its responses, the last one with `stop: true`.
-   * Throws SocketError. Leaving the iteration early closes the connection, for the rest of the answer would be taken
-   * for the next one.
+   * Generate with the parameters of the protocol's `generate`; yields its responses, the last one with `stop: true`, and
+   * between them what there is to tell of the queue and the swarm. Throws SocketError. Leaving the iteration early closes
+   * the connection, for the rest of the answer would be taken for the next one.
    */
-  async *generate(parameters) {
+  generate(parameters) {
+    return this.responses({ type: "generate", ...parameters });
+  }
+
+  /** Yields the responses to a request, or, without one, those of the answer that was taken up. See `generate`. */
+  async *responses(request = null) {
     if (this.#generating) throw new Error("An answer is running; one session generates one at a time.");
     this.#generating = true;
     let ended = false;
     try {
-      this.#send({ type: "generate", ...parameters });
+      if (request) this.#send(request);
       while (!ended) {
         const response = await this.#receive(RESPONSE_LIMIT_MS);
-        ended = response.stop;
+        ended = response.stop ?? false;
         yield response;
       }
     } catch (error) {
@@ -90,7 +124,7 @@ export class InferenceSocket {
 
   /** End the running answer soon; its last response says so. Returns false if no answer is running. */
   stop() {
-    if (!this.#generating) return false;
+    if (!this.#generating || !this.isOpen) return false;
     this.#send({ type: "stop" });
     clearTimeout(this.#stopTimer);
     this.#stopTimer = setTimeout(() => this.#endLate("end the answer", STOP_LIMIT_MS), STOP_LIMIT_MS);
@@ -99,7 +133,7 @@ export class InferenceSocket {
 
   /** Close the connection and with it the session. May be called at any time, and twice. */
   close() {
-    this.#responses.length = 0;
+    this.#messages.length = 0;
     this.#end(new ConnectionLost("The connection was closed."));
   }
 
@@ -109,21 +143,21 @@ export class InferenceSocket {
 
   #deliver(data) {
     if (this.#failure) return;
-    let response;
+    let message;
     try {
-      response = JSON.parse(data);
+      message = JSON.parse(data);
     } catch {
       this.#end(new ConnectionLost("The server sent something that is not part of the protocol."));
       return;
     }
-    if (this.#waiter) this.#settle((waiter) => waiter.resolve(response));
-    else this.#responses.push(response);
+    if (this.#waiter) this.#settle((waiter) => waiter.resolve(message));
+    else this.#messages.push(message);
   }
 
   async #receive(limitMs) {
-    const response = this.#responses.shift() ?? (await this.#arrival(limitMs));
-    if (!response.ok) throw new RequestFailed(response);
-    return response;
+    const message = this.#messages.shift() ?? (await this.#arrival(limitMs));
+    if (!message.ok) throw new RequestFailed(message);
+    return message;
   }
 
   #arrival(limitMs) {
@@ -148,7 +182,7 @@ export class InferenceSocket {
   #end(failure) {
     if (this.#failure) return;
     this.#failure = failure;
-    this.#socket?.close();
+    this.#socket?.close(DONE);
     if (this.#waiter) this.#settle((waiter) => waiter.reject(failure));
   }
 }

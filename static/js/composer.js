@@ -1,0 +1,95 @@
+/** Where messages are written. */
+
+import { $, setText } from "./dom.js";
+import { number } from "./words.js";
+
+const NEARLY_FULL = 0.9; // of the context: time to think of what is to be left out
+
+export class Composer {
+  #prompt = $("prompt");
+  #canSend = false;
+
+  /** @param {{send(text: string): void, stop(): void, editLast(): void}} actions */
+  constructor({ send, stop, editLast }) {
+    const submit = (text) => (send(text), this.focus());
+    const submitPrompt = () => {
+      const text = this.#prompt.value.trim();
+      if (!this.#canSend || !text) return;
+      this.#prompt.value = "";
+      this.#changed();
+      submit(text);
+    };
+    $("composer").addEventListener("submit", (event) => (event.preventDefault(), submitPrompt()));
+    this.#prompt.addEventListener("input", () => this.#changed());
+    this.#prompt.addEventListener("keydown", (event) => {
+      // While an input method composes a character, Enter chooses it.
+      if (event.isComposing) return;
+      if (event.key === "Enter" && !event.shiftKey) {
+        event.preventDefault();
+        submitPrompt();
+      } else if (event.key === "ArrowUp" && !this.#prompt.value) {
+        event.preventDefault();
+        editLast();
+      }
+    });
+    $("stop").addEventListener("click", () => (stop(), this.focus()));
+    for (const example of document.querySelectorAll(".example")) {
+      example.addEventListener("click", () => this.#canSend && submit(example.textContent));
+    }
+  }
+
+  /**
+   * @param {"loading" | "ready" | "answering" | "error"} state
+   * @param {string} status the same in words
+   * @param {boolean} canSend whether a message can be sent
+   */
+  show(state, status, canSend) {
+    const answering = state === "answering";
+    document.body.dataset.state = state;
+    setText($("status"), status);
+    this.#canSend = canSend;
+    $("send").hidden = answering;
+    $("stop").hidden = !answering;
+    $("stop").disabled = false;
+    this.#updateSend();
+  }
+
+  status(text) {
+    setText($("status"), text);
+  }
+
+  /** Show that the wish to stop was heard; the answer may take a moment to end. */
+  stopping() {
+    $("stop").disabled = true;
+    setText($("status"), "Stopping…");
+  }
+
+  placeholder(text) {
+    this.#prompt.placeholder = text;
+  }
+
+  /** How much of the context is used, in tokens. */
+  tokens(used, limit) {
+    $("tokens").hidden = !used || !limit;
+    $("meter").max = limit || 1;
+    $("meter").value = used;
+    $("tokens").classList.toggle("nearly-full", used >= limit * NEARLY_FULL);
+    setText($("count"), `${number(used)} of ${number(limit)} tokens`);
+  }
+
+  focus() {
+    // Where fingers are used, the focus would bring up a keyboard over half of the answer.
+    if (matchMedia("(pointer: fine)").matches) this.#prompt.focus();
+  }
+
+  #changed() {
+    this.#prompt.style.height = "auto";
+    this.#prompt.style.height = `${this.#prompt.scrollHeight}px`;
+    this.#updateSend();
+  }
+
+  #updateSend() {
+    $("send").disabled = !this.#canSend || !this.#prompt.value.trim();
+    for (const example of document.querySelectorAll(".example")) example.disabled = !this.#canSend;
+  }
+}

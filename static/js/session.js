@@ -1,0 +1,248 @@
+/**
+ * A chat's inference session on the server, which the chat outlives: it is opened when it is needed, made longer when it
+ * is full, taken up again when the connection was lost, and replaced when it is gone. Knows nothing of the page.
+ */
+
+import { pause } from "./pause.js";
+import { readiness } from "./readiness.js";
+import { ConnectionLost, InferenceSocket, RequestFailed, ResponseTimeout } from "./socket.js";
+
+const PATIENCE_MS = 20_000; // with a model that has failed, or a server that cannot be reached, before an answer begins
+const RESUME_PATIENCE_MS = 60_000; // with a lost connection: as long as the server keeps an answer by default
+const RETRY_MS = 500; // between two tries to connect anew
+const ROOM = 512; // tokens that a new session has left for an answer at least, where the model allows it
+const CHARACTERS_PER_TOKEN = 3; // about; it is checked by the server
+const DOWN = new Set(["failed", "unreachable"]); // states of a model that may never become ready
+
+/** The answer was running when the page was left, and the server has not kept it. */
+export class Interrupted extends Error {
+  name = "Interrupted";
+}
+
+export class ChatSession {
+  #url;
+  #model;
+  #limit;
+  #pageToken;
+  #socket = null;
+  #sessionId = null;
+  #answers = 0; // begun in this session
+  #received = 0; // responses of the last one that have arrived
+  #held = ""; // what stands in the session's context
+  #before = null; // the same before the last request, if it is known
+  #length = 0; // tokens that the session takes
+
+  /**
+   * @param {{name: string, max_length: number}} model `max_length`: tokens of a session to begin with
+   * @param {{limit: number, pageToken: string}} options `limit`: tokens that a session of this model may have at most
+   */
+  constructor(model, { limit, pageToken }) {
+    this.#model = model;
+    this.#limit = Math.max(limit, model.max_length);
+    this.#pageToken = pageToken;
+    this.#url = new URL("api/v2/generate", document.baseURI);
+    this.#url.protocol = this.#url.protocol.replace("http", "ws");
+  }
+
+  get model() {
+    return this.#model.name;
+  }
+
+  /** Where the running answer can be taken up by another page: see `answer`. */
+  get point() {
+    return { sessionId: this.#sessionId, answers: this.#answers, received: this.#received, length: this.#length };
+  }
+
+  /**
+   * Let the model go on from a transcript.
+   *
+   * Yields the server's messages: responses ({outputs, token_count, position, stop, ...}), {queue: {position}} and
+   * {swarm: {route | lost | prefill}}; and, while there is no connection, {status: words}. If the connection is lost the
+   * answer goes on by itself, from where it is; the text that was yielded stays valid.
+   *
+   * @param {string} transcript what the model is to read, up to where it goes on
+   * @param {object} parameters of the protocol's `generate`
+   * @param {object} options
+   * @param {AbortSignal} options.signal gives the answer up
+   * @param {number} [options.position] about how many tokens the transcript has
+   * @param {object | null} [options.point] where a page before this one left the answer, whose text so far ends the
+   *   transcript
+   * @throws {import("./socket.js").SocketError | Interrupted}
+   */
+  async *answer(transcript, parameters, { signal, position = 0, point = null }) {
+    const run = { transcript, parameters, signal, position, text: "", isNew: point === null, again: false };
+    let how = point ? "resume" : "generate";
+    if (point) this.#restore(point, transcript);
+    let patientUntil = performance.now() + RESUME_PATIENCE_MS;
+    signal.addEventListener("abort", () => this.close(), { once: true });
+    for (;;) {
+      try {
+        const messages = how === "resume" ? this.#resume(run) : this.#generate(run);
+        for await (const message of messages) {
+          patientUntil = performance.now() + RESUME_PATIENCE_MS;
+          if (this.#isFull(message)) {
+            yield { ...message, stop: false, finish_reason: undefined };
+            break;
+          }
+          yield message;
+          if (message.stop) return;
+        }
+        this.#grow();
+        how = "generate";
+      } catch (error) {
+        signal.throwIfAborted();
+        how = this.#wayOn(error, run);
+        if (how === null || performance.now() > patientUntil) throw error;
+        if (!(error instanceof RequestFailed)) {
+          yield { status: "The connection was lost; connecting again…" };
+          await pause(RETRY_MS, signal);
+        }
+      }
+    }
+  }
+
+  /** End the running answer soon. Returns false if that cannot be asked of the server. */
+  stop() {
+    return this.#socket?.stop() ?? false;
+  }
+
+  /** Let the session go. May be called at any time, and twice. */
+  close() {
+    this.#socket?.close();
+    this.#socket = null;
+    this.#sessionId = null;
+    this.#held = "";
+  }
+
+  /** What to do after a failure; null: nothing helps. */
+  #wayOn(error, run) {
+    if (error instanceof RequestFailed) {
+      this.close();
+      if (error.code === "too_long" && this.#length < this.#limit) {
+        this.#grow();
+        return "generate";
+      }
+      if (error.code !== "session_not_found" || run.again) return null;
+      // It has ended while nobody looked: the same is asked of a new one, but for what a page before this one asked,
+      // which may be long ago.
+      if (!run.isNew && !run.text) throw new Interrupted("The answer was interrupted.");
+      run.again = true;
+      return "generate";
+    }
+    if (error instanceof ConnectionLost || error instanceof ResponseTimeout) {
+      this.#socket = null;
+      return this.#sessionId ? "resume" : "generate";
+    }
+    return null;
+  }
+
+  async *#generate(run) {
+    const { transcript, parameters, signal, position, text } = run;
+    const whole = transcript + text;
+    if (!this.#socket?.isOpen || !whole.startsWith(this.#held)) yield* this.#open(whole, position, signal);
+    const inputs = whole.slice(this.#held.length);
+    this.#before = this.#held;
+    this.#held = whole;
+    this.#answers += 1;
+    this.#received = 0;
+    yield* this.#follow(run, this.#socket.generate({ inputs, ...parameters }));
+  }
+
+  async *#resume(run) {
+    yield* this.#ready(run.signal);
+    const socket = (this.#socket = new InferenceSocket(this.#url));
+    const updates = [];
+    const options = { sessionId: this.#sessionId, received: this.#received, pageToken: this.#pageToken };
+    const { answers } = await socket.resume(options, (update) => updates.push(update));
+    yield* updates;
+    if (answers < this.#answers) {
+      // The request was lost with the connection.
+      this.#answers = answers;
+      if (this.#before === null) this.close();
+      else this.#held = this.#before;
+      yield* this.#generate(run);
+    } else {
+      yield* this.#follow(run, socket.responses());
+    }
+  }
+
+  async *#follow(run, messages) {
+    for await (const message of messages) {
+      if (message.outputs !== undefined) {
+        this.#received += 1;
+        run.text += message.outputs;
+        this.#held += message.outputs + (message.stop_sequence ?? "");
+        run.position = message.position ?? run.position;
+      }
+      yield message;
+    }
+  }
+
+  async *#open(whole, position, signal) {
+    this.close();
+    yield* this.#ready(signal);
+    const needed = Math.max(position, whole.length / CHARACTERS_PER_TOKEN) + ROOM;
+    this.#length ||= this.#model.max_length;
+    while (this.#length < this.#limit && this.#length < needed) this.#grow();
+    const socket = (this.#socket = new InferenceSocket(this.#url));
+    const updates = new Updates();
+    const options = { model: this.#model.name, maxLength: this.#length, pageToken: this.#pageToken };
+    const opening = socket.open(options, (update) => updates.push(update)).finally(() => updates.end());
+    yield* updates;
+    this.#sessionId = (await opening).session_id;
+    this.#answers = 0;
+  }
+
+  #restore({ sessionId, answers, received, length }, transcript) {
+    this.close();
+    this.#sessionId = sessionId;
+    this.#answers = answers;
+    this.#received = received;
+    this.#length = length;
+    this.#held = transcript;
+    this.#before = null;
+  }
+
+  /** Whether an answer has ended because the session, but not the model's context, is full. */
+  #isFull({ finish_reason: reason, position }) {
+    return reason === "length" && position >= this.#length && this.#length < this.#limit;
+  }
+
+  /** Let the next session be longer. Twice as long: each one reads all that is before it anew. */
+  #grow() {
+    this.close();
+    this.#length = Math.min(2 * this.#length, this.#limit);
+  }
+
+  async *#ready(signal) {
+    const patientUntil = performance.now() + PATIENCE_MS;
+    for await (const { state, words } of readiness(this.#model.name, signal)) {
+      if (DOWN.has(state) && performance.now() > patientUntil) throw new ConnectionLost(`${words}.`);
+      if (state !== "ready") yield { status: words };
+    }
+  }
+}
+
+/** What comes one by one from a callback, as an iteration. */
+class Updates {
+  #items = [];
+  #ended = false;
+  #wake = () => {};
+
+  push(item) {
+    this.#items.push(item);
+    this.#wake();
+  }
+
+  end() {
+    this.#ended = true;
+    this.#wake();
+  }
+
+  async *[Symbol.asyncIterator]() {
+    while (!this.#ended || this.#items.length) {
+      if (this.#items.length) yield this.#items.shift();
+      else await new Promise((resolve) => (this.#wake = resolve));
+    }
+  }
+}
