@@ -69,7 +69,8 @@ def static_file(filename: str) -> Response:
     response = Response(text, content_type=f"{content_type}; charset=utf-8")
     response.headers["Cache-Control"] = "no-cache"  # ask each time whether it has changed
     response.add_etag()
-    return response.make_conditional(request)
+    response.make_conditional(request)
+    return response
 
 
 @functools.lru_cache(maxsize=256)  # more than there are files
