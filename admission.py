@@ -4,6 +4,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from swarm.errors import Cancelled
 
@@ -17,6 +18,13 @@ class QueueFull(Exception):
 
 class WaitedTooLong(Exception):
     """No place became free in time."""
+
+
+@dataclass(eq=False)
+class _Ticket:
+    """Somebody who waits."""
+
+    present: Callable[[], bool]  # whether they are still there to be served
 
 
 class FairQueue:
@@ -33,7 +41,7 @@ class FairQueue:
         self.max_waiting = max_waiting
         self.timeout = timeout
         self._taken = 0
-        self._waiting: deque[object] = deque()
+        self._waiting: deque[_Ticket] = deque()
         self._changed = threading.Condition()
 
     def take(
@@ -43,16 +51,18 @@ class FairQueue:
         cancelled: Callable[[], bool] | None = None,
         on_position: Callable[[int], None] | None = None,
         make_room: Callable[[], None] | None = None,
+        present: Callable[[], bool] = lambda: True,
     ) -> None:
         """Take a place, waiting for one if need be; it must be given back.
 
         :param patient: wait even if too many do already
         :param cancelled: looked at while waiting; ends it when it returns true
         :param on_position: told the place in the queue, 1 for the next one, whenever it changes
+        :param present: whether who waits is still there; see ``awaited``. Called under the queue's lock
         :param make_room: called, without any lock, while no place is free; may give places back
         :raises QueueFull, WaitedTooLong, Cancelled: if there is no place
         """
-        ticket, deadline, told = object(), time.monotonic() + self.timeout, 0
+        ticket, deadline, told = _Ticket(present), time.monotonic() + self.timeout, 0
         if self._full() and make_room is not None:
             make_room()
         with self._changed:
@@ -84,11 +94,17 @@ class FairQueue:
                 self._changed.notify_all()
             raise
 
+    @property
+    def awaited(self) -> bool:
+        """Whether somebody waits who is there."""
+        with self._changed:
+            return any(ticket.present() for ticket in self._waiting)
+
     def _full(self) -> bool:
         with self._changed:
             return self._taken >= self.places
 
-    def _try_take(self, ticket: object) -> bool:
+    def _try_take(self, ticket: _Ticket) -> bool:
         with self._changed:
             if self._waiting[0] is not ticket or self._taken >= self.places:
                 return False
@@ -97,7 +113,7 @@ class FairQueue:
             self._changed.notify_all()
             return True
 
-    def _position(self, ticket: object) -> int:
+    def _position(self, ticket: _Ticket) -> int:
         with self._changed:
             return self._waiting.index(ticket) + 1
 

@@ -161,6 +161,7 @@ class Settings:
     WARM_TOKENS: int = 32_768  # tokens of attention cache that they may hold together; a chat holds 2048
     WARM_TIMEOUT: float = 240.0  # seconds; stock servers end sessions that are idle for 300
     REQUEST_TIMEOUT: float = 600.0  # seconds a request may wait for its session to be free
+    RESUME_TIMEOUT: float = 60.0  # seconds a resumable session, and an answer in it, goes on without its connection
     SEND_TIMEOUT: float = 30.0  # seconds a WebSocket client may take no data before it is given up
     MAX_BODY_BYTES: int = 1_048_576  # bytes of a request body or WebSocket message
     # Who may use it

@@ -42,6 +42,8 @@ class InferenceSession:
     last_used: float = 0.0  # the registry's clock; guarded by the registry's lock
     kept: bool = False  # whether it outlives its timeout, without its attention cache, until its place is needed
     parked: bool = False  # whether its attention cache was freed by the timeout; guarded by the registry's lock
+    outbox: Any = None  # where the answers of a session go that may outlive its connection
+    detached_since: float | None = None  # since when it is without one, registry's clock; guarded by its lock
     closing: bool = False  # to be closed by its last user; guarded by the registry's lock
 
     def generate(self, params: GenerationParams, cancelled: Callable[[], bool]) -> Iterator[Chunk]:
@@ -62,6 +64,11 @@ class InferenceSession:
             defaults=self.model.generation_config,
             cancelled=cancelled,
         )
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompts and answers."""
+        return len(self.session.token_ids)
 
     def recall(self, token_ids: list[int]) -> list[int]:
         """If these tokens, or the first of them, were computed for a kept session, go on from there.
@@ -113,6 +120,7 @@ class InferenceSessions:
         *,
         max_waiting: int = 0,
         queue_timeout: float = 0.0,
+        resume_timeout: float = 0.0,
         memory: SessionMemory | None = None,
     ) -> None:
         """Make an empty registry.
@@ -122,10 +130,12 @@ class InferenceSessions:
         :param clock: returns seconds; tests bring their own
         :param max_waiting: how many may wait for a session to be closed when all are taken
         :param queue_timeout: seconds that each of them may wait
+        :param resume_timeout: seconds after which a session that has lost its connection is closed
         :param memory: keeps sessions that have ended; default: none are kept
         """
         self.memory = SessionMemory(0, 0, 0.0) if memory is None else memory
         self.timeout = timeout
+        self.resume_timeout = resume_timeout
         self._clock = clock
         self._lock = threading.Lock()
         self._sessions: dict[str, InferenceSession] = {}
@@ -145,6 +155,11 @@ class InferenceSessions:
     @max_sessions.setter
     def max_sessions(self, value: int) -> None:
         self._places.places = value
+
+    @property
+    def awaited(self) -> bool:
+        """Whether somebody waits for a session to be closed."""
+        return self._places.awaited
 
     def open(
         self,
@@ -202,15 +217,42 @@ class InferenceSessions:
             raise ShuttingDown("the server is shutting down and opens no new sessions")
 
     def _make_room(self) -> None:
-        """When all places are taken: close what has expired, or else the parked session unused for longest."""
+        """When all places are taken: close what has expired, or else one whose client has left, or is away for long."""
         self.expire()
         with self._lock:
             parked = [entry for entry in self._sessions.values() if entry.parked and entry.users == 0]
-            if not parked or len(self._sessions) < self.max_sessions:
+            entry = self._longest_left() or min(parked, key=lambda entry: entry.last_used, default=None)
+            if entry is None or len(self._sessions) < self.max_sessions:
                 return
-            entry = min(parked, key=lambda entry: entry.last_used)
+            entry.remembered = entry.detached_since is not None
             self._remove(entry)
         self._close(entry)
+
+    def _longest_left(self, model: str | None = None) -> InferenceSession | None:
+        """Under the lock: of the unused sessions without a connection, the one that has lost it first."""
+        left = [
+            (entry.detached_since, number, entry)
+            for number, entry in enumerate(self._sessions.values())
+            if entry.detached_since is not None and entry.users == 0 and model in (None, entry.model.name)
+        ]
+        return min(left)[2] if left else None
+
+    def free_cache(self, model: str, tokens: int) -> bool:
+        """Close sessions of a model to free so many tokens of attention cache on its servers. Does not wait.
+
+        Those of finished answers go first, then those without a connection.
+
+        :returns: whether there were any
+        """
+        if self.memory.make_room(model, tokens):
+            return True
+        with self._lock:
+            entry = self._longest_left(model)
+            if entry is None:
+                return False
+            self._remove(entry)
+        self._close(entry)
+        return True
 
     def _remove(self, entry: InferenceSession) -> None:
         """Take a session out of the registry, under the lock; its last user, or ``_close``, ends it."""
@@ -306,6 +348,33 @@ class InferenceSessions:
             with contextlib.suppress(SessionNotFound):
                 self.close(session_id, remember=remember and rows == 1)
 
+    def find(self, session_id: str, owner: str | None = None) -> InferenceSession:
+        """Return a session without using it: only for what never changes in it, or may be read at any time.
+
+        :param owner: who asks; others' sessions are not found. None: whoever it is
+        :raises SessionNotFound: if there is no such session
+        """
+        with self._lock:
+            return self._find(session_id, owner)
+
+    def detach(self, session_id: str) -> None:
+        """A session has lost its connection; it is closed if it is not attached to another one in time.
+
+        :raises SessionNotFound: if there is no such session
+        """
+        with self._lock:
+            self._find(session_id, None).detached_since = self._clock()
+
+    def attach(self, session_id: str) -> None:
+        """A session has a connection again.
+
+        :raises SessionNotFound: if there is no such session
+        :raises ShuttingDown: if the program is ending
+        """
+        self._check_open()
+        with self._lock:
+            self._find(session_id, None).detached_since = None
+
     def close(self, session_id: str, *, owner: str | None = None, remember: bool = False) -> None:
         """Close a session: at once, or when those who use it are done. Does not wait.
 
@@ -322,9 +391,19 @@ class InferenceSessions:
             self._close(entry)
 
     def expire(self) -> int:
-        """Close, or park, the sessions that nobody has used for ``timeout`` seconds; return how many."""
+        """Close, or park, what was unused for ``timeout`` seconds, or is without its connection; return how many."""
         with self._lock:
             now = self._clock()
+            left = [
+                entry
+                for entry in self._sessions.values()
+                if entry.users == 0
+                and entry.detached_since is not None
+                and now - entry.detached_since >= self.resume_timeout
+            ]
+            for entry in left:
+                entry.remembered = True
+                self._remove(entry)
             expired = [
                 entry
                 for entry in self._sessions.values()
@@ -335,6 +414,7 @@ class InferenceSessions:
                     entry.parked = True
                 else:
                     self._remove(entry)
+        expired += left
         for entry in expired:
             if entry.closing:
                 self._close(entry)
@@ -361,7 +441,9 @@ class InferenceSessions:
 
     def _expire_forever(self) -> None:
         # A session lives at most a tenth longer than its timeout; a look every tenth of a second would be waste.
-        timeout = min(self.timeout, self.memory.timeout or self.timeout)
+        timeout = min(
+            self.timeout, self.memory.timeout or self.timeout, *([self.resume_timeout] if self.resume_timeout else [])
+        )
         while not self._stop.wait(max(0.1, timeout / 10)):
             self.expire()
             self.memory.expire()

@@ -74,6 +74,11 @@ def parse_generation(values: Mapping[str, Any]) -> GenerationParams:
     return params
 
 
+def with_defaults(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parameters with those that are not given, or given as nothing, from ``defaults``."""
+    return {**defaults, **{name: value for name, value in values.items() if value is not None and value != ""}}
+
+
 def require_int(values: Mapping[str, Any], name: str, *, minimum: int) -> int:
     """Read a whole number that must be there."""
     value = get_int(values, name, minimum=minimum)

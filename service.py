@@ -39,9 +39,10 @@ class Service:
             settings.SESSION_TIMEOUT,
             max_waiting=settings.MAX_QUEUE,
             queue_timeout=settings.QUEUE_TIMEOUT,
+            resume_timeout=settings.RESUME_TIMEOUT,
             memory=SessionMemory(settings.WARM_SESSIONS, settings.WARM_TOKENS, settings.WARM_TIMEOUT),
         )
-        self.models.make_room = self.sessions.memory.make_room
+        self.models.make_room = self.sessions.free_cache
         self._generations = FairQueue(
             settings.MAX_CONCURRENT_GENERATIONS, max_waiting=settings.MAX_QUEUE, timeout=settings.QUEUE_TIMEOUT
         )
@@ -68,6 +69,7 @@ class Service:
         on_position: Callable[[int], None] | None = None,
         *,
         patient: bool = False,
+        present: Callable[[], bool] = lambda: True,
     ) -> Iterator[None]:
         """Have a place among the answers that are computed at a time; wait for it in a fair queue.
 
@@ -75,17 +77,20 @@ class Service:
         :param patient: whether to wait while the caller has too many
         :param cancelled: looked at while waiting; ends it when it returns true
         :param on_position: told the place in the queue, whenever it changes
+        :param present: whether the caller is still there; for those who are not, nobody else makes room
         :raises TooManyRequests: if too many wait already, or no place becomes free in time
         :raises Cancelled: if the wait was ended
         """
         with caller.generating(patient=patient, cancelled=cancelled):
-            with self._place(cancelled, on_position):
+            with self._place(cancelled, on_position, present):
                 yield
 
     @contextlib.contextmanager
-    def _place(self, cancelled: Callable[[], bool], on_position: Callable[[int], None] | None) -> Iterator[None]:
+    def _place(
+        self, cancelled: Callable[[], bool], on_position: Callable[[int], None] | None, present: Callable[[], bool]
+    ) -> Iterator[None]:
         try:
-            self._generations.take(cancelled=cancelled, on_position=on_position)
+            self._generations.take(cancelled=cancelled, on_position=on_position, present=present)
         except (QueueFull, WaitedTooLong) as error:
             places = self._generations.places
             raise TooManyRequests(f"{places} answers are computed at a time: {error}") from None
@@ -93,6 +98,10 @@ class Service:
             yield
         finally:
             self._generations.give_back()
+
+    def others_wait(self) -> bool:
+        """Whether somebody who is there waits for a session, or for an answer's turn."""
+        return self.sessions.awaited or self._generations.awaited
 
     def model(self, caller: Caller, name: str | None) -> "SwarmModel":
         """Return a model for a caller; None: the default model.

@@ -15,13 +15,25 @@ from flask import Flask, current_app, g, request
 from flask_sock import Sock
 from simple_websocket import ConnectionClosed
 from simple_websocket import Server as WebSocket
+from wsproto.connection import ConnectionState
+from wsproto.utilities import LocalProtocolError
 
 from access import Caller, presented_key
 from client_socket import limit_sends
 from config import Settings
-from errors import ApiError, InvalidParameter, describe, error_body
+from errors import ApiError, InvalidParameter, SessionNotFound, describe, error_body
 from generation import Chunk
-from parameters import GenerationParams, get_bool, get_text, parse_generation, require_int
+from inference_sessions import InferenceSession
+from parameters import (
+    GenerationParams,
+    get_bool,
+    get_text,
+    parse_generation,
+    require_int,
+    require_text,
+    with_defaults,
+)
+from resumption import Outbox, Unreachable
 from service import Service, get_service
 from swarm.errors import Cancelled, SwarmError
 
@@ -33,6 +45,10 @@ IDLE_POLL = 1.0  # seconds
 # Requests that a client may send ahead while an answer is running; one that sends more does not read its answers.
 MAX_PENDING, MAX_PENDING_SIZE = 64, 4_194_304  # messages, characters
 GOING_AWAY, POLICY_VIOLATION = 1001, 1008  # RFC 6455, section 7.4.1
+ON_PURPOSE = (1000, 1005)  # normal, and without a code; a browser that reloads or closes a page sends 1001
+RESUMED_ELSEWHERE = 4001  # ours
+DISMISSAL = 1.0  # seconds for telling that to a connection that may be dead
+CLOSE = "close_inference_session"
 
 
 @sock.route("/api/v2/generate")
@@ -57,31 +73,39 @@ class Connection:
         self.websocket = websocket
         self.service = service
         self.request_id = request_id
-        self.session_id: str | None = None
+        self.queue_updates = False
+        self.swarm_updates = False
         self._key = key  # from the handshake, or from the message that opens the session
         self._caller: Caller | None = None
+        self._entry: InferenceSession | None = None  # its session
+        self._outbox: Outbox | None = None  # of its session
         self._pending: deque[str | bytes] = deque()  # messages that came while an answer was running
         self._stopped = False
-        self._queue_updates = False
+        self._abandoned = False
         websocket.sock = WholeSends(websocket.sock, service.settings.SEND_TIMEOUT)
 
     def serve(self) -> None:
-        """Answer messages one after the other; close the session in the end, however the end comes."""
+        """Answer messages one after the other; leave the session in the end, however the end comes."""
         try:
             while (message := self._receive()) is not None:
                 self._handle(message)
             self.websocket.close(GOING_AWAY, "the server is shutting down")
         except ConnectionClosed:
             log.debug("connection closed by the client")
+        except Unreachable:
+            self.dismiss()  # if it is reachable: the session goes on over another connection
         finally:
-            if self.session_id is not None:
-                with contextlib.suppress(ApiError):  # it may have given its place to another
-                    # What was computed serves who comes back, as the page does after a reload.
-                    self.service.sessions.close(self.session_id, remember=True)
+            if self._outbox is not None:
+                self._outbox.leave(self)
 
     def _receive(self) -> str | bytes | None:
-        """Wait for the next message; None if the program is ending."""
+        """Wait for the next message; None if the program is ending.
+
+        :raises Unreachable: if the client was lost, or has gone on over another connection
+        """
         while not self.service.ending.is_set():
+            if self._outbox is not None and not self._outbox.serves(self):
+                raise Unreachable
             if self._pending:
                 return self._pending.popleft()
             message = self.websocket.receive(timeout=IDLE_POLL)
@@ -95,90 +119,171 @@ class Connection:
             kind = request.get("type")
             if kind == "open_inference_session":
                 self._open(request)
+            elif kind == "resume_inference_session":
+                self._resume(request)
+            elif kind == CLOSE:
+                self._close()
             elif kind == "generate":
                 self._generate(request)
             elif kind != "stop":  # a stop that came after the end of the answer
                 raise InvalidParameter('type must be "open_inference_session", "generate" or "stop"')
-        except ConnectionClosed:
+        except (ConnectionClosed, Unreachable):
             raise
         except Exception as error:
-            self._send_error(error)
+            self.deliver(self._failure(error))
 
     def _open(self, request: dict[str, Any]) -> None:
         max_length = require_int(request, "max_length", minimum=1)
-        if self.session_id is not None:
-            raise InvalidParameter("this connection has an inference session already; open another connection")
-        self._caller = caller = self._authenticate(request)
+        resumable = get_bool(request, "resumable")
+        self._caller = caller = self._begin(request)
         model = self.service.model(caller, get_text(request, "model"))
-        self._queue_updates = get_bool(request, "queue_updates")
         self._stopped = False
-        self.session_id = self.service.sessions.open(
-            model, max_length, kept=True, owner=caller.owner, cancelled=self._cancelled, on_position=self._tell_position
+        session_id = self.service.sessions.open(
+            model, max_length, kept=True, owner=caller.owner, cancelled=self._cancelled, on_position=self._tell_place
         )
-        self._send({"ok": True})
+        self._entry = self.service.sessions.find(session_id)
+        self._outbox = Outbox(self.service, self._entry, self, resumable)
+        if resumable:
+            self._entry.outbox = self._outbox
+            timeout = self.service.settings.RESUME_TIMEOUT
+            self.deliver({"ok": True, "session_id": session_id, "resume_timeout": timeout})
+        else:
+            self.deliver({"ok": True})
 
-    def _authenticate(self, request: dict[str, Any]) -> Caller:
-        """Return who opens a session. Browsers cannot send headers with a WebSocket: the message may hold the key."""
+    def _begin(self, request: dict[str, Any]) -> Caller:
+        """Read what requests for a session have in common: who asks, and what they want to be told.
+
+        Browsers cannot send headers with a WebSocket: the message may hold the key.
+        """
+        if self._outbox is not None:
+            raise InvalidParameter("this connection has an inference session already; open another connection")
+        self.queue_updates = get_bool(request, "queue_updates")
+        self.swarm_updates = get_bool(request, "swarm_updates")
         if token := get_text(request, "page_token"):
             return self.service.access.page(token)
         return self.service.access.caller(get_text(request, "api_key") or self._key)
 
-    def _generate(self, request: dict[str, Any]) -> None:
-        params = parse_generation(request)
-        if self.session_id is None or self._caller is None:
-            raise InvalidParameter("send open_inference_session before generate")
+    def _resume(self, request: dict[str, Any]) -> None:
+        """Go on with a session whose connection was lost; its running answer ends on this one."""
+        session_id = require_text(request, "session_id")
+        received = require_int(request, "received", minimum=0)
+        caller = self._begin(request)
+        entry = self.service.sessions.find(session_id, caller.owner)
+        if entry.outbox is None:
+            raise SessionNotFound(f"the session {session_id} is not resumable")
+        caller.check_model(entry.model.name)
         self._stopped = False
-        self._caller.count_request()
+        entry.outbox.attach(self, received)
+        self._caller, self._entry, self._outbox = caller, entry, entry.outbox
+        self._outbox.wait_until_over(self)
+
+    def _close(self) -> None:
+        if self._outbox is not None:
+            self._outbox.close(self)
+        self._entry = self._outbox = None
+        self.deliver({"ok": True})
+
+    def _generate(self, request: dict[str, Any]) -> None:
+        if self._entry is not None and get_bool(request, "model_defaults"):
+            defaults = self.service.models.served[self._entry.model.name].config.generation
+            request = with_defaults(request, defaults)
+        params = parse_generation(request)
+        if self._entry is None or self._outbox is None or self._caller is None:
+            raise InvalidParameter("send open_inference_session before generate")
+        # Who has asked already to close the session wants none of the answers before.
+        self._stopped = any(kind_of(message) == CLOSE for message in self._pending)
+        with self._outbox.answering(self):
+            try:
+                self._answer(params, self._entry, self._outbox, self._caller)
+            except Cancelled:  # before the answer began
+                self._outbox.send(answer([Chunk("", (), "cancelled")]), self._entry.length)
+            except Exception as error:
+                self._outbox.send(self._failure(error))
+
+    def _answer(self, params: GenerationParams, entry: InferenceSession, outbox: Outbox, caller: Caller) -> None:
+        caller.count_request()
         self.service.log_text("inputs", params.inputs)
         wait = self.service.settings.REQUEST_TIMEOUT
-        try:
-            with (
-                self.service.sessions.use(self.session_id, wait=wait, cancelled=self._cancelled) as session,
-                self.service.generating(self._caller, self._cancelled, self._tell_position),
-                session.counted(self._caller.count_tokens),
-            ):
-                for chunks in rounds(session.generate(params, self._cancelled), params):
-                    response = answer(chunks)
-                    self.service.log_text("outputs", response["outputs"])
-                    self._send(response)
-        except Cancelled:  # before the answer began
-            self._send(answer([Chunk("", (), "cancelled")]))
+        with (
+            self.service.sessions.use(entry.session_id, wait=wait, cancelled=outbox.cancelled) as session,
+            self.service.generating(caller, outbox.cancelled, outbox.tell_place, present=lambda: outbox.attended),
+            session.counted(caller.count_tokens),
+        ):
+            outbox.compute()
+            for chunks in rounds(outbox.follow(session.generate(params, outbox.cancelled)), params):
+                response = answer(chunks)
+                self.service.log_text("outputs", response["outputs"])
+                outbox.send(response, entry.length)
 
-    def _tell_position(self, position: int) -> None:
-        """Tell a client that wants to know how many are before it; others see no message that they do not expect."""
-        if self._queue_updates:
-            self._send({"ok": True, "queue": {"position": position}})
+    def _tell_place(self, place: int) -> None:
+        """Tell a client that wants to know how many wait for a session before it."""
+        if self.queue_updates:
+            self.deliver({"ok": True, "queue": {"position": place}})
 
     def _cancelled(self) -> bool:
-        """Whether the client has stopped the answer, or has gone; other messages wait for the answer to end."""
-        try:
+        """Whether the client does not want to wait any more, or has gone."""
+        return self.stopped() or not self.connected
+
+    def stopped(self) -> bool:
+        """Whether the client has stopped the answer; other messages wait for the answer to end."""
+        with contextlib.suppress(ConnectionClosed):
             while not self._stopped and (message := self.websocket.receive(timeout=0)) is not None:
-                if is_stop(message):
-                    self._stopped = True
-                elif len(self._pending) < MAX_PENDING and self._pending_size() < MAX_PENDING_SIZE:
+                kind = kind_of(message)
+                self._stopped = kind in ("stop", CLOSE)
+                if kind == "stop":
+                    break
+                if len(self._pending) < MAX_PENDING and self._pending_size() < MAX_PENDING_SIZE:
                     self._pending.append(message)
                 else:
                     self.websocket.close(POLICY_VIOLATION, "too many requests sent ahead")
-        except ConnectionClosed:
-            return True
-        return self._stopped or not self.websocket.connected
+        return self._stopped
 
     def _pending_size(self) -> int:
         return sum(map(len, self._pending))
 
-    def _send(self, response: dict[str, Any]) -> None:
-        try:
-            self.websocket.send(json.dumps(response))
-        except OSError as error:
-            raise ConnectionClosed(message=str(error)) from error
+    @property
+    def connected(self) -> bool:
+        """Whether the client is there, as far as one knows."""
+        return self.websocket.connected and not self._abandoned
 
-    def _send_error(self, error: Exception) -> None:
+    @property
+    def closed_on_purpose(self) -> bool:
+        """Whether the client has closed the connection, and not because it leaves the page or loses its network."""
+        # A connection that is lost has the code 1005 too; but then there was no closing frame.
+        closed = self.websocket.ws.state in (ConnectionState.REMOTE_CLOSING, ConnectionState.CLOSED)
+        return closed and self.websocket.close_reason in ON_PURPOSE
+
+    def deliver(self, message: dict[str, Any]) -> None:
+        """Send a message.
+
+        :raises Unreachable: if the client is gone, or takes no data
+        """
+        try:
+            self.websocket.send(json.dumps(message))
+        except (ConnectionClosed, OSError, LocalProtocolError) as error:
+            self.abandon()  # a part of the message may have gone out, after which nothing can follow
+            raise Unreachable(str(error)) from error
+
+    def abandon(self) -> None:
+        """Break the connection off: whoever sends or waits for data on it is woken. Does not wait."""
+        self._abandoned = True
+        with contextlib.suppress(OSError):
+            self.websocket.sock.shutdown(socket.SHUT_RDWR)
+
+    def dismiss(self) -> None:
+        """Close the connection because the client has resumed its session on another one."""
+        with contextlib.suppress(ConnectionClosed, OSError, LocalProtocolError):
+            limit_sends(self.websocket.sock, DISMISSAL)
+            self.websocket.close(RESUMED_ELSEWHERE, "resumed elsewhere")
+
+    def _failure(self, error: Exception) -> dict[str, Any]:
+        """Log a failure and return what to tell the client of it."""
         status, *_ = describe(error)
         if status == 500:
             log.exception("WebSocket request failed")
         else:
             log.info("WebSocket request refused: %s", error if isinstance(error, (ApiError, SwarmError)) else status)
-        self._send(error_body(error, self.request_id))
+        return error_body(error, self.request_id)
 
 
 class WholeSends:
@@ -221,12 +326,12 @@ def parse_message(message: str | bytes) -> dict[str, Any]:
     return request
 
 
-def is_stop(message: str | bytes) -> bool:
-    """Whether a message asks to stop the running answer."""
+def kind_of(message: str | bytes) -> Any:
+    """Return the type of a message; None if it has none."""
     try:
-        return parse_message(message).get("type") == "stop"
+        return parse_message(message).get("type")
     except InvalidParameter:
-        return False  # told to the client when its turn comes
+        return None  # told to the client when its turn comes
 
 
 def rounds(chunks: Iterator[Chunk], params: GenerationParams) -> Iterator[list[Chunk]]:

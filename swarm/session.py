@@ -62,6 +62,7 @@ LOGIT_ROWS = 32
 LOOP_TIMEOUT = 10.0  # seconds
 # A server that answers with an error will answer the same again; this long the chain looks for another one.
 REFUSAL_PATIENCE = 3.0  # seconds
+LOSSES_KEPT = 32  # newest ones, for whoever follows a session
 # A server frees the attention cache of a session that was closed within a few milliseconds.
 FREEING_TIME = 0.05  # seconds
 # A request carries hidden states, deep prompts and beam hypotheses; this program sends only the first.
@@ -79,6 +80,17 @@ class SessionLimits:
     probe_timeout: float = 2.0  # seconds for that question, and for which a living server's process may be silent
     recovery_timeout: float = 60.0  # seconds to wait for lost blocks to be served again
     cache_timeout: float = 10.0  # seconds to wait for a server with free attention cache
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A server that a session has lost."""
+
+    number: int  # of the session's losses, from 1
+    peer_id: str
+    start: int
+    end: int  # it computed blocks [start, end)
+    reason: str
 
 
 class HistoryBudget:
@@ -129,8 +141,19 @@ class SwarmSession:
 
     @property
     def route(self) -> list[tuple[str, int, int]]:
-        """The servers that compute this session: (peer id, first block, block after the last) each."""
-        return [(str(span.peer_id), span.start, span.end) for span in self._chain.spans]
+        """The servers that compute this session: (peer id, first block, block after the last) each. From any thread.
+
+        Empty before the first step, and while there is no server for some of the blocks.
+        """
+        spans = tuple(self._chain.spans)  # in one go: the event loop may be replacing some of them
+        if any(span.peer_id is None for span in spans):
+            return []
+        return [(str(span.peer_id), span.start, span.end) for span in spans]
+
+    @property
+    def losses(self) -> tuple[Loss, ...]:
+        """The newest losses of servers, oldest first. From any thread."""
+        return self._chain.losses
 
     @property
     def rewinds(self) -> bool:
@@ -320,6 +343,7 @@ class _Chain:
         self.spans: list[_Span] = []
         self.position = 0  # tokens that have passed all blocks
         self.recoveries = 0
+        self.losses: tuple[Loss, ...] = ()  # replaced and never changed, so that any thread may read them
         self.closed = False
         self._history_bytes = 0  # this chain's part of the budget
         self._task: asyncio.Task | None = None
@@ -447,6 +471,10 @@ class _Chain:
         log.warning("blocks %d:%d via %s: %s", span.start, span.end, span.peer_id, failure)
         if span.processed:
             self.recoveries += 1
+        if not isinstance(failure.error, CacheFull):  # such a server lives
+            number = self.losses[-1].number + 1 if self.losses else 1
+            loss = Loss(number, str(span.peer_id), span.start, span.end, str(failure))
+            self.losses = (*self.losses, loss)[-LOSSES_KEPT:]
         span.close()
         if ban:
             self.state.ban(span.peer_id)

@@ -1,0 +1,58 @@
+"""What happens in the swarm under a session: its route, servers that were lost, how far a prompt is processed."""
+
+import time
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from inference_sessions import InferenceSession
+
+# A person sees that a long prompt is being read; more often would be noise.
+PREFILL_PERIOD = 0.5  # seconds
+
+
+class SwarmWatch:
+    """Looks at one session, and tells what is new since it looked last. Not thread-safe."""
+
+    def __init__(self, entry: "InferenceSession") -> None:
+        self._entry = entry
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin anew, for another answer or another client: the route is news again, losses of before are none."""
+        self._session = self._entry.session
+        losses = self._session.losses
+        self._loss = losses[-1].number if losses else 0
+        self._route: list[tuple[str, int, int]] = []
+        self._prefill, self._prefill_at = (0, 0), 0.0
+
+    def news(self) -> list[dict[str, Any]]:
+        """Return what is new, in the order in which it happened."""
+        if self._entry.session is not self._session:  # one that had computed these tokens already took its place
+            self.restart()
+        news = [self._lost(loss) for loss in self._session.losses if loss.number > self._loss]
+        if news:
+            self._loss, self._route = self._session.losses[-1].number, []
+        return [*news, *self.route(), *self._progress()]
+
+    @staticmethod
+    def _lost(loss: Any) -> dict[str, Any]:
+        return {"lost": {"peer_id": loss.peer_id, "start": loss.start, "end": loss.end, "reason": loss.reason}}
+
+    def route(self) -> list[dict[str, Any]]:
+        """Return the route, if there is one and it is another than before."""
+        route = self._entry.session.route
+        if not route or route == self._route:
+            return []
+        self._route = route
+        names = {view.peer_id: view.public_name for view in self._entry.model.state.servers()}
+        spans = [{"peer_id": peer, "name": names.get(peer), "start": start, "end": end} for peer, start, end in route]
+        return [{"route": spans}]
+
+    def _progress(self) -> list[dict[str, Any]]:
+        """Return how much is processed of what is to be processed before the next token can be generated."""
+        processed, total = self._session.position, len(self._session.token_ids)
+        now = time.monotonic()
+        if total - processed <= 1 or (processed, total) == self._prefill or now - self._prefill_at < PREFILL_PERIOD:
+            return []
+        self._prefill, self._prefill_at = (processed, total), now
+        return [{"prefill": {"processed": processed, "total": total}}]
