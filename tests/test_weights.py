@@ -31,11 +31,13 @@ DIE_AT_BLOCK_2 = """
 import os, pathlib, signal, sys
 from swarm import weights
 
-def progress(line):
-    if "block 2 of" in line:
+lines = []
+
+def fraction(done):
+    if "block 2 of 30" in lines[-1] and done == 1 / 30:
         os.kill(os.getpid(), signal.SIGKILL)
 
-weights.locate(sys.argv[1], cache_dir=pathlib.Path(sys.argv[2]), progress=progress)
+weights.locate(sys.argv[1], cache_dir=pathlib.Path(sys.argv[2]), progress=lines.append, fraction=fraction)
 """
 
 # argv: timeout, limit, cache directory, models. Prints a JSON list: for each model its place or the error.
