@@ -31,6 +31,7 @@ export class MarkdownView {
   #pieces = []; // what the element contains
   #tail = null; // where in all this that begins which can still change
   #links = {}; // reference definitions before the tail
+  #guessed = false; // whether something is shown as if it were closed
   #complete = true;
   #frame = 0;
   #timer = 0;
@@ -118,8 +119,9 @@ export class MarkdownView {
     const { at, pieces, lead } = this.#tail;
     const text = lead + this.#source.slice(at);
     const options = { links: this.#links, streaming: true, changed: this.#changed };
-    const shapes = new Source(decided(text), options).shapes(this.#tail);
-    patch(this.#element, this.#pieces, shapes, { from: pieces });
+    const tail = new Source(decided(text), options);
+    patch(this.#element, this.#pieces, tail.shapes(this.#tail), { from: pieces, always: this.#guessed });
+    this.#guessed = tail.guessed;
     const lines = text.lastIndexOf("\n") + 1;
     if (at + lines > this.#tail.lines) this.#settle(text.slice(0, lines));
     this.#tail.lines = at + lines;
@@ -131,8 +133,9 @@ export class MarkdownView {
    */
   #settle(lines) {
     const tail = this.#tail;
-    const { tokens } = new Source(lines, { links: this.#links });
-    const last = tokens.findLastIndex((token) => token.type !== "space");
+    const { tokens } = new Source(lines, { links: this.#links, streaming: true });
+    const isBlock = ({ type, source }) => type !== "space" && source !== null;
+    const last = tokens.findLastIndex(isBlock); // without an unclosed formula: it may turn out to be text of this block
     if (last < 0) return;
     let length = 0; // of what is settled
     for (const token of tokens.slice(0, last)) {
@@ -252,7 +255,10 @@ class Source {
     this.tokens = this.#lexer.blockTokens(text, this.#lexer.tokens);
     const queue = this.#lexer.inlineQueue;
     const end = streaming && queue.at(-1);
-    if (end && text.trimEnd().endsWith(end.src)) end.src += closing(end.src);
+    const guess = end && text.replace(/\n$/, "").endsWith(end.src) ? closing(end.src) : "";
+    if (guess) end.src += guess;
+    /** Whether something in it was closed that is still open. */
+    this.guessed = guess !== "";
     this.#inline = new Map(queue.map(({ tokens, src }) => [tokens, src]));
   }
 
@@ -260,8 +266,9 @@ class Source {
   shapes(tail) {
     return this.tokens.filter(hasShape).map((token, i) => {
       const shape = this.#block(token, i === 0 ? tail : undefined);
+      if (token.type === "code" || token.type === "math") return shape;
       // Its direction is that of its text; within a block it is the same, so that lists keep their markers.
-      return { ...shape, make: () => (token.type === "code" ? shape.make() : Object.assign(shape.make(), { dir: "auto" })) };
+      return { ...shape, make: () => Object.assign(shape.make(), { dir: "auto" }) };
     });
   }
 
@@ -296,8 +303,8 @@ class Source {
 
   #list({ raw, ordered, start, loose, items }, { parts = 0, loose: looseBefore = false } = {}) {
     const tune = ({ node }) => {
-      node.classList.toggle("loose", loose || looseBefore);
       if (ordered && !parts) node.start = start;
+      node.className = loose || looseBefore ? "loose" : "";
     };
     return { ...box(ordered ? "ol" : "ul", raw, () => items.map((item) => this.#item(item))), tune, from: parts };
   }
@@ -325,7 +332,7 @@ class Source {
 
   #code({ raw, lang, text }) {
     const language = lang?.match(/^\S*/)[0] ?? "";
-    const closed = /\n *(?:`{3,}|~{3,}) *$/.test(raw) || !this.#streaming;
+    const closed = /\n *(?:`{3,}|~{3,}) *\n?$/.test(raw) || !this.#streaming;
     const make = () => {
       const code = element("code", {}, document.createTextNode(""));
       const copy = copyButton(() => code.textContent, { name: "Copy code" });

@@ -5,7 +5,9 @@ import { whenIdle } from "./idle.js";
 const VENDOR = "../../vendor/katex/";
 const MAX_SOURCE = 5000; // characters; no formula is longer, and KaTeX takes a frame for one of this length
 // Sizes in em, expansions of macros: what a formula may take of the page and of its time. No links, no outside images.
-const OPTIONS = { throwOnError: false, trust: false, strict: "ignore", errorColor: "currentcolor", maxSize: 20, maxExpand: 200 };
+const OPTIONS = { throwOnError: true, trust: false, strict: "ignore", maxSize: 20, maxExpand: 200 };
+// Those of KaTeX would set inline styles, which the pages forbid.
+const MACROS = { "\\pmb": "\\boldsymbol{#1}", "\\fcolorbox": "\\textcolor{#1}{}\\colorbox{#2}{#3}" };
 
 // $$…$$, \[…\], \(…\) and $…$. "$5 and $10" is text: no space inside of the dollars, no digit after them.
 const DISPLAY = String.raw`\$\$((?:\\[^]|[^\\$])+?)\$\$|\\\[([^]+?)\\\]`;
@@ -61,7 +63,12 @@ export function typeset(element, source, display, changed) {
   katex.then((loaded) => {
     if (!loaded) return;
     whenIdle(() => {
-      loaded.render(source, element, { ...OPTIONS, displayMode: display });
+      const shown = element.textContent;
+      try {
+        loaded.render(source, element, { ...OPTIONS, macros: { ...MACROS }, displayMode: display });
+      } catch {
+        element.textContent = shown; // what KaTeX does not know; its own way to say so needs inline styles
+      }
       if (display && element.scrollWidth > element.clientWidth) element.tabIndex = 0;
       changed();
     });
