@@ -233,7 +233,7 @@ class InferenceSessions:
         left = [
             (entry.detached_since, number, entry)
             for number, entry in enumerate(self._sessions.values())
-            if entry.detached_since is not None and entry.users == 0 and model in (None, entry.model.name)
+            if entry.detached_since is not None and entry.users == 0 and (model is None or entry.model.name == model)
         ]
         return min(left)[2] if left else None
 

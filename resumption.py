@@ -195,15 +195,21 @@ class Outbox:
         self._overdue_at = self._overdue_at or now
         return between_steps or now - self._overdue_at >= STEP_GRACE
 
-    def attach(self, client: Client, received: int) -> None:
+    def attach(self, client: Client, received: int, answers: int | None = None) -> None:
         """Let a client go on here, from where it has lost its connection; if that still seems to live, it is closed.
 
-        :param received: how many responses to the last request the client has already
-        :raises InvalidParameter: if there are fewer
+        :param received: how many responses to its last request the client has already
+        :param answers: how many requests it has sent; the last one may have been lost with the connection. Then nothing
+            is sent, for it would be the answer to another request. None: as many as were begun
+        :raises InvalidParameter: if there are fewer responses, or more requests
         :raises SessionNotFound: if the session has ended
         """
         self._take_over()
         try:
+            if answers is not None and answers > self._answers:
+                received = len(self._responses)
+            if answers is not None and answers < self._answers:
+                raise InvalidParameter(f"answers={answers}, but {self._answers} were begun")
             if received > len(self._responses):
                 raise InvalidParameter(f"received={received}, but there are {len(self._responses)} responses")
             self._service.sessions.attach(self.session_id)

@@ -27,6 +27,7 @@ from inference_sessions import InferenceSession
 from parameters import (
     GenerationParams,
     get_bool,
+    get_int,
     get_text,
     parse_generation,
     require_int,
@@ -167,13 +168,14 @@ class Connection:
         """Go on with a session whose connection was lost; its running answer ends on this one."""
         session_id = require_text(request, "session_id")
         received = require_int(request, "received", minimum=0)
+        answers = get_int(request, "answers", minimum=0)
         caller = self._begin(request)
         entry = self.service.sessions.find(session_id, caller.owner)
         if entry.outbox is None:
             raise SessionNotFound(f"the session {session_id} is not resumable")
         caller.check_model(entry.model.name)
         self._stopped = False
-        entry.outbox.attach(self, received)
+        entry.outbox.attach(self, received, answers)
         self._caller, self._entry, self._outbox = caller, entry, entry.outbox
         self._outbox.wait_until_over(self)
 

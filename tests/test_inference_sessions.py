@@ -74,6 +74,8 @@ class FakeSession:
 
 
 class FakeModel:
+    name = "it"
+
     def __init__(self) -> None:
         self.tokenizer = TOKENIZER
         self.opened: list[FakeSession] = []
@@ -611,6 +613,73 @@ def test_kept_session_that_is_not_parked_does_not_give_way(sessions: InferenceSe
         sessions.open(model, 16, kept=True)
     with pytest.raises(TooManySessions):
         sessions.open(model, 16)
+
+
+# Sessions that have lost their connection
+
+
+@pytest.fixture
+def resumable(clock: Clock) -> Iterator[InferenceSessions]:
+    sessions = InferenceSessions(3, TIMEOUT, clock, resume_timeout=60.0)
+    yield sessions
+    sessions.shut_down(0)
+
+
+def test_detached_session_is_closed_after_its_own_timeout(
+    resumable: InferenceSessions, model: FakeModel, clock: Clock
+) -> None:
+    lost, found, connected = (resumable.open(model, 16, kept=True) for _ in range(3))
+    for session_id in (lost, found):
+        resumable.detach(session_id)
+    clock.now += 59
+    assert resumable.expire() == 0
+    resumable.attach(found)
+    with resumable.use(lost, wait=0):
+        clock.now += 1
+        assert resumable.expire() == 0  # not under a user
+    assert resumable.expire() == 1
+    assert [session.calls for session in model.opened] == [["close"], [], []]
+    assert is_open(resumable, found) and is_open(resumable, connected)
+    for call in (resumable.attach, resumable.detach, resumable.find):
+        with pytest.raises(SessionNotFound):
+            call(lost)
+
+
+def test_detached_sessions_give_way_before_parked_ones(
+    resumable: InferenceSessions, model: FakeModel, clock: Clock
+) -> None:
+    parked, second, first = (resumable.open(model, 16, kept=True) for _ in range(3))
+    clock.now += TIMEOUT
+    resumable.expire()
+    for session_id in (first, second):
+        clock.now += 1
+        resumable.detach(session_id)
+    for gone in (first, second, parked):
+        assert gone in resumable._sessions
+        resumable.open(model, 16)
+        assert gone not in resumable._sessions
+    with pytest.raises(TooManySessions):
+        resumable.open(model, 16)
+
+
+def test_attention_cache_of_detached_sessions_is_given_to_others(
+    resumable: InferenceSessions, model: FakeModel, clock: Clock
+) -> None:
+    session_id = resumable.open(model, 16, kept=True)
+    assert not resumable.free_cache("it", 100)
+    resumable.detach(session_id)
+    with resumable.use(session_id, wait=0):
+        assert not resumable.free_cache("it", 100)
+    assert not resumable.free_cache("another", 100)
+    assert resumable.free_cache("it", 100)
+    assert len(resumable) == 0
+
+
+def test_sessions_of_others_are_not_found(sessions: InferenceSessions, model: FakeModel) -> None:
+    session_id = sessions.open(model, 16, owner="ann")
+    assert sessions.find(session_id, "ann").session_id == session_id
+    with pytest.raises(SessionNotFound):
+        sessions.find(session_id, "bob")
 
 
 def test_cache_is_not_freed_under_a_user(

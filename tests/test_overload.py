@@ -169,6 +169,21 @@ def test_wait_is_bounded() -> None:
     queue.take()
 
 
+def test_who_has_left_is_not_waited_for() -> None:
+    queue = FairQueue(1, max_waiting=2, timeout=30)
+    queue.take()
+    here = threading.Event()
+    waiting = threading.Thread(target=queue.take, kwargs={"present": here.is_set})
+    waiting.start()
+    wait_until(lambda: len(queue._waiting) == 1, "it does not wait")
+    assert not queue.awaited
+    here.set()
+    assert queue.awaited
+    queue.give_back()
+    waiting.join(timeout=30)
+    assert not queue.awaited
+
+
 def test_nobody_waits_while_there_is_room() -> None:
     queue = FairQueue(2, max_waiting=0, timeout=0)
     queue.take()

@@ -153,6 +153,22 @@ def test_unstreamed_answer(live_app: LiveApp, whole: str) -> None:
         assert text_of(receive_all(ws)) == whole
 
 
+def test_request_that_was_lost_with_the_connection(live_app: LiveApp) -> None:
+    """The client has sent two requests and the server has seen one, whose answer the client has: nothing comes again."""
+    with websocket(live_app.websocket_url) as ws:
+        session_id = open_resumable(ws, 64)
+        ws.generate(inputs=PROMPT, max_new_tokens=1)
+        lose(ws)
+    with websocket(live_app.websocket_url) as ws:
+        assert resume(ws, session_id, 0, answers=0)["error"]["code"] == "invalid_parameter"
+        assert resume(ws, session_id, 0, answers=2) == {"ok": True, "answers": 1, "responses": 1}
+        assert ws.ask({"type": "generate", "max_new_tokens": 2})["token_count"] == 2
+        lose(ws)
+    with websocket(live_app.websocket_url) as ws:
+        assert resume(ws, session_id, 0, answers=2) == {"ok": True, "answers": 2, "responses": 1}
+        assert ws.receive()["token_count"] == 2
+
+
 def test_failures_are_responses(live_app: LiveApp) -> None:
     with websocket(live_app.websocket_url) as ws:
         session_id = open_resumable(ws, 32)
