@@ -69,7 +69,7 @@ export class MarkdownView {
 
   /** The text is complete: what was left open is decided. */
   end() {
-    this.#render(true);
+    if (!this.#complete || this.#timer) this.#render(true);
   }
 
   /** Show nothing any more. */

@@ -10,10 +10,11 @@ const OPTIONS = { throwOnError: true, trust: false, strict: "ignore", maxSize: 2
 const MACROS = { "\\pmb": "\\boldsymbol{#1}", "\\fcolorbox": "\\textcolor{#1}{}\\colorbox{#2}{#3}" };
 
 // $$…$$, \[…\], \(…\) and $…$. "$5 and $10" is text: no space inside of the dollars, no digit after them.
-const DISPLAY = String.raw`\$\$((?:\\[^]|[^\\$])+?)\$\$|\\\[([^]+?)\\\]`;
-const INLINE = String.raw`${DISPLAY}|\\\(([^]+?)\\\)|\$(?!\s)((?:\\.|[^\\\n$${"`"}])+)(?<!\s)\$(?!\d)`;
-const BLOCK_START = new RegExp(`^ {0,3}(?:${DISPLAY})[ \t]*(?:\n|$)`);
-const INLINE_START = new RegExp(`^(?:${INLINE})`);
+const DISPLAY = /\$\$((?:\\[^]|[^\\$])+?)\$\$|\\\[([^]+?)\\\]/.source;
+const PHRASE = /\\\(([^]+?)\\\)|\$(?!\s)((?:\\.|[^\\\n$\x60])+)(?<!\s)\$(?!\d)/.source; // \x60: a backtick
+const INLINE = DISPLAY + "|" + PHRASE;
+const BLOCK_START = new RegExp("^ {0,3}(?:" + DISPLAY + ")[ \\t]*(?:\\n|$)");
+const INLINE_START = new RegExp("^(?:" + INLINE + ")");
 const INLINE_ANYWHERE = new RegExp(INLINE, "g");
 const UNCLOSED = /^ {0,3}(?:\$\$|\\\[)(?:(?!\$\$|\\\]|\n[ \t]*\n)[^])*$/;
 const BLANK_LINE = /\n[ \t]*\n/;
@@ -46,7 +47,7 @@ export const mathOptions = {
   ],
   hooks: {
     // A star within a formula neither begins nor ends emphasis.
-    emStrongMask: (text) => text.replace(INLINE_ANYWHERE, (formula) => `[${"a".repeat(formula.length - 2)}]`),
+    emStrongMask: (text) => text.replace(INLINE_ANYWHERE, (formula) => "[" + "a".repeat(formula.length - 2) + "]"),
   },
 };
 
