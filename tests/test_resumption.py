@@ -1,5 +1,6 @@
 """Connections that are lost, and sessions that go on without them; news of the swarm for those who want it."""
 
+import contextlib
 import dataclasses
 import socket
 import threading
@@ -11,6 +12,7 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 
 from config import Settings
+from errors import SessionNotFound
 from resumption import Outbox, Unreachable
 from service import Service
 from swarm.client import SwarmModel
@@ -34,6 +36,15 @@ def settings(live_app: LiveApp) -> Settings:
 @pytest.fixture(scope="module")
 def whole(live_app: LiveApp) -> str:
     return generated(live_app, inputs=PROMPT, max_new_tokens=TOKENS)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(live_app: LiveApp) -> Iterator[None]:
+    """Sessions that wait for their clients would end in the middle of other tests."""
+    yield
+    for session_id in list(live_app.service.sessions._sessions):
+        with contextlib.suppress(SessionNotFound):
+            live_app.service.sessions.close(session_id)
 
 
 def open_resumable(ws: Socket, max_length: int = 2048, **more: Any) -> str:
@@ -122,7 +133,6 @@ def test_connection_lost_again_and_again(live_app: LiveApp, whole: str) -> None:
                     replies.append(ws.receive())
             (lose if len(replies) % 2 else reload)(ws)
     assert text_of(replies) == whole
-    live_app.service.sessions.close(session_id)
 
 
 def test_answer_that_ended_meanwhile(live_app: LiveApp, whole: str) -> None:
@@ -154,7 +164,7 @@ def test_unstreamed_answer(live_app: LiveApp, whole: str) -> None:
 
 
 def test_request_that_was_lost_with_the_connection(live_app: LiveApp) -> None:
-    """The client has sent two requests and the server has seen one, whose answer the client has: nothing comes again."""
+    """The client has sent two requests and the server has seen one, whose answer it has: nothing comes again."""
     with websocket(live_app.websocket_url) as ws:
         session_id = open_resumable(ws, 64)
         ws.generate(inputs=PROMPT, max_new_tokens=1)
