@@ -10,7 +10,7 @@ import { readiness } from "./readiness.js";
 import { ChatSession, Interrupted } from "./session.js";
 import { Settings, samplingParameters } from "./settings.js";
 import { Sidebar, Toast } from "./sidebar.js";
-import { RequestFailed, SocketError } from "./socket.js";
+import { RequestFailed, SocketError, TakenOver } from "./socket.js";
 import { openStore } from "./store.js";
 import { TokenRate, forgetUpTo, transcript } from "./transcript.js";
 import { MessageTree } from "./tree.js";
@@ -526,6 +526,13 @@ class App {
     const { answer, chat } = run;
     const givenUp = run.stopping || run.abort.signal.aborted;
     clearTimeout(run.keepTimer);
+    if (error instanceof TakenOver) {
+      // What is kept of the answer is the other window's now.
+      this.#runs.delete(chat.id);
+      this.#list.get(answer.id)?.note(error.message);
+      if (chat.id === this.#chat.id) this.#idle();
+      return;
+    }
     answer.point = null;
     answer.state = error && !givenUp ? stateAfter(error) : givenUp || answer.stats.reason === "cancelled" ? "stopped" : "done";
     if (error) {

@@ -152,7 +152,7 @@ export class ChatSession {
     yield* this.#ready(run.signal);
     const socket = (this.#socket = new InferenceSocket(this.#url));
     const updates = [];
-    const options = { sessionId: this.#sessionId, received: this.#received, pageToken: this.#pageToken };
+    const options = { ...this.point, pageToken: this.#pageToken };
     const { answers } = await socket.resume(options, (update) => updates.push(update));
     yield* updates;
     if (answers < this.#answers) {

@@ -3,11 +3,13 @@
 const OPEN_LIMIT_MS = 60_000; // connecting and opening the session
 const RESPONSE_LIMIT_MS = 300_000; // one response: a long prompt in a slow swarm takes minutes
 const STOP_LIMIT_MS = 10_000; // the end of an answer after `stop`
+const TAKEN_OVER = 4001; // the close code when another page goes on with the session
 const DONE = 1000; // the close code that lets the server end the session: RFC 6455, section 7.4.1
 
 /**
  * SocketError
  *  ├─ ConnectionLost   the connection closed or never opened
+ *  ├─ TakenOver        another page has taken up the session
  *  ├─ ResponseTimeout  the server kept silent for too long; the connection is closed
  *  └─ RequestFailed    the server answered that it could not do it
  */
@@ -16,6 +18,8 @@ export class SocketError extends Error {
 }
 
 export class ConnectionLost extends SocketError {}
+
+export class TakenOver extends SocketError {}
 
 export class ResponseTimeout extends SocketError {}
 
@@ -64,21 +68,25 @@ export class InferenceSocket {
   /**
    * Connect and take up a session whose connection was lost; `responses` yields the rest of its last answer.
    *
-   * @param {{sessionId: string, received: number, pageToken: string}} options `received`: responses that are here already
+   * @param {{sessionId: string, answers: number, received: number, pageToken: string}} options `answers`: that were asked
+   *   for in this session; `received`: responses of the last one that are here already
    * @returns {Promise<{answers: number, responses: number}>} how many answers the session has begun, and how far the
    *   last one is
    * @throws {SocketError} then it is closed
    */
-  resume({ sessionId, received, pageToken }, onUpdate) {
-    const request = { type: "resume_inference_session", session_id: sessionId, received, page_token: pageToken };
-    return this.#begin(request, onUpdate);
+  resume({ sessionId, answers, received, pageToken }, onUpdate) {
+    const place = { session_id: sessionId, answers, received };
+    return this.#begin({ type: "resume_inference_session", ...place, page_token: pageToken }, onUpdate);
   }
 
   async #begin(request, onUpdate) {
     this.#socket = new WebSocket(this.#url);
     this.#socket.onopen = () => this.#send({ ...request, queue_updates: true, swarm_updates: true });
     this.#socket.onmessage = ({ data }) => this.#deliver(data);
-    this.#socket.onclose = () => this.#end(new ConnectionLost("The connection to the server was lost."));
+    this.#socket.onclose = ({ code }) => {
+      if (code === TAKEN_OVER) this.#end(new TakenOver("The answer goes on in another window."));
+      else this.#end(new ConnectionLost("The connection to the server was lost."));
+    };
     try {
       for (;;) {
         const message = await this.#receive(OPEN_LIMIT_MS);

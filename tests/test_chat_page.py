@@ -1,0 +1,864 @@
+"""The chat page in a real browser, before the real app and a real swarm: everything that a person can do there."""
+
+import dataclasses
+import json
+import re
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Locator, Page, expect
+
+import config
+from config import DIALOGUE, ModelConfig
+from swarm.local import LocalSwarm
+from tests.browser import axe_violations, open_browser
+from tests.client import websocket
+from tests.conftest import LiveApp, serve, tiny_server
+from tests.processes import ROOT
+from tests.test_session import wait_until
+
+QUESTION = "Who said that?"
+TIMEOUT = 30_000  # milliseconds; a tiny model answers in less than one second on an idle machine
+XSS = json.loads((ROOT / "tests/xss.json").read_text())
+ANSWER = "article[data-role=assistant]"
+# Everything that the page has kept.
+KEPT = """
+() => new Promise((resolve, reject) => {
+  const opening = indexedDB.open("petals-chat");
+  opening.onerror = () => reject(opening.error);
+  opening.onsuccess = () => {
+    const transaction = opening.result.transaction(["chats", "messages"]);
+    const chats = transaction.objectStore("chats").getAll();
+    const messages = transaction.objectStore("messages").getAll();
+    transaction.oncomplete = () => (opening.result.close(), resolve([chats.result, messages.result]));
+  };
+})
+"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with open_browser() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def chat_app(live_app: LiveApp) -> Iterator[LiveApp]:
+    """The app, which computes one answer at a time, with a model whose sessions are short to begin with."""
+    name = live_app.model_name
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(config.KNOWN_MODELS, name, ModelConfig(name, DIALOGUE, title="Tiny", session_length=256))
+        settings = dataclasses.replace(
+            live_app.service.settings, WARM_SESSIONS=8, MAX_CONCURRENT_GENERATIONS=1, MAX_QUEUE=4, QUEUE_TIMEOUT=20.0
+        )
+        with serve(settings) as live:
+            yield live
+
+
+class Proxy:
+    """A way to the app that can be cut."""
+
+    def __init__(self, port: int) -> None:
+        self.target = port
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.open: list[socket.socket] = []
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                client, _ = self.listener.accept()
+            except OSError:
+                return
+            server = socket.create_connection(("127.0.0.1", self.target))
+            self.open += [client, server]
+            for ends in ((client, server), (server, client)):
+                threading.Thread(target=self._pump, args=ends, daemon=True).start()
+
+    @staticmethod
+    def _pump(source: socket.socket, sink: socket.socket) -> None:
+        try:
+            while data := source.recv(65536):
+                sink.sendall(data)
+        except OSError:
+            pass  # cut, or one side has gone: the other one is told below
+        for end in (source, sink):
+            end.close()
+
+    def cut(self) -> None:
+        """Let all connections break, as a network does."""
+        while self.open:
+            end = self.open.pop()
+            try:
+                end.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                continue  # it has ended before
+
+    def close(self) -> None:
+        self.listener.close()
+        self.cut()
+
+
+class Chat:
+    """What a person does on the page, and sees."""
+
+    def __init__(self, page: Page) -> None:
+        self.page = page
+        self.sent: list[dict[str, Any]] = []
+        self.errors: list[str] = []
+        page.on("websocket", lambda ws: ws.on("framesent", lambda data: self.sent.append(json.loads(data))))
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on("console", self._note)
+
+    def _note(self, message: ConsoleMessage) -> None:
+        # Of the models here one has failed, which /readyz tells by its status.
+        if message.type == "error" and not message.location["url"].endswith("/readyz"):
+            self.errors.append(message.text)
+
+    @property
+    def answers(self) -> Locator:
+        return self.page.locator(ANSWER)
+
+    def ready(self) -> None:
+        expect(self.page.locator("body[data-state=ready]")).to_be_attached(timeout=TIMEOUT)
+
+    def answering(self, minimum: int = 1) -> None:
+        """Wait until an answer has so many tokens."""
+        self.page.wait_for_function(
+            "(minimum) => parseInt([...document.querySelectorAll('.meta')].at(-1)?.textContent) >= minimum",
+            arg=minimum,
+            timeout=TIMEOUT,
+        )
+
+    def settle(self, **values: Any) -> None:
+        """Change settings by hand."""
+        self.page.click("#settings-button")
+        for name, value in values.items():
+            self.page.fill(f"#set-{name}" if name != "system" else "#system", str(value))
+        self.page.click("#settings button:text-is('Done')")
+
+    def ask(self, text: str = QUESTION, *, wait: bool = True) -> None:
+        self.page.fill("#prompt", text)
+        self.page.press("#prompt", "Enter")
+        if wait:
+            expect(self.answers.last).to_have_attribute("aria-busy", "false", timeout=TIMEOUT)
+            self.ready()
+
+    def kept(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        chats, messages = self.page.evaluate(KEPT)
+        return chats, sorted(messages, key=lambda message: message["created"])
+
+    def texts(self, role: str = "assistant") -> list[str]:
+        return [message["text"] for message in self.kept()[1] if message["role"] == role]
+
+    def inputs(self) -> list[str]:
+        return [message["inputs"] for message in self.sent if message["type"] == "generate"]
+
+
+@pytest.fixture
+def context(browser: Browser) -> Iterator[BrowserContext]:
+    context = browser.new_context(
+        viewport={"width": 1100, "height": 760}, color_scheme="light", permissions=["clipboard-read", "clipboard-write"]
+    )
+    context.set_default_timeout(TIMEOUT)
+    yield context
+    context.close()
+
+
+@pytest.fixture
+def chat(context: BrowserContext, chat_app: LiveApp) -> Iterator[Chat]:
+    chat = Chat(context.new_page())
+    chat.page.goto(chat_app.url)
+    chat.ready()
+    chat.settle(temperature=0, max_answer_tokens=24)
+    yield chat
+    assert chat.errors == []
+
+
+def undisturbed(app: LiveApp, question: str, tokens: int) -> str:
+    """The answer that a program gets to the same question, greedily."""
+    with websocket(app.websocket_url) as ws:
+        ws.open(1024)
+        inputs = DIALOGUE.begin + DIALOGUE.user.replace("{text}", question)
+        replies = ws.generate(inputs=inputs, max_new_tokens=1, stop_sequence=DIALOGUE.stop[0], max_answer_tokens=tokens)
+    return "".join(reply["outputs"] for reply in replies)
+
+
+# The conversation
+
+
+def test_a_conversation(chat: Chat, chat_app: LiveApp) -> None:
+    page = chat.page
+    page.fill("#prompt", "two")
+    page.press("#prompt", "Shift+Enter")
+    page.keyboard.type("lines")
+    page.press("#prompt", "Enter")
+    expect(page.locator("article[data-role=user] .text")).to_have_text("two\nlines", use_inner_text=True)
+    chat.ready()
+    assert chat.texts() == [undisturbed(chat_app, "two\nlines", 24)]
+    expect(chat.answers.first.locator(".meta")).to_have_text(
+        re.compile(r"^24 tokens · [\d.]+ tokens/s · first token after [\d.]+ s$")
+    )
+    expect(page.locator("#count")).to_have_text(re.compile(r"^\d+ of 2,048 tokens$"))
+    chat.ask("And then?")
+    # The second question goes to the same session, which has all that is before it.
+    assert chat.inputs()[1].strip().startswith("Human: And then?")
+    assert [message["type"] for message in chat.sent].count("open_inference_session") == 1
+    chat.answers.first.hover()
+    chat.answers.first.get_by_role("button", name="Copy", exact=True).last.click()
+    assert page.evaluate("navigator.clipboard.readText()") == chat.texts()[0]
+
+
+def test_branches(chat: Chat) -> None:
+    page = chat.page
+    chat.settle(temperature=1, seed=5)
+    chat.ask("One question")
+    chat.answers.first.get_by_role("button", name="Regenerate").click()
+    chat.answering(24)
+    chat.ready()
+    first, second = chat.texts()
+    assert first != second
+    place = chat.answers.first.locator(".branches span")
+    expect(place).to_have_text("2/2")
+    chat.answers.first.get_by_role("button", name="Previous version").click()
+    expect(place).to_have_text("1/2")
+    # What is asked now follows the first answer.
+    chat.ask("Next")
+    sent = [message for message in chat.sent if message["type"] in ("generate", "open_inference_session")]
+    assert first in sent[-1]["inputs"] and second not in sent[-1]["inputs"]
+    question = page.locator("article[data-role=user]").first
+    question.hover()
+    question.get_by_role("button", name="Edit").click()
+    question.locator("textarea").fill("Another question")
+    question.locator("textarea").press("Enter")
+    expect(page.locator("article[data-role=user]")).to_have_count(1)
+    expect(page.locator("article[data-role=user] .text")).to_have_text("Another question")
+    chat.ready()
+    expect(page.locator("article[data-role=user] .branches span")).to_have_text("2/2")
+    page.locator("article[data-role=user]").hover()
+    page.locator("article[data-role=user]").get_by_role("button", name="Previous version").click()
+    expect(page.locator("article")).to_have_count(4)
+    page.reload()
+    expect(page.locator("article")).to_have_count(4)
+    expect(page.locator("article[data-role=user] .text").first).to_have_text("One question")
+    # An answer that is edited is a branch as well, and what the model reads from then on.
+    chat.ready()
+    last = chat.answers.last
+    last.get_by_role("button", name="Edit").click()
+    last.locator("textarea").fill("My own words")
+    last.get_by_role("button", name="Save").click()
+    expect(chat.answers.last.locator(".text")).to_have_text("My own words")
+    chat.ask("Well?")
+    assert "AI:My own words" in chat.inputs()[-1]
+
+
+def test_stop_and_continue(chat: Chat, chat_app: LiveApp) -> None:
+    chat.settle(max_answer_tokens=300)
+    chat.ask(wait=False)
+    chat.answering(10)
+    chat.page.click("#stop")
+    expect(chat.answers.first.locator(".meta")).to_contain_text("stopped")
+    chat.ready()
+    (part,) = chat.texts()
+    assert 0 < len(part) < len(undisturbed(chat_app, QUESTION, 300))
+    chat.settle(max_answer_tokens=40)
+    chat.answers.first.get_by_role("button", name="Continue").click()
+    chat.ready()
+    wait_until(lambda: len(chat.texts()[0]) > len(part), "nothing was added")
+    assert undisturbed(chat_app, QUESTION, 400).startswith(chat.texts()[0])
+
+
+def test_keys(chat: Chat) -> None:
+    page = chat.page
+    chat.settle(max_answer_tokens=900)
+    chat.ask(wait=False)
+    chat.answering(5)
+    page.keyboard.press("Escape")
+    expect(chat.answers.first.locator(".meta")).to_contain_text("stopped")
+    chat.ready()
+    page.press("#prompt", "ArrowUp")
+    editor = page.locator("article[data-role=user] textarea")
+    expect(editor).to_be_focused()
+    expect(editor).to_have_value(QUESTION)
+    page.keyboard.press("Escape")
+    expect(editor).to_have_count(0)
+    page.keyboard.press("Control+/")
+    expect(page.get_by_role("dialog", name="Keys")).to_be_visible()
+    page.keyboard.press("Control+/")
+    expect(page.get_by_role("dialog", name="Keys")).to_be_hidden()
+    page.keyboard.press("Control+k")
+    expect(page.locator("article")).to_have_count(0)
+    expect(page.locator("#prompt")).to_be_focused()
+    # Everything can be reached with Tab alone, and says what it is.
+    page.keyboard.press("Tab")
+    names = set()
+    for _ in range(30):
+        names.add(page.evaluate("document.activeElement.ariaLabel || document.activeElement.textContent.trim()"))
+        page.keyboard.press("Tab")
+    for name in ("New chat  Ctrl K", "Search chats", "Import", "The swarm", "List of chats", "Settings of this chat"):
+        assert any(name.split()[0] in each for each in names), (name, names)
+
+
+def test_scrolling_follows_unless_the_reader_scrolls_up(chat: Chat) -> None:
+    page = chat.page
+    chat.settle(max_answer_tokens=700)
+    at_end = "() => { const list = document.getElementById('messages'); return list.scrollHeight - list.scrollTop - list.clientHeight < 60 }"
+    page.set_viewport_size({"width": 400, "height": 420})
+    chat.ask(wait=False)
+    chat.answering(200)
+    assert page.evaluate(at_end)
+    page.locator("#messages").hover()
+    page.mouse.wheel(0, -400)
+    expect(page.locator("#latest")).to_be_visible()
+    where = page.evaluate("document.getElementById('messages').scrollTop")
+    chat.answering(400)
+    assert page.evaluate("document.getElementById('messages').scrollTop") <= where
+    page.click("#latest")
+    expect(page.locator("#latest")).to_be_hidden()
+    chat.answering(500)
+    assert page.evaluate(at_end)
+    page.click("#stop")
+    chat.ready()
+
+
+# Chats
+
+
+def test_chats_are_kept(chat: Chat) -> None:
+    page = chat.page
+    chat.ask("About bees")
+    page.click("#new-chat")
+    chat.ask("About swarms")
+    chats = page.locator("#chats .open")
+    expect(chats).to_have_text(["About swarms", "About bees"])
+    page.reload()
+    chat.ready()
+    expect(page.locator("h1")).to_have_text("About swarms")
+    expect(page.locator("article")).to_have_count(2)
+    chats.nth(1).click()
+    expect(page.locator("article[data-role=user] .text")).to_have_text("About bees")
+    # Where it went on before: warm or not, the whole conversation is there.
+    chat.ask("More")
+    assert "About bees" in chat.inputs()[-1]
+
+    menu(page, "About swarms", "Rename")
+    page.keyboard.type("A better name")
+    page.keyboard.press("Enter")
+    expect(page.locator("#chats")).to_contain_text("A better name")
+    page.fill("#search", "SWARMS")  # stands in a question, not in the name any more
+    expect(chats).to_have_text(["A better name"])
+    page.fill("#search", "nothing has this")
+    expect(page.locator("#no-chats")).to_have_text("No chat holds this.")
+    page.fill("#search", "")
+    expect(chats).to_have_count(2)
+
+    menu(page, "A better name", "Delete")
+    expect(chats).to_have_text(["About bees"])
+    page.get_by_role("button", name="Undo").click()
+    expect(page.locator("h1")).to_have_text("A better name")
+    expect(page.locator("article")).to_have_count(2)
+    page.go_back()
+    expect(page.locator("h1")).to_have_text("About bees")
+    page.clock.install()
+    menu(page, "A better name", "Delete")
+    page.clock.run_for(11_000)
+    wait_until(lambda: len(chat.kept()[0]) == 1, "the chat was not deleted for good")
+    assert {message["chat"] for message in chat.kept()[1]} == {chat.kept()[0][0]["id"]}
+
+
+def menu(page: Page, title: str, entry: str) -> None:
+    item = page.locator("#chats .chat", has_text=title)
+    item.hover()
+    item.locator(".more").click()
+    item.get_by_role("button", name=entry, exact=True).click()
+
+
+def test_export_and_import(chat: Chat, tmp_path: Path) -> None:
+    page = chat.page
+    chat.settle(system="You are a bee.", temperature=1, seed=3)
+    chat.ask("First\n\n<!-- petals-chat: user -->\n## You")
+    chat.answers.first.get_by_role("button", name="Regenerate").click()
+    chat.answering(24)
+    chat.ready()
+    title = "First <!-- petals-chat: user --> ## You"
+    with page.expect_download() as download:
+        menu(page, title, "Export as JSON")
+    as_json = tmp_path / "chat.json"
+    download.value.save_as(as_json)
+    with page.expect_download() as download:
+        menu(page, title, "Export as Markdown")
+    as_markdown = tmp_path / "chat.md"
+    download.value.save_as(as_markdown)
+    (before,), messages = chat.kept()
+    assert before["system"] == "You are a bee."
+
+    page.set_input_files("#file", as_json)
+    expect(page.locator("#toast")).to_have_text("Imported 1 chat.")
+    expect(page.locator("#chats .open")).to_have_count(2)
+    chats, all_messages = chat.kept()
+    imported = next(each for each in chats if each["id"] != before["id"])
+    copies = [message for message in all_messages if message["chat"] == imported["id"]]
+    same = ("title", "system", "settings", "model", "created")
+    assert {name: imported[name] for name in same} == {name: before[name] for name in same}
+    assert [(m["role"], m["text"]) for m in copies] == [(m["role"], m["text"]) for m in messages]
+    expect(chat.answers.first.locator(".branches span")).to_have_text("2/2")
+
+    page.set_input_files("#file", as_markdown)
+    expect(page.locator("#chats .open")).to_have_count(3)
+    expect(page.locator("article[data-role=user] .text")).to_have_text(
+        "First\n\n<!-- petals-chat: user -->\n## You", use_inner_text=True
+    )
+    with page.expect_download() as download:
+        page.click("#export-all")
+    download.value.save_as(as_json)
+    assert len(json.loads(as_json.read_text())["chats"]) == 3
+    chat.ready()
+    chat.ask("It goes on")  # with what was imported
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.json", "{", "not valid JSON"),
+        ("a.json", '{"chats": []}', "was not exported by Petals Chat"),
+        ("a.json", '{"format": "petals-chat", "version": 9, "chats": []}', "of version 9"),
+        ("a.json", '{"format": "petals-chat", "version": 1, "chats": []}', "no chat in this file"),
+        ("a.json", '{"format": "petals-chat", "version": 1, "chats": [7]}', "chat 1 must be an object"),
+        (
+            "a.json",
+            '{"format": "petals-chat", "version": 1, "chats": [{"title": "t", "messages": [{"id": 1}]}]}',
+            "chat 1, message 1: id must be a text",
+        ),
+        (
+            "a.json",
+            '{"format": "petals-chat", "version": 1, "chats": [{"title": "t", "messages": '
+            '[{"id": "1", "parent": null, "role": "assistant", "text": ""}]}]}',
+            "do not take turns",
+        ),
+        ("a.md", "# Only a title", "no line that tells whose a message is"),
+        ("a.png", "\x89PNG", "no line that tells whose a message is"),
+    ],
+)
+def test_files_that_cannot_be_imported(chat: Chat, tmp_path: Path, name: str, content: str, reason: str) -> None:
+    (tmp_path / name).write_text(content)
+    chat.page.set_input_files("#file", tmp_path / name)
+    expect(chat.page.locator("#toast")).to_contain_text(f"{name} was not imported.")
+    expect(chat.page.locator("#toast")).to_contain_text(reason)
+    assert chat.kept() == ([], [])
+
+
+# Nothing is lost
+
+
+def test_reload_in_mid_answer(chat: Chat, chat_app: LiveApp) -> None:
+    chat.settle(max_answer_tokens=500)
+    chat.ask(wait=False)
+    chat.answering(50)
+    chat.page.reload()
+    expect(chat.answers.first).to_be_visible()
+    chat.answering(150)
+    chat.page.reload()
+    expect(chat.answers.first).to_have_attribute("aria-busy", "false", timeout=TIMEOUT)
+    chat.ready()
+    assert chat.texts() == [undisturbed(chat_app, QUESTION, 500)]
+    # The second time as well it was the same answer, and the session goes on after it.
+    assert [message["type"] for message in chat.sent].count("resume_inference_session") == 2
+    assert len(chat.inputs()) == 1
+    chat.ask("And then?")
+    assert chat.inputs()[-1].strip().startswith("Human: And then?")
+
+
+def test_connection_lost_in_mid_answer(context: BrowserContext, chat_app: LiveApp) -> None:
+    proxy = Proxy(int(chat_app.url.rpartition(":")[2]))
+    chat = Chat(context.new_page())
+    chat.page.goto(f"http://127.0.0.1:{proxy.port}")
+    chat.ready()
+    chat.settle(temperature=0, max_answer_tokens=300)
+    chat.ask(wait=False)
+    for tokens in (20, 100):
+        chat.answering(tokens)
+        proxy.cut()
+    chat.ready()
+    assert chat.texts() == [undisturbed(chat_app, QUESTION, 300)]
+    assert [message["type"] for message in chat.sent].count("resume_inference_session") == 2
+    proxy.close()
+
+
+def test_answer_that_nobody_has_kept(chat: Chat, chat_app: LiveApp) -> None:
+    chat.settle(max_answer_tokens=600)
+    chat.ask(wait=False)
+    chat.answering(40)
+    page = chat.page
+    page.goto("about:blank")
+    # The server gives the answer up, as it does when its time is over.
+    for session_id in list(chat_app.service.sessions._sessions):
+        chat_app.service.sessions.close(session_id)
+    page.go_back()
+    notice = chat.answers.first.locator(".notice")
+    expect(notice).to_contain_text("The answer was interrupted")
+    chat.settle(max_answer_tokens=60)
+    (part,) = chat.texts()
+    assert part
+    notice.get_by_role("button", name="Continue").click()
+    chat.ready()
+    wait_until(lambda: len(chat.texts()[0]) > len(part), "nothing was added")
+    assert undisturbed(chat_app, QUESTION, 900).startswith(chat.texts()[0])
+
+
+def test_answers_go_on_in_other_chats(chat: Chat, chat_app: LiveApp) -> None:
+    page = chat.page
+    chat.settle(max_answer_tokens=200)
+    chat.ask(wait=False)
+    chat.answering(10)
+    page.click("#new-chat")
+    expect(page.locator("#chats .answering")).to_have_count(1)
+    expect(page.locator("#chats .answering")).to_have_count(0, timeout=TIMEOUT)
+    page.locator("#chats .open").click()
+    chat.ready()
+    assert chat.texts() == [undisturbed(chat_app, QUESTION, 200)]
+
+
+def test_killed_server(context: BrowserContext, live_app: LiveApp, tiny_bloom: Path) -> None:
+    with LocalSwarm() as local:
+        for number, blocks in enumerate(("0:2", "2:4", "2:4")):
+            options = dataclasses.replace(tiny_server(tiny_bloom, blocks), public_name=f"server-{number}")
+            local.start_server(options)
+        settings = dataclasses.replace(
+            live_app.service.settings, MODELS=(live_app.model_name,), INITIAL_PEERS=tuple(local.swarm.initial_peers)
+        )
+        with serve(settings) as app:
+            state = app.service.models.get(None).state
+            assert state.wait(lambda: len(state.servers()) == 3, 60)
+            chat = Chat(context.new_page())
+            chat.page.goto(app.url)
+            chat.ready()
+            chat.settle(temperature=0, max_answer_tokens=400)
+            chat.ask(wait=False)
+            chat.answering(30)
+            route = chat.answers.first.locator(".route")
+            expect(route).to_have_attribute(
+                "aria-label", re.compile("blocks 0–1 on server-0, blocks 2–3 on server-[12]")
+            )
+            used = int((route.get_attribute("aria-label") or "")[-1])
+            local.servers[used].process.kill()
+            healed = chat.answers.first.locator(".events .healed")
+            expect(healed).to_contain_text(f"server-{used} with blocks 2–3 was lost")
+            expect(healed).to_contain_text(f"server-{3 - used} took over")
+            expect(route).to_have_attribute("aria-label", re.compile(f"server-{3 - used}$"))
+            chat.ready()
+            assert chat.texts() == [undisturbed(app, QUESTION, 400)]
+
+
+# Models and settings
+
+
+def test_only_what_was_changed_is_sent(chat: Chat) -> None:
+    page = chat.page
+    page.click("#settings-button")
+    page.click("#reset-all")
+    page.click("#settings button:text-is('Done')")
+    streaming = {"max_new_tokens", "stop_sequence", "extra_stop_sequences"}
+    chat.ask(wait=False)
+    chat.answering(1)
+    page.click("#stop")
+    chat.ready()
+    assert set(chat.sent[-2]) == {"type", "inputs", "model_defaults"} | streaming
+    chat.settle(top_p=0.5, top_k=7, repetition_penalty=1.2, seed=11, max_answer_tokens=12, temperature=0.3)
+    expect(page.locator("#settings-button")).to_have_class(re.compile("changed"))
+    chat.ask()
+    expected = {"top_p": 0.5, "top_k": 7, "repetition_penalty": 1.2, "seed": 11, "max_answer_tokens": 12}
+    sent = chat.sent[-1]
+    assert {name: sent[name] for name in expected} == expected and (sent["temperature"], sent["do_sample"]) == (0.3, 1)
+    assert chat.kept()[1][-1]["stats"]["tokens"] == 12
+    page.click("#settings-button")
+    page.get_by_role("button", name="Reset Top p").click()
+    expect(page.locator("#set-top_p")).to_have_value("")
+    assert page.locator("#set-top_p").get_attribute("placeholder") == "0.9"  # the model's own
+    page.fill("#set-top_p", "7")  # out of range: it cannot be closed like that
+    page.click("#settings button:text-is('Done')")
+    expect(page.locator("#settings")).to_be_visible()
+    page.fill("#set-top_p", "")
+    page.click("#settings button:text-is('Done')")
+    expect(page.locator("#settings")).to_be_hidden()
+    chat.ask()
+    assert "top_p" not in chat.sent[-1]
+    # The settings belong to the chat, and the next one begins with them.
+    page.reload()
+    chat.ready()
+    page.click("#new-chat")
+    expect(page.locator("#settings-button")).to_have_class(re.compile("changed"))
+
+
+def test_system_prompt(chat: Chat) -> None:
+    chat.settle(system="You are $& a {text} bee.")
+    chat.ask("Hello $1 {system}")
+    assert chat.inputs() == ["You are $& a {text} bee.\n\nHuman: Hello $1 {system}\n\nAI:"]
+
+
+def test_models(chat: Chat) -> None:
+    page = chat.page
+    page.click("#model-button")
+    picker = page.get_by_role("dialog", name="Model")
+    rows = picker.locator("#models li")
+    expect(rows).to_have_count(2)
+    expect(rows.first.locator(".state")).to_have_text("Ready")
+    expect(rows.first.locator(".facts")).to_contain_text("reads 2,048 tokens")
+    expect(rows.nth(1).locator(".state")).to_contain_text("Failed: ")
+    rows.nth(1).locator("input").check()
+    picker.get_by_role("button", name="Done").click()
+    expect(page.locator("body[data-state=error] #status")).to_contain_text("The model could not be loaded")
+    expect(page.locator("#send")).to_be_disabled()
+    page.click("#model-button")
+    rows.first.locator("input").check()
+    page.keyboard.press("Escape")
+    chat.ready()
+    chat.ask()
+
+
+def test_sessions_grow_unnoticed(chat: Chat, chat_app: LiveApp) -> None:
+    chat.settle(max_answer_tokens=700)
+    chat.ask()
+    assert chat.texts() == [undisturbed(chat_app, QUESTION, 700)]
+    lengths = [message["max_length"] for message in chat.sent if message["type"] == "open_inference_session"]
+    assert lengths == [1024] or lengths == sorted(lengths) and len(lengths) > 1, lengths
+
+
+def test_a_full_chat_offers_a_choice(chat: Chat, tmp_path: Path) -> None:
+    page = chat.page
+    long = "The quick brown fox jumps over the lazy dog. " * 75
+    messages = [
+        {"id": str(i), "parent": str(i - 1) if i else None, "role": role, "text": long, "stats": {"position": position}}
+        for i, (role, position) in enumerate([("user", 0), ("assistant", 1500), ("user", 0), ("assistant", 2000)])
+    ]
+    for message, created in zip(messages, range(1, 9), strict=False):
+        message["created"] = created
+    file = tmp_path / "long.json"
+    file.write_text(
+        json.dumps({"format": "petals-chat", "version": 1, "chats": [{"title": "Long", "messages": messages}]})
+    )
+    page.set_input_files("#file", file)
+    expect(page.locator("h1")).to_have_text("Long")
+    chat.ready()
+    chat.settle(temperature=0, max_answer_tokens=10)
+    expect(page.locator("#tokens")).to_have_class(re.compile("nearly-full"))
+    chat.ask(wait=False)
+    notice = chat.answers.last.locator(".notice")
+    expect(notice).to_contain_text("no room left for your message: the model can read 2,048 tokens")
+    expect(notice.get_by_role("button", name="New chat")).to_be_visible()
+    notice.get_by_role("button", name="Go on without the oldest messages").click()
+    expect(page.locator(".boundary:visible")).to_have_count(1)
+    chat.answering(10)
+    chat.ready()
+    assert chat.inputs()[-1].count(long) < 4
+    page.reload()
+    expect(page.locator(".boundary:visible")).to_have_count(1)
+
+
+def test_slow_answers_say_why(chat: Chat) -> None:
+    page = chat.page
+    chat.settle(max_answer_tokens=900)
+    page.clock.install()
+    chat.ask(wait=False)
+    chat.answering(20)
+    page.clock.fast_forward(200_000)
+    notice = chat.answers.first.locator(".notice")
+    expect(notice).to_contain_text("tokens a second. Each token passes 2 servers one after the other")
+    assert notice.get_by_role("link", name="How to add a machine").get_attribute("href") == "swarm#add"
+    page.click("#stop")
+    chat.ready()
+
+
+def test_place_in_the_queue(chat: Chat, chat_app: LiveApp) -> None:
+    with websocket(chat_app.websocket_url) as ws:
+        ws.open(1024)
+        ws.send({"type": "generate", "inputs": "a", "max_new_tokens": 1, "stop_sequence": "never to be seen"})
+        assert ws.receive()["ok"]
+        chat.ask(wait=False)
+        expect(chat.answers.first.locator(".note")).to_have_text("In the queue: you are next")
+        ws.send({"type": "stop"})
+        chat.answering(24)
+    expect(chat.answers.first.locator(".note")).to_be_empty()
+    chat.ready()
+
+
+def test_failures_are_told_in_words_and_can_be_retried(chat: Chat, chat_app: LiveApp) -> None:
+    sessions = chat_app.service.sessions
+    places, sessions.max_sessions = sessions.max_sessions, 0
+    sessions._places.timeout = 0.2
+    try:
+        chat.ask(wait=False)
+        notice = chat.answers.first.locator(".notice")
+        expect(notice).to_contain_text("The server says: all 0 inference sessions are taken")
+    finally:
+        sessions.max_sessions = places
+        sessions._places.timeout = 20.0
+    notice.get_by_role("button", name="Retry").click()
+    chat.answering(24)
+    chat.ready()
+    expect(notice).to_have_count(0)
+    expect(chat.answers).to_have_count(1)
+
+
+# Looks and access
+
+
+def test_themes(chat: Chat) -> None:
+    page = chat.page
+    background = "getComputedStyle(document.documentElement).backgroundColor"
+    light = page.evaluate(background)
+    page.emulate_media(color_scheme="dark")
+    dark = page.evaluate(background)
+    assert light != dark
+    page.get_by_role("radio", name="Light").check()
+    assert page.evaluate(background) == light
+    page.reload()
+    assert page.evaluate(background) == light
+    expect(page.get_by_role("radio", name="Light")).to_be_checked()
+    page.get_by_role("radio", name="System").check()
+    assert page.evaluate(background) == dark
+    page.emulate_media(reduced_motion="reduce")
+    chat.ready()
+    assert page.evaluate("document.getAnimations().length") == 0
+
+
+@pytest.mark.parametrize("width", [360, 2560])
+def test_widths(chat: Chat, width: int) -> None:
+    page = chat.page
+    chat.ask("مرحبا بالعالم " * 30 + "verylongword" * 60)
+    page.set_viewport_size({"width": width, "height": 800})
+    wide = "() => [...document.querySelectorAll('body, #chat, header, #messages, #composer, article')].filter((node) => node.scrollWidth > node.clientWidth + 1).map((node) => node.id || node.tagName)"
+    assert page.evaluate(wide) == []
+    text = page.locator("article[data-role=user] .text")
+    assert text.evaluate("(node) => getComputedStyle(node).direction") == "rtl"
+    if width == 360:
+        expect(page.locator("#sidebar")).to_be_hidden()
+        page.click("#toggle-sidebar")
+        expect(page.locator("#chats .open")).to_be_visible()
+        assert page.evaluate("document.getElementById('chat').inert")
+        page.keyboard.press("Escape")
+        expect(page.locator("#sidebar")).to_be_hidden()
+        expect(page.locator("#toggle-sidebar")).to_be_focused()
+
+
+def test_nothing_jumps_while_an_answer_comes(chat: Chat) -> None:
+    page = chat.page
+    chat.settle(max_answer_tokens=150)
+    page.evaluate(
+        "() => { window.shifts = []; new PerformanceObserver((list) => window.shifts.push(...list.getEntries().map((entry) => ({"
+        " value: entry.value, what: entry.sources.map(({ node }) => node?.className ?? node?.nodeName).join() }))))"
+        ".observe({ type: 'layout-shift' }); }"
+    )
+    chat.ask()
+    assert sum(shift["value"] for shift in page.evaluate("window.shifts")) < 0.01, page.evaluate("window.shifts")
+
+
+def test_the_answer_is_said_to_screen_readers(chat: Chat) -> None:
+    chat.ask()
+    said = chat.page.locator("#announcer").inner_text()
+    (text,) = chat.texts()
+    assert "".join(said.split()) == "".join(text.split())
+    assert chat.page.locator("#announcer").get_attribute("aria-live") == "polite"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_no_obstacles(chat: Chat, scheme: Any, tmp_path: Path) -> None:
+    page = chat.page
+    page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
+    assert axe_violations(page) == []
+    file = tmp_path / "rich.json"
+    rich = "# Title\n\n- [x] one\n- two\n\n| a | b |\n|---|--:|\n| 1 | 2 |\n\n```python\ndef f(): return 'x'  # y\n```\n\n> a [link](https://example.org) $x^2$"
+    messages = [
+        {"id": "q", "parent": None, "role": "user", "text": "?", "created": 1},
+        {"id": "a", "parent": "q", "role": "assistant", "text": rich, "created": 2, "state": "interrupted"},
+    ]
+    file.write_text(
+        json.dumps({"format": "petals-chat", "version": 1, "chats": [{"title": "Rich", "messages": messages}]})
+    )
+    page.set_input_files("#file", file)
+    expect(page.locator(".katex").first).to_be_visible()
+    chat.ready()
+    chat.ask()
+    assert axe_violations(page) == []
+    for opener in ("#settings-button", "#model-button"):
+        page.click(opener)
+        assert axe_violations(page) == []
+        page.keyboard.press("Escape")
+    page.keyboard.press("Control+/")
+    assert axe_violations(page) == []
+    page.keyboard.press("Escape")
+    page.set_viewport_size({"width": 360, "height": 700})
+    page.click("#toggle-sidebar")
+    assert axe_violations(page) == []
+
+
+def test_weight_and_outside_requests(context: BrowserContext, chat_app: LiveApp) -> None:
+    page = context.new_page()
+    sizes: dict[str, int] = {}
+    page.on("response", lambda response: sizes.__setitem__(response.url, len(response.body())))
+    chat = Chat(page)
+    page.goto(chat_app.url)
+    chat.ready()
+    chat.settle(temperature=0, max_answer_tokens=24)
+    chat.ask()
+    assert all(url.startswith(chat_app.url) for url in sizes)
+    code = {url: size for url, size in sizes.items() if re.search(r"\.(js|css)$", url)}
+    assert any("marked" in url for url in code)
+    assert not any("katex" in url or "/vendor/highlight" in url for url in code)  # only when they are needed
+    # What a person may come to need as well, but for math and highlighting.
+    others = sum(
+        len(chat_app.app.test_client().get(f"/static/js/{name}").data)
+        for name in ("transfer.js",)
+        if not any(url.endswith(name) for url in code)
+    )
+    assert sum(code.values()) + others < 150_000, code
+
+
+# Safety
+
+
+def test_text_can_do_no_harm(chat: Chat, tmp_path: Path) -> None:
+    page = chat.page
+    page.on("dialog", lambda dialog: chat.errors.append(f"dialog: {dialog.message}"))
+    chats = [
+        {
+            "title": text,
+            "model": text,
+            "messages": [
+                {"id": "q", "parent": None, "role": "user", "text": text, "created": 1},
+                {"id": "a", "parent": "q", "role": "assistant", "text": text, "created": 2, "model": text},
+            ],
+        }
+        for text in XSS
+    ]
+    file = tmp_path / "xss.json"
+    file.write_text(json.dumps({"format": "petals-chat", "version": 1, "chats": chats}))
+    before = page.url
+    page.set_input_files("#file", file)
+    items = page.locator("#chats .chat")
+    expect(items).to_have_count(len(XSS))
+    for index in range(len(XSS)):
+        items.nth(index).locator(".open").click()
+        expect(page.locator(ANSWER)).to_have_count(1)
+    with page.expect_download() as download:
+        page.locator("#chats .chat .more").first.evaluate("(button) => button.click()")
+        page.locator(".menu:popover-open").get_by_text("Export as Markdown").click()
+    download.value.save_as(tmp_path / "xss.md")
+    page.set_input_files("#file", tmp_path / "xss.md")
+    expect(items).to_have_count(len(XSS) + 1)
+    assert page.evaluate("window.__xss") is None
+    assert page.url.split("#")[0] == before.split("#")[0]
+    assert page.locator("#messages :is(script, iframe, object, embed, img, form, style)").count() == 0
+
+
+def test_content_security_policy(chat_app: LiveApp) -> None:
+    for path in ("/", "/swarm"):
+        policy = chat_app.app.test_client().get(path).headers["Content-Security-Policy"]
+        directives = dict(part.strip().split(" ", 1) for part in policy.split(";"))
+        assert directives["default-src"] == "'none'"
+        assert directives["script-src"] == directives["style-src"] == directives["connect-src"] == "'self'"
+        assert "unsafe" not in policy
