@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 from flask import Flask, Response
-from playwright.sync_api import ConsoleMessage, Page, Request
+from playwright.sync_api import ConsoleMessage, Dialog, Page, Request
 from werkzeug.serving import make_server
 
-from page import CONTENT_SECURITY_POLICY, vendor_file
+from page import CONTENT_SECURITY_POLICY, static_file, vendor_file
 from tests.browser import browser_page
 
 ROOT = Path(__file__).parent.parent
@@ -113,7 +113,8 @@ class Site:
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    app = Flask(__name__, root_path=str(ROOT))
+    app = Flask(__name__, static_folder=None)
+    app.add_url_rule("/static/<path:filename>", view_func=static_file)
     app.add_url_rule("/vendor/<package>/<path:name>", view_func=vendor_file)
     headers = {"Content-Security-Policy": CONTENT_SECURITY_POLICY}
     app.add_url_rule("/", view_func=lambda: Response(PAGE, mimetype="text/html", headers=headers))
@@ -296,7 +297,12 @@ FORBIDDEN = """(allowed) => [...document.querySelectorAll("#one *, #two *")].fla
 @pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
 def test_nothing_runs_and_nothing_is_loaded(site: Site, streamed: bool) -> None:
     dialogs: list[str] = []
-    site.page.once("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
+
+    def dismiss(dialog: Dialog) -> None:
+        dialogs.append(dialog.message)
+        dialog.dismiss()
+
+    site.page.once("dialog", dismiss)
     assert len(XSS) >= 60
     site.evaluate(f"window.forbidden = {FORBIDDEN}; undefined")
     found = site.evaluate(
@@ -447,7 +453,7 @@ def test_math(site: Site) -> None:
         "$\\nosuch$ and $$w$$ $\\pmb{x}$ $\\fcolorbox{red}{blue}{x}$"
     )
     site.html(text)
-    site.page.wait_for_function("document.querySelectorAll('#one .katex').length === 8")
+    site.page.wait_for_function("document.querySelectorAll('#one .katex').length === 8", polling=50)
     assert site.page.locator("#one .katex-display").count() == 3
     assert site.page.locator("#one math").count() == 8
     assert site.page.locator("#one em").count() == 1
