@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from flask import Flask, Response
-from playwright.sync_api import ConsoleMessage, Dialog, Page, Request
+from playwright.sync_api import ConsoleMessage, Dialog, Page, Request, expect
 from werkzeug.serving import make_server
 
 from page import CONTENT_SECURITY_POLICY, static_file, vendor_file
@@ -453,7 +453,7 @@ def test_math(site: Site) -> None:
         "$\\nosuch$ and $$w$$ $\\pmb{x}$ $\\fcolorbox{red}{blue}{x}$"
     )
     site.html(text)
-    site.page.wait_for_function("document.querySelectorAll('#one .katex').length === 8", polling=50)
+    expect(site.page.locator("#one .katex")).to_have_count(8)
     assert site.page.locator("#one .katex-display").count() == 3
     assert site.page.locator("#one math").count() == 8
     assert site.page.locator("#one em").count() == 1

@@ -33,8 +33,7 @@ export async function highlight(element, language, changed) {
     whenIdle(() => {
       if (element.textContent !== code) return;
       element.replaceChildren(fragment(highlighter.highlight(code, { language: file, ignoreIllegals: true }).value));
-      changed();
-    });
+    }, changed);
   } catch (error) {
     console.warn(`${language} stays plain`, error);
   }

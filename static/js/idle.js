@@ -3,9 +3,12 @@
 const LIMIT_MS = 200; // after which it is done however busy the page is
 const tasks = [];
 
-/** @param {() => void} task */
-export function whenIdle(task) {
-  tasks.push(task);
+/**
+ * @param {() => void} task
+ * @param {() => void} after called when this task, and others that were done along with it, have changed the page
+ */
+export function whenIdle(task, after) {
+  tasks.push({ task, after });
   if (tasks.length === 1) schedule();
 }
 
@@ -16,13 +19,16 @@ function schedule() {
 }
 
 function run(deadline) {
+  const afterwards = new Set();
   do {
+    const { task, after } = tasks.shift();
     try {
-      tasks[0]();
+      task();
+      afterwards.add(after);
     } catch (error) {
       console.warn("left as it was", error);
     }
-    tasks.shift();
-  } while (tasks.length && deadline?.timeRemaining() > 2);
+  } while (tasks.length && deadline?.timeRemaining() > 4);
   if (tasks.length) schedule();
+  for (const after of afterwards) after();
 }

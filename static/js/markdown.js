@@ -174,19 +174,22 @@ function isLoose({ raw, tokens }) {
  * beginning or the end of something. A moment later it is known, and nothing had to be shown as two things.
  */
 function decided(text) {
-  let end = text.lastIndexOf("\n") + 1;
-  if (!/^[\s>]*(?:[-*+]\s+\[[ xX]?\]?|[-=*+#_`~|:\s]*|\d{1,9}[.)]?)\s*$/.test(text.slice(end))) end = text.length;
-  const lines = text.slice(0, end).trimEnd();
-  const lineStart = lines.lastIndexOf("\n") + 1;
-  const isRow = (line) => /^[\s>]*\|/.test(line);
-  if (isRow(lines.slice(lineStart)) && !isRow(text.slice(lines.lastIndexOf("\n", lineStart - 2) + 1, lineStart))) {
-    end = lineStart;
-  }
-  return text.slice(0, end).replace(/[*_~`\\$]+$/, "");
+  const lastLine = text.slice(text.lastIndexOf("\n") + 1);
+  const isOpen = isRow(lastLine) || UNDECIDED.test(lastLine);
+  const lines = isOpen ? text.slice(0, text.length - lastLine.length) : text;
+  const [, before = "", last] = lines.trimEnd().match(/(?:^|\n)(?:([^\n]*)\n)?([^\n]*)$/);
+  const isHead = isRow(last) && !isRow(before); // of a table, perhaps
+  return (isHead ? lines.slice(0, lines.lastIndexOf(last)) : lines).replace(/[*_~`\\$]+$/, "");
 }
 
-/** What would close the code and the strong text that are open at the end of a text. */
-function closing(text) {
+const UNDECIDED = /^[\s>]*(?:[-*+]\s+\[[ xX]?\]?|[-=*+#_`~|:\s]*|\d{1,9}[.)]?)\s*$/;
+const isRow = (line) => /^[\s>]*\|/.test(line);
+
+/**
+ * What is written within a line, as it will look when what is open at its end is closed: code, strong text, a link. So
+ * nothing jumps when that comes.
+ */
+function foreseen(text) {
   let code = "";
   let strong = false;
   for (const { 0: mark, index } of text.matchAll(/\\.|`+|\*\*/gs)) {
@@ -195,7 +198,8 @@ function closing(text) {
     else if (mark === "**" && !code && strong) strong = /\s/.test(before);
     else if (mark === "**" && !code) strong = /\S/.test(after) && !/[\p{L}\p{N}]/u.test(before);
   }
-  return code + (strong ? "**" : "");
+  const start = code ? text + code : text.replace(/!?\[([^[\]\n]*)(?:\](?:\([^()\s]*)?)?$/, "$1");
+  return strong ? `${start.trimEnd()}**` : start;
 }
 
 /**
@@ -255,10 +259,10 @@ class Source {
     this.tokens = this.#lexer.blockTokens(text, this.#lexer.tokens);
     const queue = this.#lexer.inlineQueue;
     const end = streaming && queue.at(-1);
-    const guess = end && text.replace(/\n$/, "").endsWith(end.src) ? closing(end.src) : "";
-    if (guess) end.src += guess;
-    /** Whether something in it was closed that is still open. */
-    this.guessed = guess !== "";
+    const guess = end && text.replace(/\n$/, "").endsWith(end.src) ? foreseen(end.src) : end?.src;
+    /** Whether something is shown otherwise than it stands there. */
+    this.guessed = guess !== end?.src;
+    if (this.guessed) end.src = guess;
     this.#inline = new Map(queue.map(({ tokens, src }) => [tokens, src]));
   }
 

@@ -57,6 +57,11 @@ function token([raw], source, display) {
 
 let katex = null;
 
+// A formula too wide for the page can be scrolled by its own, with keys as well. Here nothing waits for the layout.
+const widths = new ResizeObserver((entries) => {
+  for (const { target } of entries) if (target.scrollWidth > target.clientWidth) target.tabIndex = 0;
+});
+
 /** Show a formula in an element, which shows its source until then. */
 export function typeset(element, source, display, changed) {
   if (source.length > MAX_SOURCE) return;
@@ -70,9 +75,8 @@ export function typeset(element, source, display, changed) {
       } catch {
         element.textContent = shown; // what KaTeX does not know; its own way to say so needs inline styles
       }
-      if (display && element.scrollWidth > element.clientWidth) element.tabIndex = 0;
-      changed();
-    });
+      if (display) widths.observe(element);
+    }, changed);
   });
 }
 
