@@ -36,7 +36,7 @@ from service import Service
 from tests.browser import browser_page
 
 # Events of the main thread in which scripts run; those within another of them are counted once. A layout that a script
-# asks for is part of it.
+# asks for is part of it. The time is the thread's own, so that others on the machine do not count.
 SCRIPT = {
     "FunctionCall",
     "EvaluateScript",
@@ -252,7 +252,7 @@ def stream(browser: Page, url: str, text: str, rate: float, kind: str) -> None:
 
 @dataclass(frozen=True)
 class Cost:
-    """Script time of the frames in which there was any, in milliseconds."""
+    """Script time (of the processor) of the frames in which there was any, in milliseconds."""
 
     frames: int
     median: float
@@ -295,8 +295,9 @@ def script_times(events: list[dict[str, Any]]) -> list[float]:
         start, end = event["ts"], event["ts"] + event["dur"]
         while frame < len(ends) and ends[frame] <= start:
             frame += 1
-        times[frame] += max(0.0, end - max(start, covered)) / 1000
-        covered = max(covered, end)
+        if start >= covered:  # not within another one
+            times[frame] += event.get("tdur", event["dur"]) / 1000
+            covered = end
     return sorted(spent for spent in times[1:] if spent > 0) or [0.0]  # before the first frame the page loads
 
 
