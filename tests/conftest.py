@@ -82,7 +82,7 @@ def tokenizer(model: SwarmModel) -> PreTrainedTokenizerBase:
     return model.tokenizer
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class LiveApp:
     """The app behind a real port."""
 

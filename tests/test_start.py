@@ -83,7 +83,7 @@ def test_several_models_at_once(program: Program, tiny_bloom: Path, tiny_falcon:
 def test_page_is_served_with_its_parts(program: Program) -> None:
     status, headers, page = call(program.url, "/")
     assert status == 200 and headers["content-type"].startswith("text/html")
-    assert "default-src 'self'" in headers["content-security-policy"]
+    assert "default-src 'none'" in headers["content-security-policy"]
     parts = re.findall(r'(?:src|href)="([^"#]+)"', page)
     assert parts and not any(part.startswith(("http:", "https:", "//")) for part in parts)
     for part in parts:

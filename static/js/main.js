@@ -24,6 +24,7 @@ const DELETED_FOR_MS = 60_000; // that a deleted chat is kept: longer than it ca
 const MAX_FILE = 64 * 2 ** 20; // bytes of an imported file; its chats are held in memory twice
 const DOWN = new Set(["failed", "unreachable"]); // states of a model that may never become ready
 const REFUSALS = new Set(["too_long", "invalid_parameter", "request_too_large"]); // of a question: it would be refused again
+const STILL_WAITING_MS = 60_000; // for an answer to a question that was asked just before the page was left
 const LOCK_MS = 2_000; // for the window that was left to let go of its answer
 const SWARM_PAGE = "swarm";
 
@@ -35,6 +36,7 @@ class App {
   #pageToken;
   #chat; // that is shown
   #tree;
+  #lastCreated = 0;
   #runs = new Map(); // chat id to the answer that is being written there
   #session = null; // of the chat that is shown, while nothing is written there
   #watch = new AbortController(); // ends the waiting for a model
@@ -80,6 +82,7 @@ class App {
     });
     store.onChange(() => this.#changedElsewhere());
     document.addEventListener("keydown", (event) => this.#shortcut(event));
+    addEventListener("online", () => this.#runs.forEach(({ session }) => session.reconnect()));
     addEventListener("hashchange", () => this.#openFromAddress());
     for (const radio of document.querySelectorAll("input[name=theme]")) {
       radio.checked = radio.value === (document.documentElement.dataset.theme ?? "");
@@ -341,7 +344,8 @@ class App {
   }
 
   #add(fields) {
-    const message = { id: newId(), chat: this.#chat.id, created: Date.now(), ...fields };
+    this.#lastCreated = Math.max(Date.now(), this.#lastCreated + 1); // no two at the same time: it is their order
+    const message = { id: newId(), chat: this.#chat.id, created: this.#lastCreated, ...fields };
     if (message.role === "assistant") message.model = this.#chat.model;
     this.#tree.add(message);
     this.#store.putMessage(message).catch((error) => this.#notKept(error));
@@ -423,8 +427,9 @@ class App {
     mine.release();
     if (point?.sessionId) {
       await this.#write(answer, point);
+    } else if (Date.now() - answer.created < STILL_WAITING_MS) {
+      await this.#write(answer); // it was left before it began
     } else {
-      // It was left before it began.
       answer.state = "interrupted";
       await this.#store.putMessage(answer);
       this.#showMessages();
@@ -496,6 +501,8 @@ class App {
       if (run.isSlow) this.#sayWhy(run, view);
       this.#keepSoon(run);
       if (view && message.stop !== true) this.#composer.tokens(answer.stats.position ?? 0, this.#limit);
+    } else if (message.begun) {
+      this.#keepNow(run);
     } else if (message.swarm) {
       run.notice(message.swarm);
       view?.showStats();
@@ -515,11 +522,13 @@ class App {
   }
 
   #keepSoon(run) {
+    run.keepTimer ||= setTimeout(() => this.#keepNow(run), KEEP_MS);
+  }
+
+  #keepNow(run) {
+    run.keepTimer = 0;
     run.answer.point = run.session.point;
-    run.keepTimer ||= setTimeout(() => {
-      run.keepTimer = 0;
-      this.#store.putMessage(run.answer).catch((error) => this.#notKept(error));
-    }, KEEP_MS);
+    this.#store.putMessage(run.answer).catch((error) => this.#notKept(error));
   }
 
   async #finish(run, error) {
@@ -656,12 +665,14 @@ class Run {
     const { stats } = this.answer;
     if (lost) {
       this.#lostAt ??= performance.now();
+      // The message says which peer it was; its name stood in the route.
+      lost.name ??= stats.route?.find(({ peer_id: peer }) => peer === lost.peer_id)?.name;
       stats.events.push({ words: `Healing: ${serverName(lost)} with ${blocks(lost)} was lost. ${lost.reason}`, lost, healed: false });
     }
     if (!route) return;
     stats.route = route;
     if (this.#lostAt === null) return;
-    const seconds = ((performance.now() - this.#lostAt) / 1000).toFixed(1);
+    const seconds = ((performance.now() - this.#lostAt) / 1000).toFixed(2);
     this.#lostAt = null;
     for (const event of stats.events.filter(({ healed }) => !healed)) {
       const now = route.filter(({ start, end }) => start < event.lost.end && end > event.lost.start);

@@ -5,7 +5,6 @@
 
 import { copyButton } from "./copy.js";
 import { element } from "./dom.js";
-import { highlight } from "./highlight.js";
 import { mathOptions, typeset } from "./math.js";
 
 const HIDDEN_MS = 250; // between renderings while the page is hidden and gets no frames
@@ -352,7 +351,7 @@ class Source {
       }
       if (!closed || piece.highlighted || !language) return;
       piece.highlighted = true;
-      highlight(code, language, this.#changed);
+      import("./highlight.js").then(({ highlight }) => highlight(code, language, this.#changed));
     };
     return { kind: `code ${language}`, raw, make, tune };
   }

@@ -112,7 +112,8 @@ class MessageView {
     this.boundary = element("p", { className: "boundary", hidden: true, textContent: "The model reads from here on." });
     this.article = element("article", { className: "message", ariaLabel: label, data: { role: message.role, id: message.id } });
     this.tools.append(this.#branches, copyButton(() => this.message.text, { label: "Copy", className: "plain small" }));
-    this.article.append(this.boundary, this.text, this.tools);
+    const heading = element("h2", { className: "visually-hidden", textContent: label });
+    this.article.append(this.boundary, heading, this.text, this.tools);
   }
 
   update(message, siblings, isBoundary) {

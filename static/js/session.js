@@ -56,7 +56,8 @@ export class ChatSession {
   /**
    * Let the model go on from a transcript.
    *
-   * Yields the server's messages: responses ({outputs, token_count, position, stop, ...}), {queue: {position}} and
+   * Yields {begun: true} when the server has been asked, so that from then on another page can take the answer up; and the
+   * server's messages: responses ({outputs, token_count, position, stop, ...}), {queue: {position}} and
    * {swarm: {route | lost | prefill}}; and, while there is no connection, {status: words}. If the connection is lost the
    * answer goes on by itself, from where it is; the text that was yielded stays valid.
    *
@@ -70,7 +71,7 @@ export class ChatSession {
    * @throws {import("./socket.js").SocketError | Interrupted}
    */
   async *answer(transcript, parameters, { signal, position = 0, point = null }) {
-    const run = { transcript, parameters, signal, position, text: "", isNew: point === null, again: false };
+    const run = { transcript, parameters, signal, position, text: "", tokens: 0, isNew: point === null, again: false };
     let how = point ? "resume" : "generate";
     if (point) this.#restore(point, transcript);
     let patientUntil = performance.now() + RESUME_PATIENCE_MS;
@@ -104,6 +105,11 @@ export class ChatSession {
   /** End the running answer soon. Returns false if that cannot be asked of the server. */
   stop() {
     return this.#socket?.stop() ?? false;
+  }
+
+  /** The network has changed: the connection may be dead without anybody having been told. */
+  reconnect() {
+    this.#socket?.drop();
   }
 
   /** Let the session go. May be called at any time, and twice. */
@@ -145,7 +151,9 @@ export class ChatSession {
     this.#held = whole;
     this.#answers += 1;
     this.#received = 0;
-    yield* this.#follow(run, this.#socket.generate({ inputs, ...parameters }));
+    const messages = this.#socket.generate({ inputs, ...parameters, ...bound(parameters, run.tokens) });
+    yield { begun: true };
+    yield* this.#follow(run, messages);
   }
 
   async *#resume(run) {
@@ -171,6 +179,7 @@ export class ChatSession {
       if (message.outputs !== undefined) {
         this.#received += 1;
         run.text += message.outputs;
+        run.tokens += message.token_count;
         this.#held += message.outputs + (message.stop_sequence ?? "");
         run.position = message.position ?? run.position;
       }
@@ -221,6 +230,11 @@ export class ChatSession {
       if (state !== "ready") yield { status: words };
     }
   }
+}
+
+/** What is left of the tokens that an answer may have, when it goes on in another session. */
+function bound({ max_answer_tokens: most }, tokens) {
+  return most === undefined ? {} : { max_answer_tokens: Math.max(1, most - tokens) };
 }
 
 /** What comes one by one from a callback, as an iteration. */

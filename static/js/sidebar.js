@@ -44,7 +44,7 @@ export class Sidebar {
     $("toggle-sidebar").addEventListener("click", () => this.#toggle());
     $("close-sidebar").addEventListener("click", () => this.close());
     $("backdrop").addEventListener("click", () => this.close());
-    $("sidebar").addEventListener("keydown", ({ key }) => key === "Escape" && this.close());
+    document.addEventListener("keydown", ({ key }) => key === "Escape" && this.close());
     this.#narrow.addEventListener("change", () => this.#setOpen(false));
     this.#setOpen(false);
   }
@@ -140,7 +140,10 @@ export class Sidebar {
       if (keep && title && title !== chat.title) this.#actions.rename(id, title);
     };
     field.addEventListener("keydown", (event) => {
-      if (event.key === "Enter" && !event.isComposing) end(true);
+      if (event.key === "Enter" && !event.isComposing) {
+        event.preventDefault(); // else it would press the button that has the focus then
+        end(true);
+      }
       if (event.key === "Escape") {
         event.stopPropagation();
         end(false);

@@ -4,6 +4,7 @@ const OPEN_LIMIT_MS = 60_000; // connecting and opening the session
 const RESPONSE_LIMIT_MS = 300_000; // one response: a long prompt in a slow swarm takes minutes
 const STOP_LIMIT_MS = 10_000; // the end of an answer after `stop`
 const TAKEN_OVER = 4001; // the close code when another page goes on with the session
+const DROPPED = 4000; // the close code of a connection that may be dead; any but DONE lets the server keep the session
 const DONE = 1000; // the close code that lets the server end the session: RFC 6455, section 7.4.1
 
 /**
@@ -145,6 +146,11 @@ export class InferenceSocket {
     this.#end(new ConnectionLost("The connection was closed."));
   }
 
+  /** Give the connection up, but not the session. */
+  drop() {
+    this.#end(new ConnectionLost("The connection to the server was lost."), DROPPED);
+  }
+
   #send(message) {
     if (this.isOpen) this.#socket.send(JSON.stringify(message));
   }
@@ -184,13 +190,13 @@ export class InferenceSocket {
   }
 
   #endLate(what, limitMs) {
-    this.#end(new ResponseTimeout(`The server did not ${what} within ${limitMs / 1000} seconds.`));
+    this.#end(new ResponseTimeout(`The server did not ${what} within ${limitMs / 1000} seconds.`), DROPPED);
   }
 
-  #end(failure) {
+  #end(failure, code = DONE) {
     if (this.#failure) return;
     this.#failure = failure;
-    this.#socket?.close(DONE);
+    this.#socket?.close(code);
     if (this.#waiter) this.#settle((waiter) => waiter.reject(failure));
   }
 }
