@@ -112,7 +112,9 @@ def end_request(response: Response) -> Response:
         response.headers["X-Content-Type-Options"] = "nosniff"
         response.headers["Referrer-Policy"] = "no-referrer"
     seconds = time.monotonic() - g.get("started", time.monotonic())
-    log.info("%s %s %d %.3f s", request.method, request.path, response.status_code, seconds)
+    # An open page that shows the swarm asks every other second.
+    level = logging.DEBUG if request.path == "/api/v1/state" else logging.INFO
+    log.log(level, "%s %s %d %.3f s", request.method, request.path, response.status_code, seconds)
     return response
 
 

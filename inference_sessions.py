@@ -261,11 +261,13 @@ class InferenceSessions:
 
     def _close(self, entry: InferenceSession) -> None:
         """End a removed session that nobody uses, and give its place to the next."""
-        if entry.remembered and self.memory.max_sessions:
-            self.memory.keep(entry.model.name, entry.owner, entry.session)
-        else:
-            entry.session.close()
-        self._places.give_back()
+        try:
+            if entry.remembered and self.memory.max_sessions:
+                self.memory.keep(entry.model.name, entry.owner, entry.session)
+            else:
+                entry.session.close()
+        finally:
+            self._places.give_back()
 
     @contextlib.contextmanager
     def use(
@@ -416,10 +418,13 @@ class InferenceSessions:
                     self._remove(entry)
         expired += left
         for entry in expired:
-            if entry.closing:
-                self._close(entry)
-            else:
-                self._free_cache(entry)
+            try:
+                if entry.closing:
+                    self._close(entry)
+                else:
+                    self._free_cache(entry)
+            except Exception:  # of one session: the others must expire all the same
+                log.exception("session %s could not be closed", entry.session_id)
         if expired:
             log.info("%d unused sessions expired", len(expired))
         return len(expired)
@@ -430,8 +435,6 @@ class InferenceSessions:
             try:
                 if entry.parked:
                     entry.session.release()
-            except Exception:  # of one session: the caches of the others must be freed all the same
-                log.exception("the attention cache of session %s could not be freed", entry.session_id)
             finally:
                 entry.lock.release()
 

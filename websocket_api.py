@@ -58,6 +58,8 @@ def generate_stream(websocket: WebSocket) -> None:
     service = get_service(current_app)
     if not origin_allowed(request.headers.get("Origin"), request.host, service.settings.WEBSOCKET_ORIGINS):
         websocket.close(POLICY_VIOLATION, "pages of this origin may not use this API")
+        with contextlib.suppress(OSError):  # the client has gone
+            websocket.sock.shutdown(socket.SHUT_WR)  # else it waits for the end of the connection
         return
     Connection(websocket, service, g.request_id, presented_key(request.headers.get("Authorization"))).serve()
 

@@ -95,8 +95,7 @@ def test_models_that_are_not_public(locked: LiveApp) -> None:
 
 
 def open_session(app: LiveApp, headers: dict[str, str] | None = None, **message: Any) -> dict[str, Any]:
-    # A connection that was refused is closed by the client, after this time: the server waits for that.
-    with connect(app.websocket_url, additional_headers=headers, close_timeout=1) as ws:
+    with connect(app.websocket_url, additional_headers=headers) as ws:
         ws.send(json.dumps({"type": "open_inference_session", "max_length": 16, **message}))
         return json.loads(ws.recv(timeout=60))
 

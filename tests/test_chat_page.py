@@ -408,7 +408,7 @@ def test_chats_are_kept(chat: Chat) -> None:
     expect(page.locator("h1")).to_have_text("About bees")
     page.clock.install()
     menu(page, "A better name", "Delete")
-    page.clock.run_for(11_000)
+    page.clock.fast_forward(11_000)
     wait_until(lambda: len(chat.kept()[0]) == 1, "the chat was not deleted for good")
     assert {message["chat"] for message in chat.kept()[1]} == {chat.kept()[0][0]["id"]}
 
@@ -552,6 +552,41 @@ def test_answer_that_nobody_has_kept(chat: Chat, chat_app: LiveApp) -> None:
     expect(chat.answers.first).to_have_attribute("data-state", "done")
     # Another session reads what there is of the answer, and goes on after it.
     assert chat.texts() == [part + completed(chat_app, PROMPT + part, 60)]
+
+
+def test_two_windows(chat: Chat, context: BrowserContext, chat_app: LiveApp) -> None:
+    chat.settle(max_answer_tokens=300)
+    chat.ask(wait=False)
+    chat.answering(10)
+    other = Chat(context.new_page())
+    other.page.goto(chat.page.url)
+    expect(other.page.locator("#status")).to_have_text("Another window writes here")
+    expect(other.page.locator("#send")).to_be_disabled()
+    chat.ready()
+    other.ready()
+    assert chat.texts() == [completed(chat_app, PROMPT, 300)]
+    assert not other.sent
+    other.settle(max_answer_tokens=5)
+    other.ask("From the other window")
+    expect(chat.answers).to_have_count(2)
+    menu(other.page, QUESTION, "Delete")
+    expect(chat.page.locator("article")).to_have_count(0)
+    expect(chat.page.locator("#toast")).to_contain_text("deleted in another window")
+
+
+def test_editing_while_an_answer_comes(chat: Chat) -> None:
+    chat.settle(max_answer_tokens=600)
+    chat.ask(wait=False)
+    chat.answering(10)
+    chat.page.press("#prompt", "ArrowUp")
+    chat.settle(max_answer_tokens=5)
+    chat.page.fill("article[data-role=user] textarea", "Something else")
+    chat.page.press("article[data-role=user] textarea", "Enter")
+    expect(chat.page.locator("article[data-role=user] .text")).to_have_text("Something else")
+    chat.ready()
+    expect(chat.page.locator("article[data-role=user] .branches span")).to_have_text("2/2")
+    states = [message["state"] for message in chat.kept()[1] if message["role"] == "assistant"]
+    assert states == ["stopped", "done"]
 
 
 def test_answers_go_on_in_other_chats(chat: Chat, chat_app: LiveApp) -> None:
@@ -867,26 +902,22 @@ def test_weight_and_outside_requests(context: BrowserContext, chat_app: LiveApp)
 def test_text_can_do_no_harm(chat: Chat, tmp_path: Path) -> None:
     page = chat.page
     page.on("dialog", lambda dialog: chat.errors.append(f"dialog: {dialog.message}"))
-    chats = [
-        {
-            "title": text,
-            "model": text,
-            "messages": [
-                {"id": "q", "parent": None, "role": "user", "text": text, "created": 1},
-                {"id": "a", "parent": "q", "role": "assistant", "text": text, "created": 2, "model": text},
-            ],
-        }
-        for text in XSS
-    ]
+    messages: list[dict[str, Any]] = []
+    for text in XSS:
+        for role in ("user", "assistant"):
+            number = len(messages)
+            parent = str(number - 1) if number else None
+            messages.append({"id": str(number), "parent": parent, "role": role, "text": text, "created": number + 1})
+            messages[-1]["model"] = text
+    chats = [{"title": text, "model": text, "messages": messages[:2]} for text in XSS]
+    chats[0]["messages"] = messages
     file = tmp_path / "xss.json"
     file.write_text(json.dumps({"format": "petals-chat", "version": 1, "chats": chats}))
     before = page.url
     page.set_input_files("#file", file)
     items = page.locator("#chats .chat")
     expect(items).to_have_count(len(XSS))
-    for index in range(len(XSS)):
-        items.nth(index).locator(".open").click()
-        expect(page.locator(ANSWER)).to_have_count(1)
+    expect(page.locator(ANSWER)).to_have_count(len(XSS))
     with page.expect_download() as download:
         items.first.scroll_into_view_if_needed()
         items.first.hover()

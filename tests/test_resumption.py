@@ -116,7 +116,7 @@ def test_answer_goes_on_over_another_connection(live_app: LiveApp, whole: str, l
         assert text_of(replies) == whole and len(replies) == TOKENS
         text = ws.generate(max_new_tokens=10)[0]["outputs"]  # and on, as if nothing had been
     assert whole + text == generated(live_app, inputs=PROMPT, max_new_tokens=TOKENS + 10)
-    wait_until(lambda: len(live_app.service.sessions) == 0, "the session was not closed")
+    wait_until(lambda: session_id not in live_app.service.sessions._sessions, "the session was not closed")
 
 
 def test_connection_lost_again_and_again(live_app: LiveApp, whole: str) -> None:

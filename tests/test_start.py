@@ -90,6 +90,11 @@ def test_page_is_served_with_its_parts(program: Program) -> None:
         assert call(program.url, "/" + part.lstrip("/"))[0] == 200, part
 
 
+@pytest.mark.parametrize("script", sorted((ROOT / "static/js").glob("*.js")), ids=lambda path: path.name)
+def test_scripts_have_no_templates_within_templates(script: Path) -> None:
+    assert not re.search(r"`[^`]*\$\{[^}]*`", script.read_text()), "rjsmin, see page.py, would change their meaning"
+
+
 def test_too_large_a_message_closes_the_connection(program: Program) -> None:
     with websocket(program.url.replace("http", "ws") + "/api/v2/generate") as ws:
         ws.send("x" * 1_100_000)

@@ -24,12 +24,17 @@ export class Announcer {
     this.#timer ||= setTimeout(() => this.#sayComplete(), EVERY_MS);
   }
 
-  /** The answer is over: say the rest of it. */
-  end() {
+  /** Another chat is shown: what is left to say belongs to the one before. */
+  reset() {
     clearTimeout(this.#timer);
     this.#timer = 0;
-    this.say(this.#waiting);
     this.#waiting = "";
+  }
+
+  /** The answer is over: say the rest of it. */
+  end() {
+    this.say(this.#waiting);
+    this.reset();
   }
 
   #sayComplete() {

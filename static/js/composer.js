@@ -1,29 +1,35 @@
 /** Where messages are written. */
 
-import { $, setText } from "./dom.js";
+import { $, isComposing, setText } from "./dom.js";
+import { recall, remember } from "./storage.js";
 import { number } from "./words.js";
 
+const DRAFT = "draft"; // in the session's storage: a page that must be loaded again loses no words
 const NEARLY_FULL = 0.9; // of the context: time to think of what is to be left out
 
 export class Composer {
   #prompt = $("prompt");
   #canSend = false;
 
-  /** @param {{send(text: string): void, stop(): void, editLast(): void}} actions */
+  /** @param {{send(text: string): boolean, stop(): void, editLast(): void}} actions `send` tells whether it was taken */
   constructor({ send, stop, editLast }) {
-    const submit = (text) => (send(text), this.focus());
+    const submit = (text) => {
+      const taken = send(text);
+      this.focus();
+      return taken;
+    };
     const submitPrompt = () => {
       const text = this.#prompt.value.trim();
-      if (!this.#canSend || !text) return;
+      if (!this.#canSend || !text || !submit(text)) return;
       this.#prompt.value = "";
       this.#changed();
-      submit(text);
     };
+    this.#prompt.value = recall("sessionStorage", DRAFT) ?? "";
     $("composer").addEventListener("submit", (event) => (event.preventDefault(), submitPrompt()));
     this.#prompt.addEventListener("input", () => this.#changed());
     this.#prompt.addEventListener("keydown", (event) => {
       // While an input method composes a character, Enter chooses it.
-      if (event.isComposing) return;
+      if (isComposing(event)) return;
       if (event.key === "Enter" && !event.shiftKey) {
         event.preventDefault();
         submitPrompt();
@@ -50,7 +56,6 @@ export class Composer {
     this.#canSend = canSend;
     $("send").hidden = answering;
     $("stop").hidden = !answering;
-    $("stop").disabled = false;
     this.#updateSend();
   }
 
@@ -60,7 +65,6 @@ export class Composer {
 
   /** Show that the wish to stop was heard; the answer may take a moment to end. */
   stopping() {
-    $("stop").disabled = true;
     setText($("status"), "Stopping…");
   }
 
@@ -83,6 +87,7 @@ export class Composer {
   }
 
   #changed() {
+    remember("sessionStorage", DRAFT, this.#prompt.value);
     this.#prompt.style.height = "auto";
     this.#prompt.style.height = `${this.#prompt.scrollHeight}px`;
     this.#updateSend();

@@ -41,6 +41,11 @@ export function setText(node, text) {
   if (node.textContent !== text) node.textContent = text;
 }
 
+/** Whether a key belongs to an input method that composes a character. (Safari says so with the key code alone.) */
+export function isComposing(event) {
+  return event.isComposing || event.keyCode === 229;
+}
+
 export function pageConfig() {
   return JSON.parse($("config").textContent);
 }

@@ -2,7 +2,7 @@
 
 import { Announcer } from "./announcer.js";
 import { Composer } from "./composer.js";
-import { $, pageConfig, setText } from "./dom.js";
+import { $, isComposing, pageConfig, setText } from "./dom.js";
 import { newId } from "./id.js";
 import { MessageList } from "./messages.js";
 import { Picker } from "./picker.js";
@@ -11,6 +11,7 @@ import { ChatSession, Interrupted } from "./session.js";
 import { Settings, samplingParameters } from "./settings.js";
 import { Sidebar, Toast } from "./sidebar.js";
 import { RequestFailed, SocketError, TakenOver } from "./socket.js";
+import { remember } from "./storage.js";
 import { openStore } from "./store.js";
 import { TokenRate, forgetUpTo, transcript } from "./transcript.js";
 import { MessageTree } from "./tree.js";
@@ -19,13 +20,13 @@ import { blocks, count, explain, number, serverName, whySlow } from "./words.js"
 const KEEP_MS = 300; // between two times that a growing answer is kept: what a reload may have to ask for again
 const SLOW = 1; // tokens per second: slower than anybody reads
 const SLOW_AFTER = 4; // seconds of an answer, before its speed is judged
+const RELOAD = "This page is older than the server, which does not know it any more.";
 const TITLE_LENGTH = 60; // characters of a question
 const DELETED_FOR_MS = 60_000; // that a deleted chat is kept: longer than it can be brought back
 const MAX_FILE = 64 * 2 ** 20; // bytes of an imported file; its chats are held in memory twice
 const DOWN = new Set(["failed", "unreachable"]); // states of a model that may never become ready
 const REFUSALS = new Set(["too_long", "invalid_parameter", "request_too_large"]); // of a question: it would be refused again
 const STILL_WAITING_MS = 60_000; // for an answer to a question that was asked just before the page was left
-const LOCK_MS = 2_000; // for the window that was left to let go of its answer
 const SWARM_PAGE = "swarm";
 
 class App {
@@ -40,6 +41,8 @@ class App {
   #runs = new Map(); // chat id to the answer that is being written there
   #session = null; // of the chat that is shown, while nothing is written there
   #watch = new AbortController(); // ends the waiting for a model
+  #away = new AbortController(); // ends the waiting for another window
+  #elsewhere = false; // whether another window writes in the chat that is shown
   #watched = null; // the model that is waited for, or was
   #ready = false; // whether it can be asked
   #list;
@@ -78,7 +81,11 @@ class App {
     this.#settings = new Settings((settings, system) => this.#change({ settings, system }));
     this.#picker = new Picker(models, pageToken, {
       select: (name) => this.#selectModel(name),
-      told: (states) => ((this.#states = states), this.#showTokens()),
+      told: (states) => {
+        this.#states = states;
+        this.#showTokens();
+        if (this.#ready) this.#idle();
+      },
     });
     store.onChange(() => this.#changedElsewhere());
     document.addEventListener("keydown", (event) => this.#shortcut(event));
@@ -91,8 +98,8 @@ class App {
   }
 
   async start() {
-    await this.#store.purge(Date.now() - DELETED_FOR_MS);
     this.#show(this.#blank(), []);
+    await this.#kept(this.#store.purge(Date.now() - DELETED_FOR_MS));
     await this.#openFromAddress();
     await this.#showList();
     if (!this.#store.lasting) this.#toast.show("This browser keeps nothing: your chats will be gone when you leave.");
@@ -106,7 +113,6 @@ class App {
     return {
       id: newId(),
       title: "New chat",
-      named: false,
       created: now,
       updated: now,
       model,
@@ -118,9 +124,11 @@ class App {
     };
   }
 
-  #newChat() {
+  #newChat({ replace = false } = {}) {
     this.#show(this.#blank(), []);
-    history.pushState(null, "", location.pathname + location.search);
+    const address = location.pathname + location.search;
+    if (replace) history.replaceState(null, "", address);
+    else if (location.hash) history.pushState(null, "", address);
     this.#showList();
     this.#composer.focus();
   }
@@ -128,25 +136,30 @@ class App {
   async #openFromAddress() {
     const id = new URLSearchParams(location.hash.slice(1)).get("chat");
     if (id && id !== this.#chat.id) await this.#open(id);
-    else if (!id && this.#tree.size) this.#newChat();
+    else if (!id && this.#tree.size) this.#newChat({ replace: true });
   }
 
   async #open(id) {
     if (id === this.#chat.id) return;
+    const before = this.#chat;
+    const [stored, messages] = await this.#kept(Promise.all([this.#store.chat(id), this.#store.messages(id)]), []);
+    if (this.#chat !== before) return; // something else was opened meanwhile
     const run = this.#runs.get(id);
-    const chat = run?.chat ?? (await this.#store.chat(id));
+    const chat = run?.chat ?? stored;
     if (!chat || chat.deleted) return;
-    this.#show(chat, run ? run.tree : await this.#store.messages(id));
+    this.#show(chat, run?.tree ?? messages);
     this.#setAddress();
     this.#showList();
-    const last = this.#tree.path().at(-1);
-    if (last?.state === "running" && !run) this.#resume(last);
   }
 
   /** Show a chat; what is being written in another one goes on. */
   #show(chat, messages) {
     this.#session?.close();
     this.#session = null;
+    this.#away.abort();
+    this.#away = new AbortController();
+    this.#elsewhere = false;
+    this.#announcer.reset();
     this.#chat = chat;
     if (!this.#find(chat.model)) chat.model = this.#defaultModel; // imported, or not served any more
     this.#tree = messages instanceof MessageTree ? messages : new MessageTree(messages, chat.selected);
@@ -156,6 +169,9 @@ class App {
     this.#settings.show(this.#model, chat.settings, chat.system);
     if (chat.model !== this.#watched) this.#watchModel();
     else this.#idle();
+    this.#remind();
+    const last = this.#tree.path().at(-1);
+    if (last?.state === "running" && !this.#run) this.#resume(last);
   }
 
   #setAddress() {
@@ -166,32 +182,46 @@ class App {
   async #showList() {
     setText($("title"), this.#chat.title);
     document.title = this.#tree.size ? `${this.#chat.title} · Petals Chat` : "Petals Chat";
-    this.#sidebar.show(await this.#store.chats(), this.#chat.id, new Set(this.#runs.keys()));
+    const chats = await this.#kept(this.#store.chats(), []);
+    this.#sidebar.show(chats, this.#chat.id, new Set(this.#runs.keys()));
   }
 
   async #rename(id, title) {
-    const chat = this.#known(id) ?? (await this.#store.chat(id));
-    Object.assign(chat, { title, named: true });
-    await this.#store.putChat(chat);
+    const chat = this.#known(id) ?? (await this.#kept(this.#store.chat(id)));
+    if (!chat) return;
+    chat.title = title;
+    await this.#kept(this.#store.putChat(chat));
     await this.#showList();
   }
 
   async #remove(id) {
-    const chat = this.#known(id) ?? (await this.#store.chat(id));
+    const chat = this.#known(id) ?? (await this.#kept(this.#store.chat(id)));
+    if (!chat) return;
     this.#runs.get(id)?.stop();
     chat.deleted = Date.now();
-    await this.#store.putChat(chat);
+    await this.#kept(this.#store.putChat(chat));
     if (id === this.#chat.id) this.#newChat();
     else await this.#showList();
     this.#toast.show(`Deleted “${chat.title}”.`, {
       undo: async () => {
         chat.deleted = null;
-        await this.#store.putChat(chat);
+        await this.#kept(this.#store.putChat(chat));
         await this.#open(id);
         await this.#showList();
       },
-      gone: () => this.#store.delete(id),
+      gone: () => this.#kept(this.#store.delete(id)),
     });
+  }
+
+  /** Wait for the store; if it fails, say so, and go on with `otherwise`. */
+  async #kept(promise, otherwise = undefined) {
+    try {
+      return await promise;
+    } catch (error) {
+      console.error(error);
+      this.#toast.show("This browser could not keep or read your chats: it may be short of space. Export what you need.");
+      return otherwise;
+    }
   }
 
   #known(id) {
@@ -211,7 +241,7 @@ class App {
     const { ImportError, parse } = await import("./transfer.js");
     try {
       if (file.size > MAX_FILE) throw new ImportError(`The file is larger than ${MAX_FILE / 2 ** 20} MiB.`);
-      const found = parse(await file.text());
+      const found = parse(await file.text(), this.#settings.bounds);
       for (const { chat, messages } of found) await this.#store.putAll(chat, messages);
       this.#toast.show(`Imported ${count(found.length, "chat")}.`);
       await this.#open(found[0].chat.id);
@@ -223,21 +253,23 @@ class App {
     }
   }
 
-  /** Another page of this browser has changed something. */
+  /** Another window of this browser has changed something. */
   async #changedElsewhere() {
     await this.#showList();
-    if (this.#runs.has(this.#chat.id) || !this.#tree.size) return;
-    const chat = await this.#store.chat(this.#chat.id);
-    if (!chat || chat.deleted) return;
-    this.#chat = chat;
-    this.#tree = new MessageTree(await this.#store.messages(chat.id), chat.selected);
-    this.#showMessages();
-    this.#idle();
+    const [shown, tree] = [this.#chat, this.#tree];
+    const [chat, messages] = await this.#kept(Promise.all([this.#store.chat(shown.id), this.#store.messages(shown.id)]), []);
+    if (!tree.size || this.#run || this.#chat !== shown || this.#tree !== tree) return;
+    if (!chat || chat.deleted) {
+      this.#newChat({ replace: true });
+      this.#toast.show("This chat was deleted in another window.");
+    } else if (chat.updated !== shown.updated) {
+      this.#show(chat, messages);
+    }
   }
 
   async #change(changes) {
     Object.assign(this.#chat, changes);
-    if (this.#tree.size) await this.#store.putChat(this.#chat);
+    if (this.#tree.size) await this.#kept(this.#store.putChat(this.#chat));
   }
 
   // Models
@@ -252,7 +284,11 @@ class App {
 
   /** Tokens that the model can read at most. */
   get #limit() {
-    return Math.max(this.#states.get(this.#chat.model)?.context_length ?? 0, this.#model.max_length);
+    return this.#limitOf(this.#model);
+  }
+
+  #limitOf(model) {
+    return Math.max(this.#states.get(model.name)?.context_length ?? 0, model.max_length);
   }
 
   /** The chat goes on with another model, which will read it from the beginning. */
@@ -273,7 +309,6 @@ class App {
     const { signal } = this.#watch;
     this.#ready = false;
     this.#idle();
-    this.#composer.show("loading", "Connecting…", false);
     let told = "loading";
     try {
       for await (const { state, words } of readiness(this.#chat.model, signal)) {
@@ -285,9 +320,10 @@ class App {
       if (signal.aborted) return;
       throw error;
     }
+    await this.#picker.refresh(); // how much the model can read
+    if (signal.aborted) return;
     this.#ready = true;
     this.#idle();
-    await this.#picker.refresh();
   }
 
   // Messages
@@ -310,100 +346,116 @@ class App {
     return positionOf(this.#tree.path()) >= this.#limit;
   }
 
-  /** Nothing is written in the chat that is shown, or something is: let the page say so. */
+  /** Let the page say what can be done in the chat that is shown. */
   #idle({ failed = false } = {}) {
     const run = this.#run;
     const full = !run && this.#isFull;
     this.#composer.placeholder(full ? "This chat is full" : this.#ready ? "Write a message" : "The model is loading");
     if (run) this.#composer.show("answering", run.words, false);
-    else if (failed) this.#composer.show("error", "The last answer failed", this.#ready && !full);
+    else if (this.#elsewhere) this.#composer.show("loading", "Another window writes here", false);
+    else if (failed) this.#composer.show("error", "The last answer failed", this.#canAsk && !full);
     else if (this.#ready) this.#composer.show("ready", "Ready", !full);
+    else this.#composer.show("loading", "Connecting…", false);
   }
 
-  async #send(text) {
-    if (this.#run) return;
+  get #canAsk() {
+    return this.#ready && !this.#run && !this.#elsewhere;
+  }
+
+  /** @returns {boolean} whether the text was taken */
+  #send(text) {
+    if (!this.#canAsk) return false;
     const path = this.#tree.path();
     if (!path.length) {
       const title = text.replace(/\s+/g, " ").trim();
       this.#chat.title = title.length > TITLE_LENGTH ? `${title.slice(0, TITLE_LENGTH).trimEnd()}…` : title;
       this.#setAddress();
     }
+    let last = path.at(-1);
+    // An imported chat may end with a question: it is asked along with this one.
+    if (last?.role === "user") last = this.#add({ parent: last.id, role: "assistant", text: "", state: "failed", stats: {} });
     this.#list.follow();
-    await this.#ask(path.at(-1)?.id ?? null, text);
+    this.#ask(last?.id ?? null, text);
+    return true;
   }
 
-  async #ask(parent, text) {
-    const question = this.#add({ parent, role: "user", text, state: "done" });
-    await this.#answer(question);
+  #ask(parent, text) {
+    this.#answer(this.#add({ parent, role: "user", text, state: "done" }));
   }
 
-  async #answer(question) {
+  #answer(question) {
     const stats = { tokens: 0, events: [] };
-    const answer = this.#add({ parent: question.id, role: "assistant", text: "", state: "running", stopSequence: null, stats });
-    await this.#write(answer);
+    this.#write(this.#add({ parent: question.id, role: "assistant", text: "", state: "running", stopSequence: null, stats }));
   }
 
   #add(fields) {
     this.#lastCreated = Math.max(Date.now(), this.#lastCreated + 1); // no two at the same time: it is their order
     const message = { id: newId(), chat: this.#chat.id, created: this.#lastCreated, ...fields };
-    if (message.role === "assistant") message.model = this.#chat.model;
+    if (message.role === "assistant") message.model ??= this.#chat.model;
     this.#tree.add(message);
-    this.#store.putMessage(message).catch((error) => this.#notKept(error));
     return message;
   }
 
-  #notKept(error) {
-    console.error(error);
-    this.#toast.show("This browser has no room to keep your chats. Export them, and delete some.");
-  }
-
   #regenerate(id) {
-    if (this.#run || !this.#ready) return;
+    if (!this.#canAsk) return;
     this.#clearNotices();
     this.#answer(this.#tree.get(this.#tree.get(id).parent));
+    this.#composer.focus();
   }
 
   /** Let the model write on where it ended or was cut off. */
   #proceed(id) {
-    if (this.#run || !this.#ready) return;
+    if (!this.#canAsk) return;
     this.#clearNotices();
     const answer = this.#tree.get(id);
     // Another model has its own way to end an answer.
-    Object.assign(answer, { state: "running", stopSequence: null, model: this.#chat.model, error: undefined });
+    Object.assign(answer, { state: "running", stopSequence: null, model: this.#chat.model, error: null });
     this.#write(answer);
+    this.#composer.focus();
   }
 
+  /** @returns {Promise<boolean>} whether the text was taken */
   async #edit(id, text) {
-    if (this.#run) return;
-    const { parent, role, model } = this.#tree.get(id);
+    const [chat, run] = [this.#chat, this.#run];
+    if (run) {
+      // Who asks something else does not want this answer.
+      this.#stop();
+      await run.ended;
+    }
+    const { parent, role, model } = this.#tree.get(id) ?? {};
+    if (this.#chat !== chat || !role || (role === "user" && !this.#canAsk)) return false;
     this.#clearNotices();
     if (role === "user") {
-      if (!this.#ready) return;
-      await this.#ask(parent, text);
-      return;
+      this.#ask(parent, text);
+    } else {
+      this.#add({ parent, role, text, state: "done", stopSequence: null, model, stats: {} });
+      await this.#keepAll(chat, this.#tree);
+      this.#showMessages();
     }
-    this.#add({ parent, role, text, state: "done", stopSequence: null, model, stats: {} });
-    await this.#keepChat(this.#chat, this.#tree);
-    this.#showMessages();
+    return true;
   }
 
   #editLast() {
     const question = this.#tree.path().findLast(({ role }) => role === "user");
-    if (question && !this.#run) this.#list.get(question.id).edit();
+    if (question) this.#list.get(question.id).edit();
   }
 
   async #select(id) {
-    if (this.#run) return;
+    if (this.#run || this.#elsewhere) return;
+    this.#clearNotices();
     this.#tree.select(id);
-    await this.#keepChat(this.#chat, this.#tree);
     this.#showMessages();
+    this.#list.get(id).focusVersions();
     this.#idle();
+    this.#remind();
+    await this.#keepAll(this.#chat, this.#tree, []);
   }
 
-  async #keepChat(chat, tree) {
+  /** Keep a chat and, of its messages, these; default: those that are shown. */
+  async #keepAll(chat, tree, messages = tree.path()) {
     chat.selected = tree.selected;
     chat.updated = Date.now();
-    await this.#store.putChat(chat).catch((error) => this.#notKept(error));
+    await this.#kept(this.#store.putAll(chat, messages));
   }
 
   #clearNotices() {
@@ -412,63 +464,80 @@ class App {
 
   #stop() {
     const run = this.#run;
-    if (!run || run.stopping) return;
+    if (!run) return;
     this.#composer.stopping();
     run.stop();
   }
 
   // Answers
 
-  /** Take up an answer that was running when the page was left. */
+  /** Take up an answer that was running when the page was left, unless another window is writing it. */
   async #resume(answer) {
-    const { point } = answer;
-    const mine = await lock(answer.id);
-    if (!mine) return; // another window is writing it
-    mine.release();
-    if (point?.sessionId) {
-      await this.#write(answer, point);
-    } else if (Date.now() - answer.created < STILL_WAITING_MS) {
-      await this.#write(answer); // it was left before it began
-    } else {
-      answer.state = "interrupted";
-      await this.#store.putMessage(answer);
-      this.#showMessages();
-      this.#idle();
-      this.#tell(answer, explain(new Interrupted()));
+    const [chat, tree] = [this.#chat, this.#tree];
+    const { signal } = this.#away;
+    this.#elsewhere = true;
+    this.#idle();
+    const held = await lock(answer.id, signal); // at once, or when the other window has ended
+    const messages = await this.#kept(this.#store.messages(chat.id), tree.path());
+    if (signal.aborted || this.#tree !== tree) {
+      held?.release();
+      return;
     }
+    this.#elsewhere = false;
+    const now = messages.find(({ id }) => id === answer.id);
+    if (now?.state !== "running") {
+      held?.release();
+      this.#show((await this.#kept(this.#store.chat(chat.id))) ?? chat, messages);
+      return;
+    }
+    Object.assign(answer, now);
+    if (answer.point?.sessionId || Date.now() - answer.created < STILL_WAITING_MS) {
+      await this.#write(answer, { point: answer.point, held });
+      return;
+    }
+    Object.assign(answer, { state: "interrupted", error: { words: explain(new Interrupted()) } });
+    held?.release();
+    await this.#keepAll(chat, tree, [answer]);
+    this.#showMessages();
+    this.#idle();
+    this.#remind();
   }
 
-  async #write(answer, point = null) {
-    const session = this.#takeSession();
-    const run = new Run({ chat: this.#chat, tree: this.#tree, answer, session, model: this.#model });
+  async #write(answer, { point = null, held = null } = {}) {
+    const model = this.#find(answer.model) ?? this.#model;
+    const run = new Run({ chat: this.#chat, tree: this.#tree, answer, session: this.#takeSession(model), model });
     this.#runs.set(run.chat.id, run);
-    const held = await lock(answer.id);
-    this.#keepChat(run.chat, run.tree).then(() => this.#showList());
-    this.#showMessages();
     this.#clearNotices();
+    this.#showMessages();
     this.#idle();
+    const kept = this.#keepAll(run.chat, run.tree).then(() => this.#showList());
+    held ??= await lock(answer.id, run.abort.signal);
     let error = null;
     try {
-      for await (const message of session.answer(this.#transcript(run), this.#parameters(run), {
-        signal: run.abort.signal,
-        position: positionOf(run.tree.pathTo(answer.id)),
-        point,
-      })) {
+      const options = { signal: run.abort.signal, position: positionOf(run.tree.pathTo(answer.id)), point };
+      for await (const message of run.session.answer(this.#transcript(run), this.#parameters(run), options)) {
         this.#take(run, message);
       }
     } catch (caught) {
       error = caught;
     }
-    await this.#finish(run, error);
-    held?.release();
+    await kept;
+    try {
+      // The session has read another system prompt than the next question is to be asked with.
+      if (point && point.system !== run.chat.system) run.session.close();
+      await this.#finish(run, error);
+    } finally {
+      held?.release();
+      run.end();
+    }
   }
 
-  #takeSession() {
+  #takeSession(model) {
     const session = this.#session;
     this.#session = null;
-    if (session?.model === this.#chat.model) return session;
+    if (session?.model === model.name) return session;
     session?.close();
-    return new ChatSession(this.#model, { limit: this.#limit, pageToken: this.#pageToken });
+    return new ChatSession(model, { limit: () => this.#limitOf(model), pageToken: this.#pageToken });
   }
 
   #transcript({ chat, tree, answer, model }) {
@@ -498,7 +567,7 @@ class App {
       view?.note("");
       run.words = "Answering…";
       if (view) this.#announcer.append(message.outputs);
-      if (run.isSlow) this.#sayWhy(run, view);
+      if (view && run.isSlow) this.#sayWhy(run, view);
       this.#keepSoon(run);
       if (view && message.stop !== true) this.#composer.tokens(answer.stats.position ?? 0, this.#limit);
     } else if (message.begun) {
@@ -526,88 +595,87 @@ class App {
   }
 
   #keepNow(run) {
+    clearTimeout(run.keepTimer);
     run.keepTimer = 0;
-    run.answer.point = run.session.point;
-    this.#store.putMessage(run.answer).catch((error) => this.#notKept(error));
+    run.answer.point = { ...run.session.point, system: run.chat.system };
+    this.#kept(this.#store.putMessage(run.answer));
   }
 
   async #finish(run, error) {
-    const { answer, chat } = run;
-    const givenUp = run.stopping || run.abort.signal.aborted;
+    const { answer, chat, session } = run;
     clearTimeout(run.keepTimer);
     if (error instanceof TakenOver) {
       // What is kept of the answer is the other window's now.
       this.#runs.delete(chat.id);
-      this.#list.get(answer.id)?.note(error.message);
-      if (chat.id === this.#chat.id) this.#idle();
+      if (chat === this.#chat) this.#show(chat, await this.#kept(this.#store.messages(chat.id), run.tree));
       return;
     }
-    answer.point = null;
-    answer.state = error && !givenUp ? stateAfter(error) : givenUp || answer.stats.reason === "cancelled" ? "stopped" : "done";
-    if (error) {
-      run.session.close();
-      answer.stopSequence = null;
-    }
+    const givenUp = run.stopping || run.abort.signal.aborted;
+    const failed = error && !givenUp;
+    if (error) session.close();
+    if (failed && !(error instanceof SocketError || error instanceof Interrupted)) console.error(error);
+    Object.assign(answer, {
+      point: null,
+      state: failed ? stateAfter(error) : givenUp || answer.stats.reason === "cancelled" ? "stopped" : "done",
+      error: failed ? { code: error.code, words: explain(error) } : null,
+      ...(error ? { stopSequence: null } : {}),
+    });
+    await this.#keepAll(chat, run.tree, [answer]);
     this.#runs.delete(chat.id);
-    await this.#store.putMessage(answer).catch((failure) => this.#notKept(failure));
-    if (chat.id === this.#chat.id && chat.model === run.model.name) this.#session = run.session;
-    else run.session.close();
-    await this.#keepChat(chat, run.tree);
-    await this.#showList();
-    if (chat.id !== this.#chat.id) return;
-    this.#showMessages();
-    this.#list.get(answer.id)?.note("");
-    this.#announcer.end();
-    this.#idle({ failed: error && !givenUp });
-    if (error && !givenUp) this.#fail(run, error);
-    else if (this.#isFull) this.#offerRoom(answer, `The model can read ${number(this.#limit)} tokens, and this chat has reached that.`);
-  }
-
-  #fail({ answer }, error) {
-    if (!(error instanceof SocketError || error instanceof Interrupted)) console.error(error);
-    if (error.code === "too_long") {
-      this.#offerRoom(answer, `This chat has no room left for your message: the model can read ${number(this.#limit)} tokens.`);
-    } else {
-      this.#tell(answer, explain(error));
+    if (chat === this.#chat && chat.model === run.model.name) this.#session = session;
+    else session.close();
+    if (chat === this.#chat) {
+      this.#showMessages();
+      this.#list.get(answer.id)?.note("");
+      this.#announcer.end();
+      this.#idle({ failed });
+      this.#remind();
     }
+    await this.#showList();
   }
 
-  /** Say below an answer that it failed, and offer to try again. */
-  #tell(answer, words) {
-    const again = answer.text
-      ? ["Continue", () => this.#proceed(answer.id)]
-      : ["Retry", () => this.#regenerateInPlace(answer)];
-    this.#list.get(answer.id)?.notice(words, again);
-    this.#announcer.say(words);
+  /** Say below the last answer what is to be done about it, if anything is. */
+  #remind() {
+    const answer = this.#tree.path().at(-1);
+    if (answer?.role !== "assistant" || answer.state === "running") return;
+    const { code, words } = answer.error ?? {};
+    const limit = `the model can read ${number(this.#limit)} tokens`;
+    if (code === "too_long") this.#offerRoom(answer, `This chat has no room left for your message: ${limit}.`);
+    else if (code === "invalid_api_key") this.#list.get(answer.id).notice(RELOAD, ["Load it again", () => location.reload()]);
+    else if (words && answer.text) this.#list.get(answer.id).notice(words, ["Continue", () => this.#proceed(answer.id)]);
+    else if (words) this.#list.get(answer.id).notice(words, ["Retry", () => this.#askAgain(answer)]);
+    else if (this.#ready && this.#isFull) this.#offerRoom(answer, `This chat is full: ${limit}.`);
   }
 
-  /** Ask again what got no answer: it is no branch worth keeping. */
-  #regenerateInPlace(answer) {
-    if (this.#run || !this.#ready) return;
+  /** Ask again what got no answer: that is no branch worth keeping. */
+  #askAgain(answer) {
+    if (!this.#canAsk) return;
     this.#clearNotices();
-    Object.assign(answer, { state: "running", text: "", stopSequence: null, model: this.#chat.model, stats: { tokens: 0, events: [] } });
+    const stats = { tokens: 0, events: [] };
+    Object.assign(answer, { state: "running", text: "", stopSequence: null, model: this.#chat.model, error: null, stats });
     this.#composer.focus();
     this.#write(answer);
   }
 
-  /** The context is full: say so, and let the user choose what to do. */
+  /** The context is full: let the user choose what to do. */
   #offerRoom(answer, words) {
-    const from = forgetUpTo(this.#tree.path(), this.#limit);
+    const from = forgetUpTo(this.#tree.path(), this.#limit, this.#chat.forgotten);
     const choices = [["New chat", () => this.#newChat()]];
     if (from) choices.unshift(["Go on without the oldest messages", () => this.#forget(answer, from)]);
-    this.#list.get(answer.id)?.notice(words, ...choices);
-    this.#announcer.say(words);
+    this.#list.get(answer.id).notice(words, ...choices);
   }
 
   async #forget(answer, from) {
+    if (!this.#canAsk) return;
+    // How long what is left of them is will be known with the next answer.
     for (const message of this.#tree.path()) if (message.stats) message.stats.position = 0;
-    await Promise.all(this.#tree.path().map((message) => this.#store.putMessage(message)));
-    await this.#change({ forgotten: from });
+    this.#chat.forgotten = from;
+    await this.#keepAll(this.#chat, this.#tree);
     this.#clearNotices();
     this.#showMessages();
     this.#idle();
-    if (!answer.text) this.#regenerateInPlace(answer);
-    else this.#composer.focus();
+    if (answer.text) this.#composer.focus();
+    else this.#askAgain(answer);
   }
 
   // Keys
@@ -615,8 +683,10 @@ class App {
   #shortcut(event) {
     const { key } = event;
     const control = (event.ctrlKey || event.metaKey) && !event.altKey && !event.shiftKey;
-    if (key === "Escape" && !document.querySelector("dialog[open]") && !event.defaultPrevented) {
-      this.#stop();
+    if (key === "Escape") {
+      // Where it closes something, or ends a search or a composition, it does no more than that.
+      const busy = event.defaultPrevented || isComposing(event) || document.querySelector("dialog[open], :popover-open");
+      if (!busy && document.activeElement !== $("search")) this.#stop();
     } else if (control && key.toLowerCase() === "k") {
       event.preventDefault();
       closeDialogs();
@@ -642,6 +712,7 @@ class Run {
 
   constructor({ chat, tree, answer, session, model }) {
     Object.assign(this, { chat, tree, answer, session, model });
+    this.ended = new Promise((resolve) => (this.end = resolve));
     this.rate.tokens = answer.stats?.tokens ?? 0;
     answer.stats ??= { tokens: 0 };
     answer.stats.events ??= [];
@@ -687,10 +758,10 @@ class Run {
     return !this.saidWhy && this.rate.seconds > SLOW_AFTER && this.rate.perSecond < SLOW;
   }
 
-  /** End it: in good order if the server can be asked to, else at once. */
+  /** End it: in good order if the server can be asked to, else, or if that was asked before, at once. */
   stop() {
+    if (this.stopping || !this.session.stop()) this.abort.abort();
     this.stopping = true;
-    if (!this.session.stop()) this.abort.abort();
   }
 }
 
@@ -715,12 +786,7 @@ function closeDialogs() {
 function setTheme(theme) {
   if (theme) document.documentElement.dataset.theme = theme;
   else delete document.documentElement.dataset.theme;
-  try {
-    if (theme) localStorage.setItem("theme", theme);
-    else localStorage.removeItem("theme");
-  } catch (error) {
-    console.warn("This browser lets the page keep nothing.", error);
-  }
+  remember("localStorage", "theme", theme);
 }
 
 function download(name, type, text) {
@@ -731,15 +797,16 @@ function download(name, type, text) {
 }
 
 /**
- * Have an answer for this window alone.
+ * Have an answer for this window alone; wait while another one has it.
  *
- * @returns {Promise<{release: () => void} | null>} null: another window has it
+ * @param {AbortSignal} signal ends the waiting
+ * @returns {Promise<{release: () => void} | null>} null: the waiting was ended
  */
-async function lock(name) {
+async function lock(name, signal) {
   if (!navigator.locks) return { release() {} }; // on http: pages of other machines do without
   return new Promise((resolve) => {
     const held = () => new Promise((release) => resolve({ release }));
-    navigator.locks.request(name, { signal: AbortSignal.timeout(LOCK_MS) }, held).catch(() => resolve(null));
+    navigator.locks.request(name, { signal }, held).catch(() => resolve(null));
   });
 }
 

@@ -1,7 +1,7 @@
 /** The messages on the page, and what can be done with each of them. */
 
 import { copyButton } from "./copy.js";
-import { $, element, icon, iconButton, setText, textButton } from "./dom.js";
+import { $, element, icon, iconButton, isComposing, setText, textButton } from "./dom.js";
 import { MarkdownView } from "./markdown.js";
 import { blocks, describe, serverName } from "./words.js";
 
@@ -13,7 +13,7 @@ const LABELLED = 6; // servers of a route that have their names written in it
  * @typedef {object} MessageActions
  * @property {(id: string) => void} regenerate
  * @property {(id: string) => void} proceed let the model write on
- * @property {(id: string, text: string) => void} edit
+ * @property {(id: string, text: string) => Promise<boolean>} edit tells whether the text was taken
  * @property {(id: string) => void} select show the branch of this message
  */
 
@@ -153,25 +153,30 @@ class MessageView {
     };
     field.addEventListener("input", fit);
     field.addEventListener("keydown", (event) => {
+      if (isComposing(event)) return;
       if (event.key === "Escape") {
-        event.stopPropagation(); // it does not stop an answer as well
+        event.preventDefault(); // it does not stop an answer as well
         end();
-      } else if (event.key === "Enter" && !event.shiftKey && !event.isComposing && this.message.role === "user") {
+      } else if (event.key === "Enter" && !event.shiftKey && this.message.role === "user") {
         event.preventDefault();
         editor.requestSubmit();
       }
     });
-    editor.addEventListener("submit", (event) => {
+    editor.addEventListener("submit", async (event) => {
       event.preventDefault();
       const text = field.value.trim();
-      end();
-      if (text && text !== this.message.text) this.actions.edit(this.message.id, text);
+      if (!text || text === this.message.text || (await this.actions.edit(this.message.id, text))) end();
     });
     this.text.hidden = this.tools.hidden = true;
     this.text.after(editor);
     fit();
     field.focus();
     field.setSelectionRange(field.value.length, field.value.length);
+  }
+
+  /** Who steps through the versions by keyboard goes on from here. */
+  focusVersions() {
+    this.#branches.querySelector("button:enabled")?.focus();
   }
 
   close() {

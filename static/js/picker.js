@@ -1,7 +1,7 @@
 /** Which models there are, what each is and how far it is; and the choice of one. */
 
 import { $, element, setText } from "./dom.js";
-import { fetchState } from "./state.js";
+import { StateRefused, fetchState } from "./state.js";
 import { number } from "./words.js";
 
 const REFRESH_MS = 2_000; // while the list is open
@@ -47,7 +47,8 @@ export class Picker {
       setText($("picker-trouble"), "");
     } catch (error) {
       console.warn("The state of the models is not known.", error);
-      setText($("picker-trouble"), "The server cannot be reached; this may be out of date.");
+      const trouble = error instanceof StateRefused ? error.message : "The server cannot be reached";
+      setText($("picker-trouble"), `${trouble}; this may be out of date.`);
     }
     if ($("picker").open) this.#timer = setTimeout(() => this.refresh(), REFRESH_MS);
   }

@@ -22,7 +22,7 @@ export class Interrupted extends Error {
 export class ChatSession {
   #url;
   #model;
-  #limit;
+  #limitOf;
   #pageToken;
   #socket = null;
   #sessionId = null;
@@ -31,17 +31,22 @@ export class ChatSession {
   #held = ""; // what stands in the session's context
   #before = null; // the same before the last request, if it is known
   #length = 0; // tokens that the session takes
+  #stopAsked = false;
 
   /**
    * @param {{name: string, max_length: number}} model `max_length`: tokens of a session to begin with
-   * @param {{limit: number, pageToken: string}} options `limit`: tokens that a session of this model may have at most
+   * @param {{limit: () => number, pageToken: string}} options `limit`: tokens that a session of this model may have at most
    */
   constructor(model, { limit, pageToken }) {
     this.#model = model;
-    this.#limit = Math.max(limit, model.max_length);
+    this.#limitOf = limit;
     this.#pageToken = pageToken;
     this.#url = new URL("api/v2/generate", document.baseURI);
     this.#url.protocol = this.#url.protocol.replace("http", "ws");
+  }
+
+  get #limit() {
+    return Math.max(this.#limitOf(), this.#model.max_length);
   }
 
   get model() {
@@ -71,6 +76,8 @@ export class ChatSession {
    * @throws {import("./socket.js").SocketError | Interrupted}
    */
   async *answer(transcript, parameters, { signal, position = 0, point = null }) {
+    signal.throwIfAborted();
+    this.#stopAsked = false;
     const run = { transcript, parameters, signal, position, text: "", tokens: 0, isNew: point === null, again: false };
     let how = point ? "resume" : "generate";
     if (point) this.#restore(point, transcript);
@@ -80,7 +87,7 @@ export class ChatSession {
       try {
         const messages = how === "resume" ? this.#resume(run) : this.#generate(run);
         for await (const message of messages) {
-          patientUntil = performance.now() + RESUME_PATIENCE_MS;
+          if (!message.status) patientUntil = performance.now() + RESUME_PATIENCE_MS;
           if (this.#isFull(message)) {
             yield { ...message, stop: false, finish_reason: undefined };
             break;
@@ -93,7 +100,8 @@ export class ChatSession {
       } catch (error) {
         signal.throwIfAborted();
         how = this.#wayOn(error, run);
-        if (how === null || performance.now() > patientUntil) throw error;
+        // What was to be stopped is not taken up again.
+        if (how === null || this.#stopAsked || performance.now() > patientUntil) throw error;
         if (!(error instanceof RequestFailed)) {
           yield { status: "The connection was lost; connecting again…" };
           await pause(RETRY_MS, signal);
@@ -104,6 +112,7 @@ export class ChatSession {
 
   /** End the running answer soon. Returns false if that cannot be asked of the server. */
   stop() {
+    this.#stopAsked = true;
     return this.#socket?.stop() ?? false;
   }
 

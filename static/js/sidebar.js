@@ -1,6 +1,6 @@
 /** The list of chats, and what can be done with them. */
 
-import { $, element, iconButton, setText, textButton } from "./dom.js";
+import { $, element, iconButton, isComposing, setText, textButton } from "./dom.js";
 import { ago } from "./words.js";
 
 const SEARCH_MS = 150; // after the last key: all messages are looked through
@@ -25,6 +25,7 @@ export class Sidebar {
   #current = null;
   #answering = new Set();
   #searchTimer = 0;
+  #drawLater = false;
   #narrow = matchMedia("(max-width: 52rem)");
 
   /** @param {SidebarActions} actions */
@@ -44,7 +45,7 @@ export class Sidebar {
     $("toggle-sidebar").addEventListener("click", () => this.#toggle());
     $("close-sidebar").addEventListener("click", () => this.close());
     $("backdrop").addEventListener("click", () => this.close());
-    document.addEventListener("keydown", ({ key }) => key === "Escape" && this.close());
+    document.addEventListener("keydown", (event) => event.key === "Escape" && this.close() && event.preventDefault());
     this.#narrow.addEventListener("change", () => this.#setOpen(false));
     this.#setOpen(false);
   }
@@ -54,24 +55,32 @@ export class Sidebar {
     this.#chats = chats;
     this.#current = current;
     this.#answering = answering;
-    this.#draw();
+    if ($("search").value.trim()) this.#search(); // new chats may hold it as well
+    else this.#draw();
   }
 
-  /** On narrow screens, where the list lies over the chat: put it away. */
+  /** On narrow screens, where the list lies over the chat: put it away. Returns whether it lay there. */
   close() {
-    if (this.#narrow.matches && $("sidebar").classList.contains("open")) {
+    const open = this.#narrow.matches && $("sidebar").classList.contains("open");
+    if (open) {
       this.#setOpen(false);
       $("toggle-sidebar").focus();
     }
+    return open;
   }
 
   async #search() {
     const text = $("search").value.trim();
-    this.#shown = text ? await this.#actions.search(text) : null;
-    if ($("search").value.trim() === text) this.#draw();
+    const shown = text ? await this.#actions.search(text) : null;
+    if ($("search").value.trim() !== text) return;
+    this.#shown = shown;
+    this.#draw();
   }
 
   #draw() {
+    // What is being typed or chosen there is not taken away; it is drawn when that is over.
+    this.#drawLater = $("chats").querySelector("input, :popover-open") !== null;
+    if (this.#drawLater) return;
     const chats = this.#chats.filter(({ id }) => !this.#shown || this.#shown.has(id));
     const rows = [];
     let group = "";
@@ -115,7 +124,10 @@ export class Sidebar {
       entry("Delete", () => this.#actions.remove(id)),
     );
     menu.addEventListener("toggle", ({ newState }) => {
-      if (newState !== "open") return;
+      if (newState !== "open") {
+        if (this.#drawLater) this.#draw();
+        return;
+      }
       const { bottom, right } = more.getBoundingClientRect();
       menu.style.top = `${Math.min(bottom, innerHeight - menu.offsetHeight - 8)}px`;
       menu.style.left = `${Math.max(8, right - menu.offsetWidth)}px`;
@@ -131,25 +143,27 @@ export class Sidebar {
     const field = element("input", { type: "text", value: chat.title, maxLength: 200, ariaLabel: "Name of the chat", dir: "auto" });
     const open = item.querySelector(".open");
     let ended = false;
-    const end = (keep) => {
+    const end = (keep, { focus = true } = {}) => {
       if (ended) return;
       ended = true;
       field.replaceWith(open);
-      open.focus();
+      if (focus) open.focus();
+      if (this.#drawLater) this.#draw();
       const title = field.value.trim();
       if (keep && title && title !== chat.title) this.#actions.rename(id, title);
     };
     field.addEventListener("keydown", (event) => {
-      if (event.key === "Enter" && !event.isComposing) {
+      if (isComposing(event)) return;
+      if (event.key === "Enter") {
         event.preventDefault(); // else it would press the button that has the focus then
         end(true);
       }
       if (event.key === "Escape") {
-        event.stopPropagation();
+        event.preventDefault(); // it does not stop an answer as well
         end(false);
       }
     });
-    field.addEventListener("blur", () => end(true));
+    field.addEventListener("blur", () => end(true, { focus: false }));
     open.replaceWith(field);
     field.select();
     field.focus();
@@ -211,7 +225,7 @@ export class Toast {
       );
     }
     $("toast").replaceChildren(...parts);
-    $("toast").hidden = false;
+    if (undo) parts[1].focus(); // what had the focus is gone
     this.#wait();
   }
 
@@ -224,7 +238,6 @@ export class Toast {
     clearTimeout(this.#timer);
     const gone = this.#gone;
     this.#gone = () => {};
-    $("toast").hidden = true;
     $("toast").replaceChildren();
     gone();
   }

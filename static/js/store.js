@@ -16,6 +16,7 @@
 
 const NAME = "petals-chat";
 const VERSION = 1;
+const OPEN_LIMIT_MS = 5_000; // opening takes milliseconds, or for ever where another window holds an older version
 
 /** Open the store; where the browser keeps nothing (private windows of some), one that lasts as long as the page. */
 export async function openStore() {
@@ -25,7 +26,7 @@ export async function openStore() {
       opening.result.createObjectStore("chats", { keyPath: "id" });
       opening.result.createObjectStore("messages", { keyPath: "id" }).createIndex("chat", "chat");
     };
-    const db = await result(opening);
+    const db = await Promise.race([result(opening), expiry(OPEN_LIMIT_MS)]);
     db.onversionchange = () => db.close(); // another page brings a newer version of the store
     navigator.storage?.persist?.(); // else a browser that is short of space may drop it; it may say no
     return new Store(new Database(db));
@@ -33,6 +34,10 @@ export async function openStore() {
     console.warn("This browser keeps no chats.", error);
     return new Store(new Memory());
   }
+}
+
+function expiry(ms) {
+  return new Promise((_, reject) => setTimeout(() => reject(new Error(`not opened within ${ms} ms`)), ms));
 }
 
 /** @param {IDBRequest} request */
@@ -132,6 +137,7 @@ class Store {
   async delete(chatId) {
     const messages = await this.#db.messages(chatId);
     await this.#db.write({ remove: [["chats", chatId], ...messages.map(({ id }) => ["messages", id])] });
+    this.#others?.postMessage("changed");
   }
 
   /** Delete for good what was deleted before `time` and not brought back. */

@@ -76,5 +76,5 @@ function command({ name, blocks }, peers) {
 }
 
 function quote(word) {
-  return PLAIN.test(word) ? word : `'${word.replaceAll("'", `'\\''`)}'`;
+  return PLAIN.test(word) ? word : "'" + word.replaceAll("'", "'\\''") + "'";
 }

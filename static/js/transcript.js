@@ -63,16 +63,18 @@ function turns(path) {
  *
  * @param {import("./tree.js").Message[]} path
  * @param {number} limit tokens
- * @returns {string | null} the id of a question, or null if there is nothing that could be left out
+ * @param {string | null} forgotten where it begins now; null: with the first message
+ * @returns {string | null} the id of a later question, or null if there is nothing more that could be left out
  */
-export function forgetUpTo(path, limit) {
-  const total = path.findLast((message) => message.stats?.position)?.stats.position ?? 0;
-  let before = 0;
-  for (let i = 0; i + 1 < path.length - 1; i += 2) {
-    before = path[i + 1].stats?.position ?? before;
-    if (total - before <= limit / 2) return path[i + 2]?.id ?? null;
+export function forgetUpTo(path, limit, forgotten) {
+  const first = Math.max(0, path.findIndex(({ id }) => id === forgotten));
+  const total = path.findLast(({ stats }) => stats?.position)?.stats.position ?? 0;
+  for (let i = first; i + 2 < path.length; i += 2) {
+    const before = path[i + 1].stats?.position;
+    if (before && total - before <= limit / 2) return path[i + 2].id;
   }
-  return path.length > 2 ? path.at(path.length % 2 ? -1 : -2).id : null;
+  const last = path.findLastIndex(({ role }) => role === "user");
+  return last > first ? path[last].id : null;
 }
 
 /** The speed of an answer: tokens per second between its first response and its last. Times are in milliseconds. */
@@ -87,7 +89,7 @@ export class TokenRate {
     this.tokens += tokenCount;
     if (this.#firstAt === null) {
       this.#firstAt = at;
-      this.#firstTokens = tokenCount;
+      this.#firstTokens = this.tokens;
     }
     this.#lastAt = at;
   }

@@ -44,17 +44,18 @@ export function toMarkdown({ chat, messages }) {
  * Read a file that was exported here.
  *
  * @param {string} text
+ * @param {Record<string, [number, number]>} bounds of the settings that there are
  * @returns {{chat: object, messages: object[]}[]} with new ids, so that nothing that is kept is overwritten
  * @throws {ImportError}
  */
-export function parse(text) {
+export function parse(text, bounds) {
   const content = text.replace(/^\uFEFF/, "");
-  const found = /^\s*[{[]/.test(content) ? fromJson(content) : [fromMarkdown(content)];
+  const found = /^\s*[{[]/.test(content) ? fromJson(content, bounds) : [fromMarkdown(content)];
   if (!found.length) throw new ImportError("There is no chat in this file.");
   return found.map(withNewIds);
 }
 
-function fromJson(text) {
+function fromJson(text, bounds) {
   let file;
   try {
     file = JSON.parse(text);
@@ -65,10 +66,10 @@ function fromJson(text) {
     throw new ImportError("This file was not exported by Petals Chat.");
   }
   if (file.version !== VERSION) throw new ImportError(`This file is of version ${file.version}; this page reads ${VERSION}.`);
-  return file.chats.map(readChat);
+  return file.chats.map((chat, index) => readChat(chat, index, bounds));
 }
 
-function readChat(value, index) {
+function readChat(value, index, bounds) {
   const where = `chat ${index + 1}`;
   const chat = expectObject(value, where);
   const messages = expect(chat.messages, Array.isArray, `${where}: messages must be a list`);
@@ -77,12 +78,11 @@ function readChat(value, index) {
   return {
     chat: {
       title: text(chat.title, `${where}: title`).slice(0, MAX_TITLE),
-      named: chat.named === true,
       created: time(chat.created, now),
       updated: time(chat.updated, now),
       model: text(chat.model ?? "", `${where}: model`),
       system: chat.system == null ? null : text(chat.system, `${where}: system`),
-      settings: numbers(chat.settings ?? {}, `${where}: settings`),
+      settings: within(bounds, numbers(chat.settings ?? {}, `${where}: settings`)),
       selected: texts(chat.selected ?? {}, `${where}: selected`),
       forgotten: chat.forgotten == null ? null : text(chat.forgotten, `${where}: forgotten`),
     },
@@ -116,12 +116,14 @@ function fromMarkdown(content) {
   const lines = content.split(/\r?\n/);
   const messages = [];
   const now = Date.now();
+  const system = [];
   let title = "";
   let current = null;
   for (const [i, line] of lines.entries()) {
     const role = MARK.exec(line)?.[1];
     if (role) {
-      const model = role === "assistant" ? { model: lines[i - 1].replace(/^## /, ""), stopSequence: null, stats: {} } : {};
+      const by = (lines[i - 1] ?? "").replace(/^## /, "");
+      const model = role === "assistant" ? { model: by, stopSequence: null, stats: {} } : {};
       if (current) current.lines.pop(); // the heading of this message
       current = { role, lines: [], ...model };
       messages.push(current);
@@ -129,6 +131,8 @@ function fromMarkdown(content) {
       current.lines.push(line);
     } else if (!title && line.startsWith("# ")) {
       title = line.slice(2).trim();
+    } else if (line.startsWith(">")) {
+      system.push(line.replace(/^> ?/, ""));
     }
   }
   if (!messages.length) {
@@ -140,8 +144,16 @@ function fromMarkdown(content) {
     }
   });
   return {
-    chat: { title: title.slice(0, MAX_TITLE), named: true, created: now, updated: now, model: "", system: null, settings: {},
-      selected: {}, forgotten: null },
+    chat: {
+      title: title.slice(0, MAX_TITLE),
+      created: now,
+      updated: now,
+      model: "",
+      system: system.join("\n") || null,
+      settings: {},
+      selected: {},
+      forgotten: null,
+    },
     messages: messages.map(({ lines: own, ...message }, i) => ({
       id: String(i),
       parent: i ? String(i - 1) : null,
@@ -206,6 +218,12 @@ function time(value, otherwise) {
 function numbers(value, where) {
   const entries = Object.entries(expectObject(value, where)).filter(([, number]) => Number.isFinite(number));
   return Object.fromEntries(entries);
+}
+
+/** Those that there are, within their bounds: nothing else goes to the server. */
+function within(bounds, found) {
+  const known = Object.entries(bounds).filter(([name, [least, most]]) => found[name] >= least && found[name] <= most);
+  return Object.fromEntries(known.map(([name]) => [name, found[name]]));
 }
 
 function texts(value, where) {

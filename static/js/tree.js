@@ -12,7 +12,7 @@
  * @property {string} [model] who answered
  * @property {string | null} [stopSequence] the text that ended the answer, which stands in the model's context
  * @property {object} [stats] what is told below an answer
- * @property {string} [error] why an answer failed, in words
+ * @property {{code?: string, words: string} | null} [error] why an answer failed
  * @property {object | null} [point] where a running answer can be taken up again, see session.js
  */
 
@@ -45,10 +45,6 @@ export class MessageTree {
 
   get(id) {
     return this.#messages.get(id);
-  }
-
-  all() {
-    return [...this.#messages.values()];
   }
 
   /** Add a message and show it. */

@@ -9,7 +9,7 @@ const hundredths = new Intl.NumberFormat("en", { minimumFractionDigits: 2, maxim
 const PEER_END = 6; // characters by which a peer is told from others; all ids begin alike
 
 export function count(number, unit) {
-  return `${whole.format(number)} ${number === 1 ? unit : `${unit}s`}`;
+  return `${whole.format(number)} ${unit}${number === 1 ? "" : "s"}`;
 }
 
 export function number(value) {
