@@ -46,10 +46,11 @@ $(LM_EVAL)/installed: requirements-lm-eval.txt
 	$(LM_EVAL)/bin/python -m pip install --disable-pip-version-check --quiet -r requirements-lm-eval.txt
 	@touch $@
 
+# Two at a time, for each starts swarms of its own; many tests wait for servers that die, and the other one uses the cores.
 test: $(TESTABLE) $(LM_EVAL)/installed
 	@sh bin/get-browser
 	@sh bin/get-npm-packages $(VENV)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 lint: $(TESTABLE)
 	$(BIN)/ruff check .

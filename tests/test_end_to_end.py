@@ -19,7 +19,7 @@ ANSWER_TIMEOUT = 60_000  # milliseconds; an answer takes about a second on two i
 WITHOUT_SAMPLING = """
 const send = WebSocket.prototype.send;
 WebSocket.prototype.send = function (message) {
-  send.call(this, message.replace('"do_sample":1', '"do_sample":0'));
+  send.call(this, message.replace('"model_defaults":true,', ""));
 };
 """
 

@@ -22,12 +22,12 @@ export class MessageList {
   #actions;
   #views = new Map();
   #following = true;
+  #top = 0; // where it was scrolled to last
 
   /** @param {MessageActions} actions */
   constructor(actions) {
     this.#actions = actions;
-    const atEnd = () => this.#list.scrollHeight - this.#list.scrollTop - this.#list.clientHeight < AT_END_PX;
-    this.#list.addEventListener("scroll", () => this.#setFollowing(atEnd()), { passive: true });
+    this.#list.addEventListener("scroll", () => this.#scrolled(), { passive: true });
     // Scrolling up says it before there is a distance to the end that would.
     this.#list.addEventListener("wheel", ({ deltaY }) => deltaY < 0 && this.#canScroll && this.#setFollowing(false), { passive: true });
     $("latest").addEventListener("click", () => this.follow());
@@ -78,6 +78,14 @@ export class MessageList {
     const view = new View(message, this.#actions, () => this.#grown());
     this.#views.set(message.id, view);
     return view;
+  }
+
+  /** Who scrolls up reads there; who comes back to the end follows again. A window of another size is neither. */
+  #scrolled() {
+    const { scrollHeight, scrollTop, clientHeight } = this.#list;
+    if (scrollHeight - scrollTop - clientHeight < AT_END_PX) this.#setFollowing(true);
+    else if (scrollTop < this.#top) this.#setFollowing(false);
+    this.#top = scrollTop;
   }
 
   get #isEmpty() {
