@@ -69,9 +69,11 @@ class Socket:
     def generate(self, **params: Any) -> list[dict[str, Any]]:
         """Send a generate request; return all responses up to the last."""
         self.send({"type": "generate", **params})
-        replies = [self.receive()]
-        while replies[-1]["ok"] and not replies[-1]["stop"]:
-            replies.append(self.receive())
+        replies: list[dict[str, Any]] = []
+        while not replies or (replies[-1]["ok"] and not replies[-1]["stop"]):
+            reply = self.receive()
+            if "queue" not in reply:  # told to those who want to know
+                replies.append(reply)
         return replies
 
 

@@ -12,7 +12,7 @@ import pytest
 from app import app
 from http_schemas import CloseRequest, GenerateRequest, OpenRequest
 from parameters import GenerationParams
-from tests.browser import browser_page
+from tests.browser import axe_violations, browser_page
 from tests.client import call
 from tests.conftest import LiveApp, serve
 
@@ -75,6 +75,10 @@ def test_page(short_app: LiveApp) -> None:
         page.goto(f"{short_app.url}/docs")
         page.get_by_text("/v1/chat/completions").first.wait_for(timeout=30_000)
         assert not errors
+        page.locator(".opblock").first.wait_for()
+        for scheme in ("light", "dark"):
+            page.emulate_media(color_scheme=scheme)
+            assert axe_violations(page) == []
         assert all(url.startswith((short_app.url, "data:")) for url in requests)
 
 

@@ -8,13 +8,11 @@ import pytest
 from playwright.sync_api import Page, Route, expect
 
 from swarm.local import LocalServer, LocalSwarm
-from tests.browser import browser_page
+from tests.browser import axe_violations, browser_page
 from tests.client import call
 from tests.conftest import LiveApp, serve, tiny_server
-from tests.processes import ROOT
 from tests.tiny import make_tiny_bloom
 
-AXE = ROOT / "node_modules" / "axe-core" / "axe.min.js"
 SOON = 60_000  # milliseconds; a server starts within a tenth of that on two idle cores
 STATE = "**/api/v1/state"
 
@@ -188,9 +186,7 @@ def test_accessible_and_no_wider_than_the_window(page: Page, scheme: str, width:
     # Without motion, for colours that are on their way to others are none of these.
     page.emulate_media(color_scheme="dark" if scheme == "dark" else "light", reduced_motion="reduce")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    page.evaluate(AXE.read_text())
-    violations = page.evaluate("axe.run().then(({violations}) => violations)")
-    assert [(found["id"], [node["target"] for node in found["nodes"]]) for found in violations] == []
+    assert axe_violations(page) == []
 
 
 def test_the_chat_is_a_link_away(page: Page, watching_app: LiveApp) -> None:

@@ -4,22 +4,22 @@ import { Announcer } from "./announcer.js";
 import { Composer } from "./composer.js";
 import { $, isComposing, pageConfig, setText } from "./dom.js";
 import { newId } from "./id.js";
+import { lock } from "./lock.js";
 import { MessageList } from "./messages.js";
 import { Picker } from "./picker.js";
 import { readiness } from "./readiness.js";
+import { Run } from "./run.js";
 import { ChatSession, Interrupted } from "./session.js";
 import { Settings, samplingParameters } from "./settings.js";
 import { Sidebar, Toast } from "./sidebar.js";
 import { RequestFailed, SocketError, TakenOver } from "./socket.js";
 import { remember } from "./storage.js";
 import { openStore } from "./store.js";
-import { TokenRate, forgetUpTo, transcript } from "./transcript.js";
+import { forgetUpTo, transcript } from "./transcript.js";
 import { MessageTree } from "./tree.js";
-import { blocks, count, explain, number, serverName, whySlow } from "./words.js";
+import { count, explain, number, whySlow } from "./words.js";
 
 const KEEP_MS = 300; // between two times that a growing answer is kept: what a reload may have to ask for again
-const SLOW = 1; // tokens per second: slower than anybody reads
-const SLOW_AFTER = 4; // seconds of an answer, before its speed is judged
 const RELOAD = "This page is older than the server, which does not know it any more.";
 const TITLE_LENGTH = 60; // characters of a question
 const DELETED_FOR_MS = 60_000; // that a deleted chat is kept: longer than it can be brought back
@@ -90,6 +90,7 @@ class App {
     store.onChange(() => this.#changedElsewhere());
     document.addEventListener("keydown", (event) => this.#shortcut(event));
     addEventListener("online", () => this.#runs.forEach(({ session }) => session.reconnect()));
+    addEventListener("pagehide", () => this.#runs.forEach((run) => this.#keepNow(run)));
     addEventListener("hashchange", () => this.#openFromAddress());
     for (const radio of document.querySelectorAll("input[name=theme]")) {
       radio.checked = radio.value === (document.documentElement.dataset.theme ?? "");
@@ -699,72 +700,6 @@ class App {
   }
 }
 
-/** An answer that is being written. */
-class Run {
-  abort = new AbortController();
-  rate = new TokenRate();
-  stopping = false;
-  saidWhy = false;
-  keepTimer = 0;
-  words = "Answering…";
-  #began = performance.now();
-  #lostAt = null;
-
-  constructor({ chat, tree, answer, session, model }) {
-    Object.assign(this, { chat, tree, answer, session, model });
-    this.ended = new Promise((resolve) => (this.end = resolve));
-    this.rate.tokens = answer.stats?.tokens ?? 0;
-    answer.stats ??= { tokens: 0 };
-    answer.stats.events ??= [];
-    delete answer.stats.reason;
-  }
-
-  /** Count a response. */
-  count({ token_count: tokens, position, finish_reason: reason }) {
-    const { stats } = this.answer;
-    const now = performance.now();
-    this.rate.add(tokens, now);
-    if (tokens) stats.firstToken ??= (now - this.#began) / 1000;
-    stats.tokens = this.rate.tokens;
-    stats.perSecond = this.rate.perSecond ?? stats.perSecond;
-    stats.position = position ?? stats.position;
-    if (reason) stats.reason = reason;
-  }
-
-  /** Note what the server tells of the swarm. */
-  notice({ route, lost }) {
-    const { stats } = this.answer;
-    if (lost) {
-      this.#lostAt ??= performance.now();
-      // The message says which peer it was; its name stood in the route.
-      lost.name ??= stats.route?.find(({ peer_id: peer }) => peer === lost.peer_id)?.name;
-      stats.events.push({ words: `Healing: ${serverName(lost)} with ${blocks(lost)} was lost. ${lost.reason}`, lost, healed: false });
-    }
-    if (!route) return;
-    stats.route = route;
-    if (this.#lostAt === null) return;
-    const seconds = ((performance.now() - this.#lostAt) / 1000).toFixed(2);
-    this.#lostAt = null;
-    for (const event of stats.events.filter(({ healed }) => !healed)) {
-      const now = route.filter(({ start, end }) => start < event.lost.end && end > event.lost.start);
-      event.healed = true;
-      event.words =
-        `Healed in ${seconds} s: ${serverName(event.lost)} with ${blocks(event.lost)} was lost, ` +
-        `${now.map(serverName).join(" and ")} took over. No token was lost.`;
-    }
-  }
-
-  get isSlow() {
-    return !this.saidWhy && this.rate.seconds > SLOW_AFTER && this.rate.perSecond < SLOW;
-  }
-
-  /** End it: in good order if the server can be asked to, else, or if that was asked before, at once. */
-  stop() {
-    if (this.stopping || !this.session.stop()) this.abort.abort();
-    this.stopping = true;
-  }
-}
-
 /** Tokens of the context that a chat has used. */
 function positionOf(path) {
   return path.findLast(({ stats }) => stats?.position)?.stats.position ?? 0;
@@ -794,20 +729,6 @@ function download(name, type, text) {
   const link = Object.assign(document.createElement("a"), { href: url, download: name });
   link.click();
   URL.revokeObjectURL(url);
-}
-
-/**
- * Have an answer for this window alone; wait while another one has it.
- *
- * @param {AbortSignal} signal ends the waiting
- * @returns {Promise<{release: () => void} | null>} null: the waiting was ended
- */
-async function lock(name, signal) {
-  if (!navigator.locks) return { release() {} }; // on http: pages of other machines do without
-  return new Promise((resolve) => {
-    const held = () => new Promise((release) => resolve({ release }));
-    navigator.locks.request(name, { signal }, held).catch(() => resolve(null));
-  });
 }
 
 const app = new App(pageConfig(), await openStore());

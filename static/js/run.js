@@ -1,0 +1,73 @@
+/** An answer that is being written, and what is told of it. Knows nothing of the page. */
+
+import { TokenRate } from "./transcript.js";
+import { blocks, serverName } from "./words.js";
+
+const SLOW_AFTER = 4; // seconds of an answer, before its speed is judged
+const SLOW = 1; // tokens per second: slower than anybody reads
+
+/** An answer that is being written. */
+export class Run {
+  abort = new AbortController();
+  rate = new TokenRate();
+  stopping = false;
+  saidWhy = false;
+  keepTimer = 0;
+  words = "Answering…";
+  #began = performance.now();
+  #lostAt = null;
+
+  constructor({ chat, tree, answer, session, model }) {
+    Object.assign(this, { chat, tree, answer, session, model });
+    this.ended = new Promise((resolve) => (this.end = resolve));
+    this.rate.tokens = answer.stats?.tokens ?? 0;
+    answer.stats ??= { tokens: 0 };
+    answer.stats.events ??= [];
+    delete answer.stats.reason;
+  }
+
+  /** Count a response. */
+  count({ token_count: tokens, position, finish_reason: reason }) {
+    const { stats } = this.answer;
+    const now = performance.now();
+    this.rate.add(tokens, now);
+    if (tokens) stats.firstToken ??= (now - this.#began) / 1000;
+    stats.tokens = this.rate.tokens;
+    stats.perSecond = this.rate.perSecond ?? stats.perSecond;
+    stats.position = position ?? stats.position;
+    if (reason) stats.reason = reason;
+  }
+
+  /** Note what the server tells of the swarm. */
+  notice({ route, lost }) {
+    const { stats } = this.answer;
+    if (lost) {
+      this.#lostAt ??= performance.now();
+      // The message says which peer it was; its name stood in the route.
+      lost.name ??= stats.route?.find(({ peer_id: peer }) => peer === lost.peer_id)?.name;
+      stats.events.push({ words: `Healing: ${serverName(lost)} with ${blocks(lost)} was lost. ${lost.reason}`, lost, healed: false });
+    }
+    if (!route) return;
+    stats.route = route;
+    if (this.#lostAt === null) return;
+    const seconds = ((performance.now() - this.#lostAt) / 1000).toFixed(2);
+    this.#lostAt = null;
+    for (const event of stats.events.filter(({ healed }) => !healed)) {
+      const now = route.filter(({ start, end }) => start < event.lost.end && end > event.lost.start);
+      event.healed = true;
+      event.words =
+        `Healed in ${seconds} s: ${serverName(event.lost)} with ${blocks(event.lost)} was lost, ` +
+        `${now.map(serverName).join(" and ")} took over. No token was lost.`;
+    }
+  }
+
+  get isSlow() {
+    return !this.saidWhy && this.rate.seconds > SLOW_AFTER && this.rate.perSecond < SLOW;
+  }
+
+  /** End it: in good order if the server can be asked to, else, or if that was asked before, at once. */
+  stop() {
+    if (this.stopping || !this.session.stop()) this.abort.abort();
+    this.stopping = true;
+  }
+}
