@@ -31,6 +31,7 @@ export class Run {
     const { stats } = this.answer;
     const now = performance.now();
     this.rate.add(tokens, now);
+    if (tokens && this.#lostAt !== null) this.#heal();
     if (tokens) stats.firstToken ??= (now - this.#began) / 1000;
     stats.tokens = this.rate.tokens;
     stats.perSecond = this.rate.perSecond ?? stats.perSecond;
@@ -41,24 +42,32 @@ export class Run {
   /** Note what the server tells of the swarm. */
   notice({ route, lost }) {
     const { stats } = this.answer;
-    if (lost) {
-      this.#lostAt ??= performance.now();
-      // The message says which peer it was; its name stood in the route.
-      lost.name ??= stats.route?.find(({ peer_id: peer }) => peer === lost.peer_id)?.name;
-      stats.events.push({ words: `Healing: ${serverName(lost)} with ${blocks(lost)} was lost. ${lost.reason}`, lost, healed: false });
-    }
-    if (!route) return;
-    stats.route = route;
-    if (this.#lostAt === null) return;
+    if (lost) this.#notice(lost);
+    if (route) stats.route = route;
+  }
+
+  /** A server was lost; until the next token comes, whatever else is tried and lost belongs to it. */
+  #notice(lost) {
+    const { events, route } = this.answer.stats;
+    if (this.#lostAt !== null) return;
+    this.#lostAt = performance.now();
+    // The message says which peer it was; its name stood in the route.
+    lost.name ??= route?.find(({ peer_id: peer }) => peer === lost.peer_id)?.name;
+    const words = `Healing: ${serverName(lost)} with ${blocks(lost)} was lost; looking for another server.`;
+    events.push({ words, lost, healed: false });
+  }
+
+  #heal() {
     const seconds = ((performance.now() - this.#lostAt) / 1000).toFixed(2);
     this.#lostAt = null;
-    for (const event of stats.events.filter(({ healed }) => !healed)) {
-      const now = route.filter(({ start, end }) => start < event.lost.end && end > event.lost.start);
-      event.healed = true;
-      event.words =
-        `Healed in ${seconds} s: ${serverName(event.lost)} with ${blocks(event.lost)} was lost, ` +
-        `${now.map(serverName).join(" and ")} took over. No token was lost.`;
-    }
+    const { events, route = [] } = this.answer.stats;
+    const event = events.at(-1);
+    const { lost } = event;
+    const now = route.filter(({ start, end }) => start < lost.end && end > lost.start);
+    const back = now.every(({ peer_id: peer }) => peer === lost.peer_id);
+    const how = back ? "it came back" : `${now.map(serverName).join(" and ")} took over`;
+    event.words = `Healed in ${seconds} s: ${serverName(lost)} with ${blocks(lost)} was lost, ${how}. No token was lost.`;
+    event.healed = true;
   }
 
   get isSlow() {
