@@ -34,7 +34,7 @@ def short_app(live_app: LiveApp) -> Iterator[LiveApp]:
 
 def test_schemathesis(short_app: LiveApp, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"{short_app.url}/openapi.json", "--checks", CHECKS]
-    command += ["--phases", "coverage,fuzzing", "--max-examples", "3", "--seed", "1", "--workers", "2"]
+    command += ["--phases", "coverage,fuzzing", "--max-examples", "2", "--seed", "1", "--workers", "2"]
     # Most texts that it makes for the model in /v1/models/{model} are no path, and it says so.
     command += ["--request-timeout", "60", "--no-color", "--suppress-health-check", "filter_too_much"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, cwd=tmp_path)

@@ -736,6 +736,16 @@ def test_a_full_chat_offers_a_choice(chat: Chat, tmp_path: Path) -> None:
     assert chat.inputs()[-1].count(long) < 4
     page.reload()
     expect(page.locator(".boundary:visible")).to_have_count(1)
+    # A chat that is full when it is opened offers the same.
+    messages[-1]["stats"]["position"] = 2048
+    file.write_text(
+        json.dumps({"format": "petals-chat", "version": 1, "chats": [{"title": "Full", "messages": messages}]})
+    )
+    page.set_input_files("#file", file)
+    expect(chat.answers.last.locator(".notice")).to_contain_text("This chat is full")
+    page.reload()
+    expect(chat.answers.last.locator(".notice")).to_contain_text("This chat is full")
+    expect(page.locator("#send")).to_be_disabled()
 
 
 def test_slow_answers_say_why(chat: Chat) -> None:

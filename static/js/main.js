@@ -325,6 +325,7 @@ class App {
     if (signal.aborted) return;
     this.#ready = true;
     this.#idle();
+    if (!this.#run) this.#remind();
   }
 
   // Messages
