@@ -16,12 +16,16 @@ from errors import ConfigError
 class ChatFormat:
     """How turns of a conversation become model input; ``{text}`` is what the person wrote."""
 
-    begin: str  # before the first turn
     user: str  # a turn of the person, up to where the model goes on
     turn_end: str  # between an answer and the next turn
     stop: tuple[str, ...]  # texts that end an answer
     first: str  # the first turn and what is before it, where there is a system prompt, ``{system}``
     system: str = ""  # the system prompt of chats that have none of their own
+
+    @property
+    def begin(self) -> str:
+        """What is before the first turn, in chats that have no system prompt of their own."""
+        return self.first.replace("{system}", self.system).removesuffix(self.user) if self.system else ""
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,6 @@ class ModelConfig:
 
 
 CHATML = ChatFormat(
-    begin="<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n",
     user="<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n",
     turn_end="<|im_end|>\n",
     stop=("<|im_end|>",),
@@ -59,7 +62,6 @@ CHATML = ChatFormat(
 )
 # The BLOOM models know no roles; named turns, as in a script, work best. The name of the other side ends an answer.
 DIALOGUE = ChatFormat(
-    begin="A conversation between a curious human and a friendly, knowledgeable AI assistant.\n\n",
     user="Human: {text}\n\nAI:",
     turn_end="\n\n",
     stop=("\n\nHuman:",),
@@ -68,21 +70,18 @@ DIALOGUE = ChatFormat(
 )
 # BLOOMZ was tuned to follow single instructions and ends its answers itself.
 INSTRUCTION = ChatFormat(
-    begin="",
     user="Question: {text}\n\nAnswer:",
     turn_end="\n\n",
     stop=("\n\nQuestion:",),
     first="{system}\n\nQuestion: {text}\n\nAnswer:",
 )
 FALCON = ChatFormat(
-    begin="",
     user="User: {text}\nFalcon:",
     turn_end="\n",
     stop=("\nUser:",),
     first="System: {system}\nUser: {text}\nFalcon:",
 )
 LLAMA_2 = ChatFormat(
-    begin="",
     user="[INST] {text} [/INST]",
     turn_end="</s><s>",
     stop=("</s>",),

@@ -32,7 +32,7 @@ class InferenceSession:
     session: Any  # SwarmSession
     detokenizer: Detokenizer
     # Where its tokens may be found, computed already, and where it may end.
-    memory: SessionMemory = field(default_factory=lambda: SessionMemory(0, 0, 0.0))
+    memory: SessionMemory = field(default_factory=SessionMemory)
     owner: str = ""  # with whom nobody else shares what was computed
     may_grow: bool = False  # whether a kept session that is longer may take its place
     remembered: bool = False  # whether it goes to the memory in the end
@@ -133,7 +133,7 @@ class InferenceSessions:
         :param resume_timeout: seconds after which a session that has lost its connection is closed
         :param memory: keeps sessions that have ended; default: none are kept
         """
-        self.memory = SessionMemory(0, 0, 0.0) if memory is None else memory
+        self.memory = SessionMemory() if memory is None else memory
         self.timeout = timeout
         self.resume_timeout = resume_timeout
         self._clock = clock

@@ -7,6 +7,7 @@ from typing import Any
 import rcssmin
 import rjsmin
 from flask import Blueprint, Response, abort, current_app, render_template, request, send_from_directory
+from werkzeug.utils import safe_join
 
 from config import ModelConfig
 from service import Service, get_service
@@ -62,8 +63,8 @@ def swarm() -> str:
 
 def static_file(filename: str) -> Response:
     """A file of our own."""
-    path = STATIC / filename
-    if path.suffix not in MINIFIERS or ".." in path.parts or not path.is_file():
+    path = Path(safe_join(str(STATIC), filename) or "")
+    if path.suffix not in MINIFIERS or not path.is_file():
         return send_from_directory(STATIC, filename)
     text, content_type = minified(path, path.stat().st_mtime_ns)
     response = Response(text, content_type=f"{content_type}; charset=utf-8")

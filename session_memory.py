@@ -33,9 +33,13 @@ class SessionMemory:
     """
 
     def __init__(
-        self, max_sessions: int, max_tokens: int, timeout: float, clock: Callable[[], float] = time.monotonic
+        self,
+        max_sessions: int = 0,
+        max_tokens: int = 0,
+        timeout: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Make an empty memory.
+        """Make an empty memory; by default one that keeps nothing.
 
         :param max_sessions: sessions kept at a time; 0: none are
         :param max_tokens: tokens of attention cache that they may hold together

@@ -205,7 +205,7 @@ def test_models_keep_their_order_and_unknown_ones_are_talked_to_as_in_a_script()
 def test_chat_format_is_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         DIALOGUE.begin = ""  # type: ignore[misc]
-    assert ChatFormat("", "{text}", "", (), "") == ChatFormat("", "{text}", "", (), "")
+    assert ChatFormat("{text}", "", (), "") == ChatFormat("{text}", "", (), "")
 
 
 # The machine

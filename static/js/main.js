@@ -3,11 +3,12 @@
 import { Announcer } from "./announcer.js";
 import { Composer } from "./composer.js";
 import { $, isComposing, pageConfig, setText } from "./dom.js";
+import { explain } from "./failure.js";
 import { newId } from "./id.js";
 import { lock } from "./lock.js";
 import { MessageList } from "./messages.js";
 import { Picker } from "./picker.js";
-import { readiness } from "./readiness.js";
+import { DOWN, readiness } from "./readiness.js";
 import { Run } from "./run.js";
 import { ChatSession, Interrupted } from "./session.js";
 import { Settings, samplingParameters } from "./settings.js";
@@ -17,14 +18,13 @@ import { remember } from "./storage.js";
 import { openStore } from "./store.js";
 import { forgetUpTo, transcript } from "./transcript.js";
 import { MessageTree } from "./tree.js";
-import { count, explain, number, whySlow } from "./words.js";
+import { number, plural, whySlow } from "./words.js";
 
 const KEEP_MS = 300; // between two times that a growing answer is kept: what a reload may have to ask for again
 const RELOAD = "This page is older than the server, which does not know it any more.";
 const TITLE_LENGTH = 60; // characters of a question
 const DELETED_FOR_MS = 60_000; // that a deleted chat is kept: longer than it can be brought back
 const MAX_FILE = 64 * 2 ** 20; // bytes of an imported file; its chats are held in memory twice
-const DOWN = new Set(["failed", "unreachable"]); // states of a model that may never become ready
 const REFUSALS = new Set(["too_long", "invalid_parameter", "request_too_large"]); // of a question: it would be refused again
 const STILL_WAITING_MS = 60_000; // for an answer to a question that was asked just before the page was left
 const SWARM_PAGE = "swarm";
@@ -244,7 +244,7 @@ class App {
       if (file.size > MAX_FILE) throw new ImportError(`The file is larger than ${MAX_FILE / 2 ** 20} MiB.`);
       const found = parse(await file.text(), this.#settings.bounds);
       for (const { chat, messages } of found) await this.#store.putAll(chat, messages);
-      this.#toast.show(`Imported ${count(found.length, "chat")}.`);
+      this.#toast.show(`Imported ${plural(found.length, "chat")}.`);
       await this.#open(found[0].chat.id);
       await this.#showList();
     } catch (error) {
@@ -430,8 +430,8 @@ class App {
     if (role === "user") {
       this.#ask(parent, text);
     } else {
-      this.#add({ parent, role, text, state: "done", stopSequence: null, model, stats: {} });
-      await this.#keepAll(chat, this.#tree);
+      const edited = this.#add({ parent, role, text, state: "done", stopSequence: null, model, stats: {} });
+      await this.#keepAll(chat, this.#tree, [edited]);
       this.#showMessages();
     }
     return true;
@@ -453,8 +453,8 @@ class App {
     await this.#keepAll(this.#chat, this.#tree, []);
   }
 
-  /** Keep a chat and, of its messages, these; default: those that are shown. */
-  async #keepAll(chat, tree, messages = tree.path()) {
+  /** Keep a chat and, of its messages, these. */
+  async #keepAll(chat, tree, messages) {
     chat.selected = tree.selected;
     chat.updated = Date.now();
     await this.#kept(this.#store.putAll(chat, messages));
@@ -512,7 +512,9 @@ class App {
     this.#clearNotices();
     this.#showMessages();
     this.#idle();
-    const kept = this.#keepAll(run.chat, run.tree).then(() => this.#showList());
+    // The answer, its question, and the answer that was wanting before that, if there was one: the others are kept.
+    const latest = run.tree.pathTo(answer.id).slice(-3);
+    const kept = this.#keepAll(run.chat, run.tree, latest).then(() => this.#showList());
     held ??= await lock(answer.id, run.abort.signal);
     let error = null;
     try {
@@ -672,7 +674,7 @@ class App {
     // How long what is left of them is will be known with the next answer.
     for (const message of this.#tree.path()) if (message.stats) message.stats.position = 0;
     this.#chat.forgotten = from;
-    await this.#keepAll(this.#chat, this.#tree);
+    await this.#keepAll(this.#chat, this.#tree, this.#tree.path());
     this.#clearNotices();
     this.#showMessages();
     this.#idle();
@@ -712,7 +714,7 @@ function stateAfter(error) {
 }
 
 function placeInQueue(position) {
-  return position === 1 ? "In the queue: you are next" : `In the queue: ${count(position - 1, "other")} before you`;
+  return position === 1 ? "In the queue: you are next" : `In the queue: ${plural(position - 1, "other")} before you`;
 }
 
 function closeDialogs() {

@@ -3,7 +3,7 @@
 import { copyButton } from "./copy.js";
 import { $, element, icon, iconButton, isComposing, setText, textButton } from "./dom.js";
 import { MarkdownView } from "./markdown.js";
-import { blocks, describe, serverName } from "./words.js";
+import { blocks, describe, range, serverName } from "./words.js";
 
 const AT_END_PX = 48; // this close to the end of the messages counts as reading along
 const META_MS = 200; // between two looks at the figures below a running answer: faster they cannot be read
@@ -220,7 +220,6 @@ class AnswerView extends MessageView {
     this.tools.append(iconButton("edit", "Edit", () => this.edit()), this.#regenerate, this.#proceed);
     const figures = element("div", { className: "figures" }, this.#meta, this.#route);
     this.tools.before(this.#note, figures, this.#events);
-    this.#markdown.set(message.text);
   }
 
   update(message, siblings, isBoundary) {
@@ -290,7 +289,7 @@ class AnswerView extends MessageView {
       ...route.map((server) => {
         const part = element("span", { className: "span" });
         part.style.flexGrow = server.end - server.start;
-        if (route.length <= LABELLED) part.textContent = `${server.start}–${server.end - 1} ${serverName(server)}`;
+        if (route.length <= LABELLED) part.textContent = `${range(server)} ${serverName(server)}`;
         return part;
       }),
     );

@@ -41,7 +41,7 @@ export class Picker {
   async refresh() {
     clearTimeout(this.#timer);
     try {
-      const { models } = await fetchState(this.#pageToken, AbortSignal.timeout(5_000));
+      const { models } = await fetchState(this.#pageToken);
       for (const state of models) this.#show(state);
       this.#told(new Map(models.map((state) => [state.name, state])));
       setText($("picker-trouble"), "");

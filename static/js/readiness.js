@@ -5,6 +5,9 @@ import { pause } from "./pause.js";
 const POLL_MS = 2_000;
 const PROBE_LIMIT_MS = 5_000;
 
+/** States of a model that may never become ready. */
+export const DOWN = new Set(["failed", "unreachable"]);
+
 const WORDS = {
   loading: "Loading",
   ready: "Ready",

@@ -1,6 +1,5 @@
 /** An answer that is being written, and what is told of it. Knows nothing of the page. */
 
-import { TokenRate } from "./transcript.js";
 import { blocks, serverName } from "./words.js";
 
 const SLOW_AFTER = 4; // seconds of an answer, before its speed is judged
@@ -78,5 +77,34 @@ export class Run {
   stop() {
     if (this.stopping || !this.session.stop()) this.abort.abort();
     this.stopping = true;
+  }
+}
+
+/** The speed of an answer: tokens per second between its first response and its last. Times are in milliseconds. */
+class TokenRate {
+  tokens = 0;
+  #firstTokens = 0;
+  #firstAt = null;
+  #lastAt = null;
+
+  add(tokenCount, at) {
+    if (!tokenCount) return;
+    this.tokens += tokenCount;
+    if (this.#firstAt === null) {
+      this.#firstAt = at;
+      this.#firstTokens = this.tokens;
+    }
+    this.#lastAt = at;
+  }
+
+  /** null while there is nothing to measure between. */
+  get perSecond() {
+    const seconds = (this.#lastAt - this.#firstAt) / 1000;
+    return seconds > 0 ? (this.tokens - this.#firstTokens) / seconds : null;
+  }
+
+  /** How long it has been measured. */
+  get seconds() {
+    return (this.#lastAt - this.#firstAt) / 1000;
   }
 }

@@ -4,7 +4,7 @@
  */
 
 import { pause } from "./pause.js";
-import { readiness } from "./readiness.js";
+import { DOWN, readiness } from "./readiness.js";
 import { ConnectionLost, InferenceSocket, RequestFailed, ResponseTimeout } from "./socket.js";
 
 const PATIENCE_MS = 20_000; // with a model that has failed, or a server that cannot be reached, before an answer begins
@@ -12,7 +12,6 @@ const RESUME_PATIENCE_MS = 60_000; // with a lost connection: as long as the ser
 const RETRY_MS = 500; // between two tries to connect anew
 const ROOM = 512; // tokens that a new session has left for an answer at least, where the model allows it
 const CHARACTERS_PER_TOKEN = 3; // about; it is checked by the server
-const DOWN = new Set(["failed", "unreachable"]); // states of a model that may never become ready
 
 /** The answer was running when the page was left, and the server has not kept it. */
 export class Interrupted extends Error {

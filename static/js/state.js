@@ -15,15 +15,13 @@ export class StateRefused extends Error {
 
 /**
  * @param {string} pageToken shows the app that it is its page that asks
- * @param {AbortSignal} [signal]
  * @returns {Promise<object>} the body of the answer; see /docs for its schema
  * @throws {StateRefused} or whatever fetch throws when the app cannot be reached in time
  */
-export async function fetchState(pageToken, signal) {
-  const limit = AbortSignal.timeout(LIMIT_MS);
+export async function fetchState(pageToken) {
   const response = await fetch("api/v1/state", {
     headers: { "X-Page-Token": pageToken },
-    signal: signal ? AbortSignal.any([signal, limit]) : limit,
+    signal: AbortSignal.timeout(LIMIT_MS),
     cache: "no-store",
   });
   if (response.ok) return response.json();

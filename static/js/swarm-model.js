@@ -2,22 +2,16 @@
 
 import { copyButton } from "./copy.js";
 import { element, setText } from "./dom.js";
+import { number, plural, range, shortPeer } from "./words.js";
 
 const MOST_LEVELS = 3; // of servers per block that are drawn apart
 const DENSE = 60; // blocks, from which on there is little room between them
 const TICK_STEPS = [1, 2, 5, 10, 20, 50, 100];
 const MOST_TICKS = 8; // for which there is room on a phone
 
-const PEER_END = 6; // characters by which a peer is told from others; all ids begin alike
-
 const STATES = { ready: "Ready", loading: "Loading", blocks_missing: "Blocks missing", failed: "Could not be loaded" };
 
-const whole = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
 const precise = new Intl.NumberFormat("en", { maximumSignificantDigits: 3 });
-
-export function plural(count, noun) {
-  return `${whole.format(count)} ${noun}${count === 1 ? "" : "s"}`;
-}
 
 /**
  * Neighbours that are alike, together.
@@ -34,11 +28,6 @@ export function runs(values) {
     else found.push({ start: index, end: index + 1, value });
   });
   return found;
-}
-
-/** "4" or "0–3", of [start, end). */
-export function range({ start, end }) {
-  return end - start === 1 ? `${start}` : `${start}–${end - 1}`;
 }
 
 /** "block 4", or "blocks 0–3, 7". */
@@ -188,7 +177,7 @@ function sentence(message) {
 function factsOf(model) {
   const facts = [];
   if (model.size) facts.push(["Parameters", model.size]);
-  if (model.num_blocks) facts.push(["Blocks", whole.format(model.num_blocks)]);
+  if (model.num_blocks) facts.push(["Blocks", number(model.num_blocks)]);
   if (model.context_length) facts.push(["Longest session", plural(model.context_length, "token")]);
   if (model.licence) facts.push(["Licence", model.licence]);
   facts.push(["Model", model.name, model.link]);
@@ -217,7 +206,7 @@ const COLUMNS = [
     hint: "Attention cache that is left on the server, in tokens of sessions",
     // Announced as keys and values of a token in a block.
     text: ({ cache_tokens_left: left, start, end }) =>
-      left === null ? "not told" : whole.format(Math.floor(left / 2 / Math.max(end - start, 1))),
+      left === null ? "not told" : number(Math.floor(left / 2 / Math.max(end - start, 1))),
   },
   { name: "Precision", text: ({ torch_dtype: dtype }) => dtype ?? "not told" },
   { name: "Version", hint: "Of petals", text: ({ version }) => version ?? "not told" },
@@ -279,7 +268,7 @@ class ServerRow {
   #cells = [];
 
   constructor(peerId) {
-    this.shortId = `…${peerId.slice(-PEER_END)}`;
+    this.shortId = shortPeer(peerId);
     const copy = copyButton(() => peerId, {
       label: "Copy id",
       className: "plain small",

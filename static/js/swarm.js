@@ -5,7 +5,8 @@ import { $, pageConfig, setText } from "./dom.js";
 import { pause } from "./pause.js";
 import { fetchState } from "./state.js";
 import { Joining } from "./swarm-join.js";
-import { ModelCard, plural } from "./swarm-model.js";
+import { ModelCard } from "./swarm-model.js";
+import { number, plural } from "./words.js";
 
 const POLL_MS = 2_000;
 const FIRST_RETRY_S = 2;
@@ -13,7 +14,6 @@ const LAST_RETRY_S = 30;
 const LONGEST_MS = 2 ** 31 - 1; // that a timer can wait
 
 const clock = new Intl.DateTimeFormat(undefined, { timeStyle: "medium" });
-const number = new Intl.NumberFormat("en");
 
 class SwarmPage {
   #pageToken;
@@ -72,9 +72,9 @@ class SwarmPage {
 
   #showTotals({ models, sessions }) {
     const peers = new Set(models.flatMap(({ servers }) => servers.map(({ peer_id: peerId }) => peerId)));
-    setText($("server-count"), number.format(peers.size));
+    setText($("server-count"), number(peers.size));
     setText($("ready-count"), `${models.filter(({ state }) => state === "ready").length} of ${models.length}`);
-    setText($("session-count"), `${number.format(sessions.open)} of ${number.format(sessions.max)}`);
+    setText($("session-count"), `${number(sessions.open)} of ${number(sessions.max)}`);
   }
 
   #card(name) {

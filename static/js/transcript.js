@@ -76,32 +76,3 @@ export function forgetUpTo(path, limit, forgotten) {
   const last = path.findLastIndex(({ role }) => role === "user");
   return last > first ? path[last].id : null;
 }
-
-/** The speed of an answer: tokens per second between its first response and its last. Times are in milliseconds. */
-export class TokenRate {
-  tokens = 0;
-  #firstTokens = 0;
-  #firstAt = null;
-  #lastAt = null;
-
-  add(tokenCount, at) {
-    if (!tokenCount) return;
-    this.tokens += tokenCount;
-    if (this.#firstAt === null) {
-      this.#firstAt = at;
-      this.#firstTokens = this.tokens;
-    }
-    this.#lastAt = at;
-  }
-
-  /** null while there is nothing to measure between. */
-  get perSecond() {
-    const seconds = (this.#lastAt - this.#firstAt) / 1000;
-    return seconds > 0 ? (this.tokens - this.#firstTokens) / seconds : null;
-  }
-
-  /** How long it has been measured. */
-  get seconds() {
-    return (this.#lastAt - this.#firstAt) / 1000;
-  }
-}
