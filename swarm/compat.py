@@ -16,6 +16,8 @@ from contextvars import ContextVar
 from types import SimpleNamespace
 from typing import Any
 
+import swarm.imports  # noqa: F401
+
 import hivemind
 import hivemind.compression
 import hivemind.moe.server.connection_handler

@@ -7,10 +7,7 @@ it, and ``silent_for``, the seconds since its computing process was last seen al
 """
 
 import argparse
-import contextlib
 import ctypes
-import importlib
-import io
 import logging
 import multiprocessing
 import os
@@ -18,7 +15,6 @@ import signal
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +25,7 @@ from petals.constants import PUBLIC_INITIAL_PEERS
 from petals.server.server import ModuleContainer, Server
 from petals.utils.convert_block import QuantType
 
-from swarm import hardware, weights
+from swarm import hardware, imports, weights
 from swarm.batching import Batcher, SharedMemoryCache
 from swarm.blocks import make_ragged_blocks
 from swarm.errors import ModelUnavailable
@@ -47,6 +43,8 @@ SESSION_TIMEOUT = 24 * 3600.0  # seconds from the first step to the last
 STOP_TIMEOUT = 10.0  # seconds
 # Several of these fit into the time after which clients give up on a silent server; see session.py.
 HEARTBEAT_PERIOD = 0.25  # seconds
+# Petals' own path needs this module, with or without an adapter; batches do not. It takes half a second to load.
+ADAPTERS = "petals.utils.peft"
 
 
 class BatchingContainer(ModuleContainer):
@@ -61,7 +59,9 @@ class BatchingContainer(ModuleContainer):
         backends = list(module_backends.values())
         modules, first = [backend.module for backend in backends], backends[0]
         blocks = make_ragged_blocks(modules, first.config, first.dtype, inference_max_length)
-        if blocks is not None:
+        if blocks is None:
+            imports.load(ADAPTERS)
+        else:
             blocks.warm_up()
             spare_collector()
             hardware.return_free_memory()  # the weights were there twice while they were put in order
@@ -98,19 +98,14 @@ def is_abandoned_step(record: logging.LogRecord) -> bool:
     return bool(record.exc_info and isinstance(record.exc_info[1], KeyError) and "attempting to recover" in record.msg)
 
 
-def import_quietly(module: str) -> None:
-    """Import a module that prints on standard output at import: bitsandbytes complains there of a missing GPU."""
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        importlib.import_module(module)
-
-
 def make_server(args: argparse.Namespace) -> Server:
     """Build the server from parsed arguments: joins or starts the swarm, but loads no blocks yet.
 
     :raises ModelUnavailable: if the model's files cannot be had
     """
-    import_quietly("bitsandbytes")
+    imports.postpone(ADAPTERS)
+    if not args.batching:
+        imports.load(ADAPTERS)
     TransformerConnectionHandler.inference_tokens = multiprocessing.Value(ctypes.c_uint64)
     TransformerConnectionHandler.heartbeat = multiprocessing.Value(ctypes.c_double, time.monotonic())
     use_server_parts(
