@@ -1,34 +1,23 @@
 """Tokens to text and text to tokens: one generator that every transport consumes.
 
 It knows nothing of how logits come about (a session is anything that has the methods of ``Session``) and nothing of how
-text goes out. The sampling rules are Transformers' own logits processors in Transformers' order, so that results equal
-``model.generate``; those of the OpenAI API stand beside them. The loop is ours, so that it can stream, stop exactly and
-be cancelled.
+text goes out. The loop is ours, not Transformers', so that it can stream, stop exactly and be cancelled.
 """
 
 import codecs
 import functools
-import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedTokenizerBase,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
 
 from errors import InvalidParameter, TooLong
-from parameters import MAX_SEED, GenerationParams
+from parameters import GenerationParams
+from sampling import Sampler
 from swarm.errors import Cancelled
 
 FinishReason = Literal["stop", "length", "time", "cancelled"]
@@ -93,98 +82,6 @@ def logprobs_of(logits: torch.Tensor, token_ids: Sequence[int], count: int) -> l
         TokenLogprob(token_id, logprob, tuple(zip(likely, likelihoods, strict=True)))
         for token_id, logprob, likely, likelihoods in zip(token_ids, own, indices, values, strict=True)
     ]
-
-
-class OwnPenalties(LogitsProcessor):
-    """Presence and frequency penalty as the OpenAI API defines them: on tokens of the answer, not of the prompt."""
-
-    def __init__(self, presence: float, frequency: float) -> None:
-        self.presence = presence
-        self.frequency = frequency
-        self.counts: dict[int, int] = {}
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if self.counts:
-            counts = torch.tensor(list(self.counts.values()), dtype=scores.dtype)
-            scores[:, list(self.counts)] -= self.presence + self.frequency * counts
-        return scores
-
-
-class LogitBias(LogitsProcessor):
-    """Adds numbers to the logits of some tokens."""
-
-    def __init__(self, bias: Sequence[tuple[int, float]]) -> None:
-        self.token_ids, self.values = (list(column) for column in zip(*bias, strict=True))
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        scores[:, self.token_ids] += torch.tensor(self.values, dtype=scores.dtype)
-        return scores
-
-
-class MinP(LogitsProcessor):
-    """Leaves out tokens far less likely than the likeliest one (Nguyen et al., "Turning Up the Heat", ICLR 2025)."""
-
-    def __init__(self, min_p: float) -> None:
-        self.min_p = min_p
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        probabilities = scores.softmax(dim=-1)
-        return scores.masked_fill(probabilities < self.min_p * probabilities.amax(dim=-1, keepdim=True), -torch.inf)
-
-
-class Sampler:
-    """Chooses tokens from logits as ``model.generate`` would with the same parameters and seed."""
-
-    def __init__(self, params: GenerationParams, defaults: GenerationConfig, row: int = 0) -> None:
-        """Make a sampler.
-
-        :param row: which of several answers to the same prompt it is for; with the same seed each is another one
-        """
-
-        def setting(name: str) -> Any:
-            given = getattr(params, name)
-            return getattr(defaults, name) if given is None else given
-
-        self._processors = LogitsProcessorList()
-        penalty = setting("repetition_penalty")
-        if penalty not in (None, 1.0):
-            self._processors.append(RepetitionPenaltyLogitsProcessor(penalty))
-        self._penalties: OwnPenalties | None = None
-        if params.presence_penalty or params.frequency_penalty:
-            self._penalties = OwnPenalties(params.presence_penalty, params.frequency_penalty)
-            self._processors.append(self._penalties)
-        if params.logit_bias:
-            self._processors.append(LogitBias(params.logit_bias))
-        self._generator: torch.Generator | None = None
-        if params.do_sample:
-            seed = secrets.randbits(63) if params.seed is None else (params.seed + row) % (MAX_SEED + 1)
-            self._generator = torch.Generator().manual_seed(seed)
-            if (temperature := setting("temperature")) not in (None, 1.0):
-                self._processors.append(TemperatureLogitsWarper(temperature))
-            if (top_k := setting("top_k")) not in (None, 0):
-                self._processors.append(TopKLogitsWarper(top_k))
-            if (top_p := setting("top_p")) not in (None, 1.0):
-                self._processors.append(TopPLogitsWarper(top_p))
-            if params.min_p:
-                self._processors.append(MinP(params.min_p))
-
-    @torch.inference_mode()
-    def choose(self, logits: torch.Tensor, token_ids: Sequence[int]) -> int:
-        """Return the id of the next token.
-
-        :param logits: [vocabulary], float32
-        :param token_ids: the tokens so far, for the repetition penalty
-        """
-        scores = logits[None]
-        if self._processors:
-            scores = self._processors(torch.tensor([token_ids]), scores.clone())  # some of them write into their input
-        if self._generator is None:
-            token_id = int(scores.argmax())
-        else:
-            token_id = int(torch.multinomial(scores.softmax(dim=-1), num_samples=1, generator=self._generator))
-        if self._penalties is not None:
-            self._penalties.counts[token_id] = self._penalties.counts.get(token_id, 0) + 1
-        return token_id
 
 
 @functools.lru_cache(maxsize=16)  # a look at 258 tokens for each session would be waste

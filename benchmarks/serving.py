@@ -85,6 +85,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--tokens", type=int, default=100, help="longest answer (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=25, help="longest load (default: %(default)s)")
+    parser.add_argument("--sample", action="store_true", help="as the chat page does; default: greedily")
     parser.add_argument("--model", help="default: the app's")
     parser.add_argument("--device", help="default: the app's")
     parser.add_argument("--dtype", help="default: the app's")
@@ -94,7 +95,14 @@ def main() -> None:
     settings = Settings.from_environment()
     name = args.model or settings.default_model
     device, dtype = args.device or settings.device(), args.dtype or settings.torch_dtype()
-    results: dict[str, Any] = {"model": name, "device": device, "dtype": dtype, "cores": cpu_count(), "runs": []}
+    results: dict[str, Any] = {
+        "model": name,
+        "device": device,
+        "dtype": dtype,
+        "cores": cpu_count(),
+        "sampled": args.sample,
+        "runs": [],
+    }
     with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
         sides = {
             kind: stack.enter_context(Side.started(kind, name, device, dtype, settings, Path(directory)))
@@ -102,8 +110,9 @@ def main() -> None:
         }
         for clients in args.clients:
             for kind, side in sides.items():
-                arrivals = [asyncio.run(load(side.program.url, clients, 2, 60)) for _ in range(1 + ARRIVALS)]
-                measured = asyncio.run(load(side.program.url, clients, args.tokens, args.seconds))
+                url, sample = side.program.url, args.sample
+                arrivals = [asyncio.run(load(url, clients, 2, 60, sample)) for _ in range(1 + ARRIVALS)]
+                measured = asyncio.run(load(url, clients, args.tokens, args.seconds, sample))
                 # The first arrival warms up: while the other side was measured, this one's memory may have gone cold.
                 for arrival in arrivals[1:]:
                     measured.first += arrival.first
@@ -200,16 +209,16 @@ def serve_model(
     return model, server
 
 
-async def load(url: str, clients: int, tokens: int, seconds: float) -> Load:
+async def load(url: str, clients: int, tokens: int, seconds: float, sample: bool) -> Load:
     """Let clients stream at the same time; those that are not done after ``seconds`` are cut off."""
     result = Load()
     start = time.perf_counter()
-    await asyncio.gather(*(client(url, i, tokens, start + seconds, result) for i in range(clients)))
+    await asyncio.gather(*(client(url, i, tokens, start + seconds, sample, result) for i in range(clients)))
     result.seconds = time.perf_counter() - start
     return result
 
 
-async def client(url: str, number: int, tokens: int, end: float, result: Load) -> None:
+async def client(url: str, number: int, tokens: int, end: float, sample: bool, result: Load) -> None:
     """Stream one answer."""
     prompt = PROMPT.format(topic=TOPICS[number % len(TOPICS)])
     async with connect(url.replace("http", "ws") + "/api/v2/generate") as ws:
@@ -223,7 +232,8 @@ async def client(url: str, number: int, tokens: int, end: float, result: Load) -
         await ws.send(json.dumps({"type": "open_inference_session", "max_length": 64 + tokens}))
         await receive()
         started = last = time.perf_counter()
-        await ws.send(json.dumps({"type": "generate", "inputs": prompt, "max_new_tokens": 1, "stop_sequence": NEVER}))
+        request = {"type": "generate", "inputs": prompt, "max_new_tokens": 1, "stop_sequence": NEVER}
+        await ws.send(json.dumps(request | {"model_defaults": sample}))
         for i in range(tokens):
             if (await receive())["stop"]:
                 break
