@@ -313,7 +313,7 @@ def test_stop_and_continue(chat: Chat, chat_app: LiveApp) -> None:
     chat.answers.first.get_by_role("button", name="Continue").click()
     chat.ready()
     wait_until(lambda: len(chat.texts()[0]) > len(part), "nothing was added")
-    assert completed(chat_app, PROMPT, 600).startswith(chat.texts()[0])
+    assert completed(chat_app, PROMPT, 340).startswith(chat.texts()[0])
 
 
 def test_keys(chat: Chat) -> None:
@@ -408,6 +408,7 @@ def test_chats_are_kept(chat: Chat) -> None:
     expect(page.locator("h1")).to_have_text("About bees")
     page.clock.install()
     menu(page, "A better name", "Delete")
+    expect(page.get_by_role("button", name="Undo")).to_be_visible()  # its time begins
     page.clock.fast_forward(11_000)
     wait_until(lambda: len(chat.kept()[0]) == 1, "the chat was not deleted for good")
     assert {message["chat"] for message in chat.kept()[1]} == {chat.kept()[0][0]["id"]}
