@@ -17,8 +17,8 @@ from swarm.client import Swarm
 log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parent.parent
-# A server that dies at once again and again waits longer and longer. One that has lived as long as a start takes does
-# not: its own start slows the repetition down, and with it gone its users wait.
+# A server that dies at once again and again waits longer and longer. One that has lived as long as a start takes is
+# started again at once: its own start slows the repetition down, and with it gone its users wait.
 FIRST_BACKOFF, LAST_BACKOFF, HEALTHY_AFTER = 0.5, 30.0, 10.0  # seconds
 # Longer than a server's own limit for an orderly stop, which announces that its blocks go.
 STOP_TIMEOUT = 12.0  # seconds
@@ -89,11 +89,11 @@ class LocalServer:
             if self._stopping.is_set():
                 return
             if time.monotonic() - started > HEALTHY_AFTER:
-                backoff = FIRST_BACKOFF
+                backoff = 0.0
             log.warning("the server of %s ended with %s; again in %.1f s", self.options.model, status, backoff)
             if self._stopping.wait(backoff):
                 return
-            backoff = min(2 * backoff, LAST_BACKOFF)
+            backoff = min(max(2 * backoff, FIRST_BACKOFF), LAST_BACKOFF)
             self._close_pipe()
             self.process = self._start()
 

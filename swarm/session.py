@@ -65,6 +65,9 @@ REFUSAL_PATIENCE = 3.0  # seconds
 LOSSES_KEPT = 32  # newest ones, for whoever follows a session
 # A server frees the attention cache of a session that was closed within a few milliseconds.
 FREEING_TIME = 0.05  # seconds
+# How often to look whether the swarm has the missing blocks again. To read what it announces takes 15 ms on loopback,
+# and however many sessions want that, it is read once at a time.
+LOOK_PERIOD = 0.2  # seconds
 # A request carries hidden states, deep prompts and beam hypotheses; this program sends only the first.
 ARGS_STRUCTURE = pack_args_kwargs(torch.empty(1), DUMMY, DUMMY_INT64)[1]
 NO_PROMPTS_AND_HYPOTHESES = (serialize_torch_tensor(DUMMY), serialize_torch_tensor(DUMMY_INT64))
@@ -437,7 +440,8 @@ class _Chain:
                     await turn.take()
                 if freed:
                     await asyncio.sleep(FREEING_TIME)
-                await asyncio.sleep(next(delays))
+                delay = next(delays)
+                await asyncio.sleep(min(delay, LOOK_PERIOD) if isinstance(failure.error, BlocksMissing) else delay)
             else:
                 self.state.unban(self.spans[index].peer_id)
                 failing_since, delays = None, _retry_delays()
