@@ -15,7 +15,6 @@ import logging
 import re
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,13 +26,13 @@ from flask import Flask, Response, request
 from flask_sock import Sock
 from playwright.sync_api import Page
 from simple_websocket import Server as WebSocket
-from werkzeug.serving import make_server
 
 import api_docs
 import page
 from config import Settings
 from service import Service
 from tests.browser import browser_page
+from tests.processes import listening
 
 # Events of the main thread in which scripts run; those within another of them are counted once. A layout that a script
 # asks for is part of it. The time is the thread's own, so that others on the machine do not count.
@@ -165,12 +164,8 @@ def serving(text: str, rate: float) -> Iterator[str]:
         return response
 
     logging.getLogger("werkzeug").disabled = True
-    server = make_server("127.0.0.1", 0, app, threaded=True)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join(timeout=10)
+    with listening(app) as url:
+        yield url
     service.close()
 
 

@@ -1,5 +1,6 @@
 """One tiny BLOOM and one real private swarm for the whole run; the reference is plain Transformers."""
 
+import contextlib
 import dataclasses
 import threading
 from collections.abc import Iterator
@@ -9,7 +10,6 @@ import pytest
 import torch
 from flask import Flask
 from transformers import BloomForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-from werkzeug.serving import make_server
 
 from app import create_app
 from config import Settings
@@ -17,7 +17,7 @@ from service import Service, get_service
 from swarm.client import SwarmModel
 from swarm.local import LocalSwarm, ServerOptions
 from swarm.session import SessionLimits
-from tests.processes import GUNICORN, Program, running
+from tests.processes import GUNICORN, Program, listening, running
 from tests.tiny import load_reference, make_tiny_bloom
 
 # A tiny model on two cores is ready within seconds; a busy machine may take several times as long.
@@ -122,32 +122,25 @@ def warm_app(live_app: LiveApp) -> Iterator[LiveApp]:
         yield live
 
 
-class serve:  # noqa: N801  reads as a verb
+@contextlib.contextmanager
+def serve(settings: Settings) -> Iterator[LiveApp]:
     """Run an app behind a live port for the time of a block, its default model ready."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.app = create_app(settings)
-        self.service = get_service(self.app)
-        self.server = make_server("127.0.0.1", 0, self.app, threaded=True)
-        self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
-
-    def __enter__(self) -> LiveApp:
-        self.service.start()
-        self.thread.start()
-        name = self.service.settings.default_model
-        served = self.service.models.served[name]
-        ready = threading.Event()
-        deadline = READY_TIMEOUT
-        while not served.ready and served.error is None and deadline > 0:
-            ready.wait(0.1)
-            deadline -= 0.1
-        assert served.ready, served.status
-        return LiveApp(f"http://127.0.0.1:{self.server.server_port}", self.app, self.service, name)
-
-    def __exit__(self, *_: object) -> None:
-        self.service.close()
-        self.server.shutdown()
-        self.thread.join(timeout=10)
+    app = create_app(settings)
+    service = get_service(app)
+    with listening(app) as url:
+        try:
+            service.start()
+            name = settings.default_model
+            served = service.models.served[name]
+            ready = threading.Event()
+            deadline = READY_TIMEOUT
+            while not served.ready and served.error is None and deadline > 0:
+                ready.wait(0.1)
+                deadline -= 0.1
+            assert served.ready, served.status
+            yield LiveApp(url, app, service, name)
+        finally:
+            service.close()
 
 
 @pytest.fixture(scope="session")

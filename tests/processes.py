@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
+from flask import Flask
+from werkzeug.serving import make_server
 
 ROOT = Path(__file__).resolve().parent.parent
 GUNICORN = [sys.executable, "-m", "gunicorn", "app:app"]
@@ -25,6 +27,20 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def listening(app: Flask) -> Iterator[str]:
+    """Serve an app from threads of this process on a port of its own; yield its address, http://127.0.0.1:PORT."""
+    server = make_server("127.0.0.1", 0, app, threaded=True)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join(timeout=END_TIMEOUT)
+        server.server_close()
 
 
 class Program:

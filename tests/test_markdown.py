@@ -2,7 +2,6 @@
 
 import json
 import random
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,10 +10,10 @@ from typing import Any
 import pytest
 from flask import Flask, Response
 from playwright.sync_api import ConsoleMessage, Dialog, Page, Request, expect
-from werkzeug.serving import make_server
 
 from page import CONTENT_SECURITY_POLICY, static_file, vendor_file
 from tests.browser import browser_page
+from tests.processes import listening
 
 ROOT = Path(__file__).parent.parent
 XSS = json.loads((ROOT / "tests" / "xss.json").read_text())
@@ -119,12 +118,8 @@ def url() -> Iterator[str]:
     headers = {"Content-Security-Policy": CONTENT_SECURITY_POLICY}
     app.add_url_rule("/", view_func=lambda: Response(PAGE, mimetype="text/html", headers=headers))
     app.add_url_rule("/favicon.ico", "icon", lambda: Response(status=204))
-    server = make_server("127.0.0.1", 0, app, threaded=True)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}/"
-    server.shutdown()
-    thread.join(timeout=10)
+    with listening(app) as url:
+        yield f"{url}/"
 
 
 @pytest.fixture(scope="module")
