@@ -23,7 +23,7 @@ from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 from transformers.models.llama.modeling_llama import LlamaDynamicNTKScalingRotaryEmbedding
 
 from swarm import kernels
-from swarm.projection import join
+from swarm.projection import Projection, join
 
 # Beyond so many rows PyTorch's gate, which uses all cores, is faster than a loop that uses one.
 KERNEL_ROWS = 32
@@ -335,8 +335,22 @@ def make_ragged_blocks(modules: Sequence[Any], config: Any, dtype: torch.dtype, 
     blocks = [blocks[0] for blocks in shards]
     for family in (BloomBlocks, LlamaBlocks):
         if all(type(block) is family.block_type and is_plain(block) for block in blocks):
-            return family(blocks, config, dtype, max_length)
+            ragged = family(blocks, config, dtype, max_length)
+            let_go_of_files(blocks)
+            return ragged
     return None
+
+
+def let_go_of_files(blocks: Sequence[nn.Module]) -> None:
+    """Copy what packing has left of the blocks' weights, if it has taken the large ones.
+
+    Where a checkpoint has the dtype that is computed in, the weights are its file, mapped into memory: as long as one
+    norm of a block is in there, so are all the weights that were packed, for a second time.
+    """
+    for block in blocks:
+        if any(isinstance(module, Projection) and module.packed is not None for module in block.modules()):
+            for tensor in (*block.parameters(), *block.buffers()):
+                tensor.data = tensor.data.clone()
 
 
 def is_plain(block: nn.Module) -> bool:

@@ -1,8 +1,9 @@
 """Servers that batch: exact beside plain Transformers and stock servers, for this client and petals' own."""
 
 import asyncio
+import gc
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from swarm.local import LocalSwarm
 from swarm.session import HistoryBudget, SwarmSession
 from tests.conftest import greedy, load_model, tiny_server
 from tests.test_session import PROMPTS, in_threads, infos, lose, run_greedy
-from tests.tiny import make_tiny_falcon, make_tiny_llama
+from tests.tiny import make_tiny_bloom, make_tiny_falcon, make_tiny_llama
 
 CPU = torch.device("cpu")
 
@@ -103,6 +104,18 @@ def test_a_part_of_the_span(tiny_llama: Path) -> None:
     with torch.inference_mode():
         output = blocks.forward(hidden.clone(), [Part(cache, 0, 6)], 1, 3)
     torch.testing.assert_close(output, petals_outputs(modules[1:3], hidden), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", [make_tiny_bloom, make_tiny_llama])
+def test_packed_weights_are_not_kept_a_second_time(make: Callable[[Path], Path], tmp_path: Path) -> None:
+    """A checkpoint of the dtype that is computed in is mapped into memory, for as long as one tensor is in there."""
+    path = make(tmp_path / "model")
+    modules, config = load_blocks(path)
+    maps = Path("/proc/self/maps")
+    assert str(path) in maps.read_text()
+    assert make_ragged_blocks(modules, config, torch.float32, 256) is not None
+    gc.collect()
+    assert str(path) not in maps.read_text()
 
 
 def test_other_families_are_left_to_petals(tmp_path: Path) -> None:

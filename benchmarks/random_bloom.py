@@ -1,0 +1,49 @@
+"""A BLOOM of more than a billion parameters with random weights, for machines that cannot download a real one.
+
+Its blocks are those of BLOOM-1b7, 24 of 2,048 values; its words are the bundled model's.
+"""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM
+
+from config import Settings
+from swarm import weights
+
+NAME = "random-bloom-1b3"
+
+
+def random_bloom(settings: Settings) -> str:
+    """Return the directory of the model, below the cache directory; it is written there once, in bfloat16."""
+    directory = settings.cache_dir.absolute() / NAME
+    if not directory.exists():
+        unfinished = directory.with_name(f"{NAME}.part")
+        write(unfinished, weights.locate(settings.default_model, cache_dir=settings.cache_dir))
+        unfinished.rename(directory)
+    return str(directory)
+
+
+def write(directory: Path, tokenizer_of: str) -> None:
+    """Write a random model with the tokenizer of another one."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
+    config = BloomConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=2048,
+        n_layer=24,
+        n_head=16,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        torch_dtype="bfloat16",
+    )
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = BloomForCausalLM(config)
+    finally:
+        torch.set_default_dtype(before)
+    tokenizer.save_pretrained(directory)
+    # From `.transformer`, as on the hub.
+    model.transformer.save_pretrained(directory, safe_serialization=True)
