@@ -1,6 +1,7 @@
 """Servers that batch: exact beside plain Transformers and stock servers, for this client and petals' own."""
 
 import asyncio
+import functools
 import gc
 import threading
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ import pytest
 import torch
 from petals import AutoDistributedConfig
 from petals.client.inference_session import InferenceSession
+from petals.client.remote_sequential import RemoteSequential
 from petals.server.from_pretrained import load_pretrained_block
 from petals.utils.convert_block import QuantType, convert_block
 from petals.utils.misc import DUMMY, DUMMY_INT64
@@ -314,6 +316,30 @@ def test_stock_client(model: SwarmModel, reference: BloomForCausalLM, tokenizer:
             inputs = [int(logits[0].argmax())]
             generated += inputs
     assert generated == expected
+
+
+def test_training_of_a_stock_client(
+    model: SwarmModel, stock_chain: SwarmModel, reference: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Forward and backward passes are petals' own; they use the weights that were packed for the batches."""
+    transformer = reference.transformer
+
+    def passes(hidden_states: Callable[[torch.Tensor], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        embeddings = transformer.word_embeddings(token_ids).detach().requires_grad_()
+        outputs = hidden_states(embeddings)
+        (gradients,) = torch.autograd.grad(outputs.square().sum(), embeddings)
+        return outputs, gradients
+
+    def through(remote: RemoteSequential, embeddings: torch.Tensor) -> torch.Tensor:
+        return transformer.ln_f(remote(transformer.word_embeddings_layernorm(embeddings)))
+
+    token_ids = torch.tensor(tokenizer.encode("The quick brown fox jumps over the lazy dog"))[:8].view(2, 4)
+    expected = passes(lambda embeddings: transformer(inputs_embeds=embeddings).last_hidden_state)
+    for swarm_model in (model, stock_chain):
+        manager = swarm_model.state.manager
+        remote = RemoteSequential(manager.config, sequence_manager=manager)
+        found = passes(functools.partial(through, remote))
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
 @torch.inference_mode()
