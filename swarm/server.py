@@ -22,6 +22,7 @@ from typing import Any
 from swarm.compat import kill_descendants, probe_nobody, set_threads, spare_collector, use_server_parts
 
 from petals.constants import PUBLIC_INITIAL_PEERS
+from petals.server.memory_cache import AllocationFailed
 from petals.server.server import ModuleContainer, Server
 from petals.utils.convert_block import QuantType
 
@@ -96,6 +97,17 @@ def is_abandoned_step(record: logging.LogRecord) -> bool:
     That is what a cancelled answer looks like to a server, and no reason for an error with a traceback in the log.
     """
     return bool(record.exc_info and isinstance(record.exc_info[1], KeyError) and "attempting to recover" in record.msg)
+
+
+def shorten_refusal(record: logging.LogRecord) -> bool:
+    """Leave the traceback out of a record that tells of a session for which there was no attention cache.
+
+    On a busy server that is an everyday answer; its clients ask again, once a second and more often.
+    """
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, AllocationFailed):
+        record.msg, record.args, record.exc_info = "a session was refused: %s", (error,), None
+    return True
 
 
 def make_server(args: argparse.Namespace) -> Server:
@@ -255,6 +267,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         format="%(asctime)s %(levelname)s server %(process)d %(name)s: %(message)s",
     )
     logging.getLogger("hivemind.moe.server.runtime").addFilter(lambda record: not is_abandoned_step(record))
+    logging.getLogger("hivemind.p2p.p2p_daemon").addFilter(shorten_refusal)
     BatchingContainer.threads = args.threads or hardware.cpu_count()
     # Each thread that computes has helpers of its own. With more helpers in all than cores OpenMP puts them to sleep
     # after each operator, and waking them takes as long as computing: so only one thread of a batching server has some.

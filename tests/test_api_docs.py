@@ -23,9 +23,11 @@ SHORT = 48  # tokens: requests are many, and their answers may be as long as a s
 
 @pytest.fixture(scope="module")
 def short_app(live_app: LiveApp) -> Iterator[LiveApp]:
-    """An app with one model that takes short sessions only."""
+    """An app with one model that takes short sessions only, and whose completions are short."""
     settings = dataclasses.replace(live_app.service.settings, MODELS=(live_app.model_name,))
-    with serve(settings) as live:
+    with serve(settings) as live, pytest.MonkeyPatch.context() as patch:
+        # Two of the requests have as many prompts as are allowed, and do not say how long the answers may be.
+        patch.setattr("openai_api.DEFAULT_MAX_TOKENS", 2)
         model = live.service.models.served[live.model_name].model
         assert model is not None
         model.max_length = SHORT

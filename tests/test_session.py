@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import gc
+import logging
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -12,11 +13,13 @@ import torch
 from hivemind.moe.client.remote_expert_worker import RemoteExpertWorker
 from hivemind.p2p import PeerID
 from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure, P2PDaemonError
+from petals.server.memory_cache import AllocationFailed
 from transformers import BloomForCausalLM, PreTrainedTokenizerBase
 
 from swarm.client import SwarmModel
 from swarm.errors import CacheFull, Cancelled, SessionClosed, SessionLengthExceeded
 from swarm.local import LocalSwarm
+from swarm.server import shorten_refusal
 from swarm.session import HistoryBudget, SwarmSession
 from tests.conftest import greedy, load_model, tiny_server
 from tests.swarms import server_info
@@ -261,6 +264,16 @@ def test_lost_connection_is_restored_exactly(
         generated += run_greedy(session, generated[-1:], len(expected) - 10)
         assert generated == expected
         assert session.recoveries == len(lost)
+
+
+@pytest.mark.parametrize(
+    ("error", "text"), [(AllocationFailed, "a session was refused: why"), (ValueError, "failed\n")]
+)
+def test_a_server_logs_a_refusal_in_one_line(error: type[Exception], text: str) -> None:
+    record = logging.LogRecord("x", logging.WARNING, __file__, 1, "failed", (), (error, error("why"), None))
+    assert shorten_refusal(record)
+    line = logging.Formatter().format(record)
+    assert line.startswith(text) and ("ValueError: why" in line) == (error is ValueError)
 
 
 def test_full_cache_is_a_typed_error(tiny_bloom, swarm: LocalSwarm) -> None:  # type: ignore[no-untyped-def]
