@@ -25,6 +25,7 @@ from tests.test_session import wait_until
 
 QUESTION = "Who said that?"
 TIMEOUT = 30_000  # milliseconds; a tiny model answers in less than one second on an idle machine
+LONG_ANSWER = 440  # tokens; goes on after a page has come back, and fits into the session that a chat begins with
 XSS = json.loads((ROOT / "tests/xss.json").read_text())
 ANSWER = "article[data-role=assistant]"
 # Everything that the page has kept.
@@ -172,6 +173,15 @@ class Chat:
             arg=minimum,
             timeout=TIMEOUT,
         )
+
+    def resumed(self, times: int) -> None:
+        """Wait until the page has taken up its session again, for the first time, the second time, ..."""
+
+        def count() -> int:
+            self.page.title()  # Playwright tells what was sent while it is asked for something
+            return [message["type"] for message in self.sent].count("resume_inference_session")
+
+        wait_until(lambda: count() == times, f"not resumed {times} times", timeout=TIMEOUT / 1000)
 
     def settle(self, **values: Any) -> None:
         """Change settings by hand."""
@@ -500,18 +510,17 @@ def test_files_that_cannot_be_imported(chat: Chat, tmp_path: Path, name: str, co
 
 
 def test_reload_in_mid_answer(chat: Chat, chat_app: LiveApp) -> None:
-    chat.settle(max_answer_tokens=300)
+    chat.settle(max_answer_tokens=LONG_ANSWER)
     chat.ask(wait=False)
     chat.answering(20)
     chat.page.reload()
-    expect(chat.answers.first).to_be_visible()
-    chat.answering(100)
+    chat.resumed(1)
     chat.page.reload()
     expect(chat.answers.first).to_have_attribute("aria-busy", "false", timeout=TIMEOUT)
     chat.ready()
-    assert chat.texts() == [completed(chat_app, PROMPT, 300)]
+    assert chat.texts() == [completed(chat_app, PROMPT, LONG_ANSWER)]
     # The second time as well it was the same answer, and the session goes on after it.
-    assert [message["type"] for message in chat.sent].count("resume_inference_session") == 2
+    chat.resumed(2)
     assert len(chat.inputs()) == 1
     chat.settle(max_answer_tokens=5)
     chat.ask("And then?")
@@ -523,14 +532,15 @@ def test_connection_lost_in_mid_answer(context: BrowserContext, chat_app: LiveAp
     chat = Chat(context.new_page())
     chat.page.goto(f"http://127.0.0.1:{proxy.port}")
     chat.ready()
-    chat.settle(temperature=0, max_answer_tokens=300)
+    chat.settle(temperature=0, max_answer_tokens=LONG_ANSWER)
     chat.ask(wait=False)
-    for tokens in (20, 100):
-        chat.answering(tokens)
-        proxy.cut()
+    chat.answering(20)
+    proxy.cut()
+    chat.resumed(1)
+    proxy.cut()
     chat.ready()
-    assert chat.texts() == [completed(chat_app, PROMPT, 300)]
-    assert [message["type"] for message in chat.sent].count("resume_inference_session") == 2
+    assert chat.texts() == [completed(chat_app, PROMPT, LONG_ANSWER)]
+    chat.resumed(2)
     proxy.close()
 
 
