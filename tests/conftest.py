@@ -18,6 +18,7 @@ from swarm.client import SwarmModel
 from swarm.local import LocalSwarm, ServerOptions
 from swarm.session import SessionLimits
 from tests.processes import GUNICORN, Program, listening, running
+from tests.swarms import server_info
 from tests.tiny import load_reference, make_tiny_bloom
 
 # A tiny model on two cores is ready within seconds; a busy machine may take several times as long.
@@ -56,7 +57,7 @@ def tiny_server(model: Path, blocks: str, attn_cache_tokens: int = 65536, *, bat
 
 
 def load_model(path: Path, swarm: LocalSwarm, **limits: float) -> SwarmModel:
-    """Load the client's part of a model and wait until all its blocks are served."""
+    """Load the client's part of a model and wait until all its blocks are served, and their servers answer."""
     model = SwarmModel.load(
         str(path),
         swarm.swarm,
@@ -67,6 +68,12 @@ def load_model(path: Path, swarm: LocalSwarm, **limits: float) -> SwarmModel:
     )
     assert model.state.start(READY_TIMEOUT)
     assert model.state.wait(lambda: not model.state.missing_blocks(), READY_TIMEOUT), "the servers did not come up"
+
+    # A server announces its blocks a moment before it takes requests.
+    def answer() -> bool:
+        return all(server_info(model, view) for view in model.state.servers())
+
+    assert model.state.wait(answer, READY_TIMEOUT), "the servers do not answer"
     return model
 
 
