@@ -6,9 +6,10 @@ OpenAI API stand beside them. Penalties and temperature are Transformers' own pr
 itself (33 ms for BLOOM's 250,000 words), when a few hundred words have all the probability that counts.
 """
 
+import functools
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -74,14 +75,37 @@ def nucleus(scores: torch.Tensor, top_p: float) -> torch.Tensor:
         count = min(8 * count, len(scores))
 
 
+def likeliest(scores: torch.Tensor, top_k: int) -> torch.Tensor:
+    """Return the indices of the ``top_k`` likeliest tokens, and of those that are as likely as the last of them.
+
+    :param scores: [tokens]
+    """
+    if top_k >= len(scores):
+        return torch.arange(len(scores))
+    return (scores >= scores.topk(top_k).values[-1]).nonzero()[:, 0]
+
+
+def not_far_below(scores: torch.Tensor, min_p: float) -> torch.Tensor:
+    """Return the indices of the tokens that are ``min_p`` times as likely as the likeliest, or more (Nguyen et al.,
+    "Turning Up the Heat", ICLR 2025).
+
+    :param scores: [tokens]
+    """
+    return (scores >= scores.max() + math.log(min_p)).nonzero()[:, 0]
+
+
 class Candidates:
     """Which tokens may be drawn, and how likely each is."""
 
     def __init__(self, top_k: int | None, top_p: float | None, min_p: float | None) -> None:
         """Set the rules; None or what leaves out nothing: without that one."""
-        self._top_k = top_k or None
-        self._top_p = None if top_p == 1.0 else top_p
-        self._log_min_p = math.log(min_p) if min_p else None
+        self._rules: list[Callable[[torch.Tensor], torch.Tensor]] = []
+        if top_k:
+            self._rules.append(functools.partial(likeliest, top_k=top_k))
+        if top_p not in (None, 1.0):
+            self._rules.append(functools.partial(nucleus, top_p=top_p))
+        if min_p:
+            self._rules.append(functools.partial(not_far_below, min_p=min_p))
 
     def __call__(self, scores: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Return the ids of the candidates, None for all tokens, and their probabilities.
@@ -89,16 +113,8 @@ class Candidates:
         :param scores: [vocabulary]
         """
         ids: torch.Tensor | None = None
-        if self._top_k is not None and self._top_k < len(scores):
-            last = scores.topk(self._top_k).values[-1]
-            ids = (scores >= last).nonzero()[:, 0]  # those that are as likely as the last one, too
-            scores = scores[ids]
-        if self._top_p is not None:
-            kept = nucleus(scores, self._top_p)
-            ids, scores = kept if ids is None else ids[kept], scores[kept]
-        if self._log_min_p is not None:
-            # In proportion to the likeliest (Nguyen et al., "Turning Up the Heat", ICLR 2025).
-            kept = (scores >= scores.max() + self._log_min_p).nonzero()[:, 0]
+        for rule in self._rules:
+            kept = rule(scores)
             ids, scores = kept if ids is None else ids[kept], scores[kept]
         return ids, scores.softmax(dim=-1)
 

@@ -6,7 +6,7 @@ Its blocks are those of BLOOM-1b7, 24 of 2,048 values; its words are the bundled
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM
+from transformers import AutoModel, AutoTokenizer, BloomConfig
 
 from config import Settings
 from swarm import weights
@@ -35,15 +35,8 @@ def write(directory: Path, tokenizer_of: str) -> None:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        torch_dtype="bfloat16",
     )
     torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        model = BloomForCausalLM(config)
-    finally:
-        torch.set_default_dtype(before)
     tokenizer.save_pretrained(directory)
-    # From `.transformer`, as on the hub.
-    model.transformer.save_pretrained(directory, safe_serialization=True)
+    # Without the head, which is the embeddings once more: as on the hub.
+    AutoModel.from_config(config, torch_dtype=torch.bfloat16).save_pretrained(directory, safe_serialization=True)

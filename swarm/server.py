@@ -116,8 +116,8 @@ def make_server(args: argparse.Namespace) -> Server:
     :raises ModelUnavailable: if the model's files cannot be had
     """
     imports.postpone(ADAPTERS)
-    if not args.batching:
-        imports.load(ADAPTERS)
+    if not args.batching or args.quant != "none":
+        imports.load(ADAPTERS)  # with bitsandbytes, which quantises, and prints when it is imported
     TransformerConnectionHandler.inference_tokens = multiprocessing.Value(ctypes.c_uint64)
     TransformerConnectionHandler.heartbeat = multiprocessing.Value(ctypes.c_double, time.monotonic())
     use_server_parts(
