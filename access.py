@@ -14,16 +14,20 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from itsdangerous import BadSignature, TimestampSigner
 from limits import RateLimitItem, RateLimitItemPerMinute
 from limits.storage import MemoryStorage
 from limits.strategies import FixedWindowRateLimiter
 
+from addresses import client_address
 from admission import FairQueue, QueueFull, WaitedTooLong
 from config import Settings
 from errors import ConfigError, ModelNotAllowed, TooManyRequests, Unauthorized
+
+if TYPE_CHECKING:
+    from flask import Request
 
 # A page may stay open for a day; then it has to be loaded again.
 PAGE_TOKEN_AGE = 24 * 3600  # seconds
@@ -58,10 +62,16 @@ class Key:
 class Caller:
     """Somebody who uses an API, with a key or without."""
 
-    def __init__(self, access: "Access", key: Key | None, is_page: bool = False) -> None:
+    def __init__(self, access: "Access", key: Key | None, is_page: bool = False, address: str = "") -> None:
         self._access = access
         self._key = key
         self._is_page = is_page
+        self._address = address
+
+    @property
+    def client(self) -> str:
+        """With whom it shares what there is too little of: everybody with the same key or, without one, address."""
+        return f"key {self._key.name}" if self._key else f"address {self._address}"
 
     @property
     def owner(self) -> str:
@@ -147,13 +157,14 @@ class Access:
     def _limiter(self) -> FixedWindowRateLimiter:
         return FixedWindowRateLimiter(MemoryStorage())  # starts a thread, which an import must not
 
-    def caller(self, presented: str | None) -> Caller:
+    def caller(self, presented: str | None, address: str = "") -> Caller:
         """Return who presents a key, or none.
 
+        :param address: the client's, see ``addresses``
         :raises Unauthorized: if the key is unknown, or needed and not there
         """
         if not self._keys:
-            return Caller(self, None)
+            return Caller(self, None, address=address)
         if not presented:
             raise Unauthorized("an API key is needed: send it as Authorization: Bearer KEY")
         digest = hash_key(presented)
@@ -161,22 +172,23 @@ class Access:
         found = [key for key in self._keys if hmac.compare_digest(key.digest, digest)]
         if not found:
             raise Unauthorized("this API key is not known here")
-        return Caller(self, found[0])
+        return Caller(self, found[0], address=address)
 
     def page_token(self) -> str:
         """Return what shows a WebSocket to be the page's."""
         return self._signer.sign("page").decode()
 
-    def page(self, token: str) -> Caller:
+    def page(self, token: str, address: str = "") -> Caller:
         """Return the page as a caller.
 
+        :param address: the client's, see ``addresses``
         :raises Unauthorized: if the token is not one of this program's, or too old
         """
         try:
             self._signer.unsign(token, max_age=PAGE_TOKEN_AGE)
         except BadSignature:
             raise Unauthorized("this page is too old: load it again") from None
-        return Caller(self, None, is_page=True)
+        return Caller(self, None, is_page=True, address=address)
 
     def places(self, key: Key) -> FairQueue | None:
         return self._places.get(key.name)
@@ -201,6 +213,12 @@ class Access:
         reset = self._limiter.get_window_stats(item, key.name, kind).reset_time
         error.retry_after = max(1, round(reset - time.time()))
         return error
+
+
+def find_address(request: "Request", settings: Settings) -> str:
+    """Return the address of who sends a request, or of who asked the trusted proxies for it."""
+    peer = request.environ.get("REMOTE_ADDR", "")
+    return client_address(peer, request.headers.get("X-Forwarded-For", ""), settings.trusted_proxies)
 
 
 def presented_key(authorization: str | None) -> str | None:

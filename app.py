@@ -23,7 +23,7 @@ import openai_api
 import page
 import status_api
 import websocket_api
-from access import Caller, presented_key
+from access import Caller, find_address, presented_key
 from config import Settings
 from errors import ApiError, describe, error_body, openai_error
 from service import Service, get_service
@@ -98,10 +98,11 @@ def find_caller() -> Caller:
 
     :raises Unauthorized: if the key, or the page's token, is not known, or a key is needed and not there
     """
-    access = get_service(current_app).access
+    service = get_service(current_app)
+    address = find_address(request, service.settings)
     if request.path in PAGE_PATHS and (token := request.headers.get("X-Page-Token")):
-        return access.page(token)
-    return access.caller(presented_key(request.headers.get("Authorization")))
+        return service.access.page(token, address)
+    return service.access.caller(presented_key(request.headers.get("Authorization")), address)
 
 
 def end_request(response: Response) -> Response:

@@ -1,6 +1,7 @@
 """Settings and models. Each setting is a name, a default and a unit; an environment variable of its name sets it."""
 
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from addresses import Network, parse_networks
 from errors import ConfigError
 
 
@@ -174,6 +176,7 @@ class Settings:
     NON_PUBLIC_MODELS: tuple[str, ...] = ()  # of MODELS: only for the page, and for keys that name them
     SECRET_KEY: str = ""  # signs what the page shows to be the page; empty: pages must be loaded anew after a restart
     WEBSOCKET_ORIGINS: tuple[str, ...] = ("*",)  # origins whose pages may use the WebSocket API; its own page always
+    TRUSTED_PROXIES: tuple[str, ...] = ()  # addresses and networks whose X-Forwarded-For is believed
     # Manners
     SSE_KEEP_ALIVE: float = 5.0  # seconds of silence after which a streamed answer sends a comment
     WEBSOCKET_PING_INTERVAL: float = 25.0  # seconds; proxies often cut lines that are silent for 60
@@ -218,9 +221,17 @@ class Settings:
             raise ConfigError(f"TORCH_DTYPE={self.TORCH_DTYPE} is not one of auto, float32, bfloat16, float16")
         if unknown := set(self.NON_PUBLIC_MODELS) - set(self.MODELS):
             raise ConfigError(f"NON_PUBLIC_MODELS names {', '.join(sorted(unknown))}, which MODELS does not")
+        try:
+            parse_networks(self.TRUSTED_PROXIES)
+        except ValueError as error:
+            raise ConfigError(f"TRUSTED_PROXIES: {error}") from None
         for name in POSITIVE:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be greater than zero")
+
+    @functools.cached_property
+    def trusted_proxies(self) -> tuple[Network, ...]:
+        return parse_networks(self.TRUSTED_PROXIES)
 
     @property
     def default_model(self) -> str:

@@ -18,7 +18,7 @@ from simple_websocket import Server as WebSocket
 from wsproto.connection import ConnectionState
 from wsproto.utilities import LocalProtocolError
 
-from access import Caller, presented_key
+from access import Caller, find_address, presented_key
 from client_socket import limit_sends
 from config import Settings
 from errors import ApiError, InvalidParameter, SessionNotFound, describe, error_body
@@ -61,7 +61,8 @@ def generate_stream(websocket: WebSocket) -> None:
         with contextlib.suppress(OSError):  # the client has gone
             websocket.sock.shutdown(socket.SHUT_WR)  # else it waits for the end of the connection
         return
-    Connection(websocket, service, g.request_id, presented_key(request.headers.get("Authorization"))).serve()
+    key, address = presented_key(request.headers.get("Authorization")), find_address(request, service.settings)
+    Connection(websocket, service, g.request_id, key, address).serve()
 
 
 def origin_allowed(origin: str | None, host: str, allowed: Sequence[str]) -> bool:
@@ -72,13 +73,14 @@ def origin_allowed(origin: str | None, host: str, allowed: Sequence[str]) -> boo
 class Connection:
     """One open WebSocket."""
 
-    def __init__(self, websocket: WebSocket, service: Service, request_id: str, key: str | None) -> None:
+    def __init__(self, websocket: WebSocket, service: Service, request_id: str, key: str | None, address: str) -> None:
         self.websocket = websocket
         self.service = service
         self.request_id = request_id
         self.queue_updates = False
         self.swarm_updates = False
         self._key = key  # from the handshake, or from the message that opens the session
+        self._address = address
         self._caller: Caller | None = None
         self._entry: InferenceSession | None = None  # its session
         self._outbox: Outbox | None = None  # of its session
@@ -163,8 +165,8 @@ class Connection:
         self.queue_updates = get_bool(request, "queue_updates")
         self.swarm_updates = get_bool(request, "swarm_updates")
         if token := get_text(request, "page_token"):
-            return self.service.access.page(token)
-        return self.service.access.caller(get_text(request, "api_key") or self._key)
+            return self.service.access.page(token, self._address)
+        return self.service.access.caller(get_text(request, "api_key") or self._key, self._address)
 
     def _resume(self, request: dict[str, Any]) -> None:
         """Go on with a session whose connection was lost; its running answer ends on this one."""

@@ -59,6 +59,7 @@ def test_each_setting_can_be_set(field: dataclasses.Field) -> None:
         "TORCH_DTYPE": ("bfloat16", "bfloat16"),
         "LOG_LEVEL": ("DEBUG", "DEBUG"),
         "NON_PUBLIC_MODELS": (DEFAULT, (DEFAULT,)),
+        "TRUSTED_PROXIES": ("127.0.0.1, 10.0.0.0/8", ("127.0.0.1", "10.0.0.0/8")),
     }
     text, value = special.get(field.name, (text, value))
     settings = Settings.from_environment({field.name: text})
