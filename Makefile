@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/installed
 TESTABLE := $(VENV)/testable
 LM_EVAL := .venv-lm-eval
 
-.PHONY: run install test lint bench soak help
+.PHONY: run install test lint bench soak attack help
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  how fast many users are served, against stock Petals servers; a table, docs/serving.json and .png"
 	@echo "make soak   MINUTES=30: use it while its servers are killed"
+	@echo "make attack do to it what users, clients and peers can do to others"
 
 run: $(INSTALLED)
 	@$(BIN)/python -m swarm.weights
@@ -62,3 +63,6 @@ bench: $(TESTABLE)
 
 soak: $(TESTABLE)
 	$(BIN)/python -W ignore -m benchmarks.soak --minutes $(MINUTES)
+
+attack: $(TESTABLE)
+	$(BIN)/python -W ignore -m benchmarks.attacks $(ATTACKS)
