@@ -3,8 +3,9 @@
     make soak MINUTES=30
 
 A swarm of four servers, two for each half of a tiny BLOOM, and the app under gunicorn. Clients generate over HTTP and
-WebSockets, continue sessions, stop, hang up, vanish and send rubbish. Every greedy answer that ends is compared with
-plain Transformers. At the end nothing may be left: no session, no process, no growth of threads, descriptors or memory.
+WebSockets, continue sessions, stop, hang up, vanish and send rubbish. Others ask long prompts, whose batches take a
+fifth of a second, and hang up meanwhile. Every greedy answer that ends is compared with plain Transformers. At the end
+nothing may be left: no session, no process, no growth of threads, descriptors or memory.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ import torch
 from transformers import AutoTokenizer
 from websockets.exceptions import ConnectionClosed
 
+from benchmarks.attacks.client import Client
+from benchmarks.throttled_server import ThrottledServer
 from swarm.local import LocalServer, LocalSwarm, ServerOptions
 from tests.client import call, websocket
 from tests.processes import GUNICORN, Program, running, survivors
@@ -40,6 +43,7 @@ PROMPTS = [
     "a b c",
     "Nobody, said",
 ]
+LONG_PROMPT = "The quick brown fox jumps over the lazy dog. " * 30  # some hundred tokens
 LONGEST = 60  # tokens of an answer
 CLIENTS = 6  # at a time; two cores compute for all of them
 # What may be answered while servers are being killed: asked again later it would have worked.
@@ -190,10 +194,18 @@ def rubbish(soak: Soak, rng: random.Random) -> None:
     soak.count("bad requests")
 
 
+def hang_up(soak: Soak, rng: random.Random) -> None:
+    """A long prompt that is given up while it is computed."""
+    params = {"inputs": f"{rng.random()} " + LONG_PROMPT, "max_new_tokens": rng.randint(1, LONGEST)}
+    with Client(soak.program.url).send("/api/v1/generate", params):
+        soak.ending.wait(rng.uniform(0.02, 0.5))
+    soak.count("prompts given up")
+
+
 def client(soak: Soak, seed: int) -> None:
     """Do one thing after the other until the end."""
     rng = random.Random(seed)
-    kinds: list[Callable[[Soak, random.Random], None]] = [http_answer, http_session, stream, stream, rubbish]
+    kinds: list[Callable[[Soak, random.Random], None]] = [http_answer, http_session, stream, stream, rubbish, hang_up]
     while not soak.ending.is_set():
         kind = rng.choice(kinds)
         try:
@@ -206,7 +218,7 @@ def client(soak: Soak, seed: int) -> None:
             soak.fault(f"{kind.__name__}: {type(error).__name__}: {error}")
 
 
-def trouble(soak: Soak, servers: list[LocalServer], period: float) -> None:
+def trouble(soak: Soak, servers: Sequence[LocalServer], period: float) -> None:
     """Kill or stop a server every now and then."""
     while not soak.ending.wait(soak.rng.uniform(0.5, 1.5) * period):
         server = soak.rng.choice(servers)
@@ -247,7 +259,9 @@ def run(minutes: float, *, period: float = 8.0, seed: int = 0) -> dict[str, Any]
         path = make_tiny_bloom(Path(directory) / "tiny-bloom")
         with LocalSwarm() as local:
             options = ServerOptions(str(path), torch_dtype="float32", threads=1, attn_cache_tokens=65536)
-            servers = [local.start_server(dataclasses.replace(options, blocks=b)) for b in ("0:2", "2:4") * 2]
+            parts = [dataclasses.replace(options, blocks=blocks) for blocks in ("0:2", "2:4") * 2]
+            servers = [ThrottledServer(part, local.swarm.initial_peers) for part in parts]
+            local.servers += servers
             environment = {
                 "MODELS": str(path),
                 "INITIAL_PEERS": ",".join(local.swarm.initial_peers),
@@ -270,7 +284,7 @@ def run(minutes: float, *, period: float = 8.0, seed: int = 0) -> dict[str, Any]
     return report
 
 
-def soak_program(soak: Soak, servers: list[LocalServer], minutes: float, period: float) -> dict[str, Any]:
+def soak_program(soak: Soak, servers: Sequence[LocalServer], minutes: float, period: float) -> dict[str, Any]:
     """Let clients and trouble loose, wait, and look at what is left."""
     threads = [threading.Thread(target=client, args=(soak, seed), daemon=True) for seed in range(CLIENTS)]
     threads.append(threading.Thread(target=trouble, args=(soak, servers, period), daemon=True))

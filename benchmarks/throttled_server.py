@@ -1,0 +1,45 @@
+"""A server of the swarm that takes its time over prompts: ``python -m benchmarks.throttled_server MODEL ...``
+
+A tiny model computes a batch in a millisecond, in which nothing happens to it. One of a large model takes a fifth of a
+second, in which users come and go; so does this server's.
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import swarm.compat  # noqa: F401
+
+import torch
+
+from swarm import server
+from swarm.blocks import Part, RaggedBlocks
+from swarm.local import LocalServer
+
+ROWS = 48  # batches of so many tokens have a part of a prompt
+DELAY = 0.2  # seconds
+
+
+class ThrottledServer(LocalServer):
+    """Such a server in the embedded swarm."""
+
+    def command(self) -> list[str]:
+        return [part.replace("swarm.server", "benchmarks.throttled_server") for part in super().command()]
+
+
+def throttle() -> None:
+    """Let batches with prompts take longer."""
+    forward = RaggedBlocks.forward
+
+    def throttled(self: Any, hidden: torch.Tensor, parts: Sequence[Part], first: int, last: int) -> torch.Tensor:
+        if len(hidden) >= ROWS:
+            time.sleep(DELAY)
+        return forward(self, hidden, parts, first, last)
+
+    RaggedBlocks.forward = throttled  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    throttle()
+    sys.exit(server.main())
