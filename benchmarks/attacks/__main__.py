@@ -14,6 +14,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks.attacks import access, crowds, swarm, work  # noqa: F401  they add their attacks to the list
@@ -21,7 +22,7 @@ from benchmarks.attacks.bystanders import ANSWER_LIMIT, Bystanders, right_answer
 from benchmarks.attacks.target import ATTACKS, Attack, Target
 from tests.processes import GUNICORN, running
 
-SHOWN = 5  # complaints of each attack
+SHOWN, LENGTH = 5, 600  # complaints of each attack, characters of each
 
 
 def main() -> int:
@@ -38,14 +39,27 @@ def main() -> int:
     succeeded = 0
     chosen.sort(key=lambda attack: sorted(attack.settings.items()))  # a program for each group of the same settings
     for settings, group in itertools.groupby(chosen, key=lambda attack: attack.settings):
-        with tempfile.TemporaryDirectory() as directory:
-            log = args.log or Path(directory) / "log"
-            with running(GUNICORN, log, **settings) as program:
-                program.wait_ready()
-                target = Target(program, settings.get("API_KEYS", ""))
-                succeeded += sum(try_one(attack, target) for attack in group)
+        left = list(group)
+        while left:  # a program that gives no answers any more is started anew
+            with tempfile.TemporaryDirectory() as directory:
+                succeeded += try_while_it_lives(left, settings, args.log or Path(directory) / "log")
     print(f"{len(chosen) - succeeded} attacks failed, {succeeded} succeeded")
     return 1 if succeeded else 0
+
+
+def try_while_it_lives(attacks: list[Attack], settings: Mapping[str, str], log: Path) -> int:
+    """Try attacks on one program, and take from the list what was tried; return how many succeeded."""
+    succeeded = 0
+    with running(GUNICORN, log, **settings) as program:
+        program.wait_ready()
+        target = Target(program, settings.get("API_KEYS", ""))
+        while attacks:
+            succeeded += try_one(attacks.pop(0), target)
+            try:
+                right_answer(target.client)
+            except AssertionError:
+                break
+    return succeeded
 
 
 def try_one(attack: Attack, target: Target) -> bool:
@@ -57,10 +71,10 @@ def try_one(attack: Attack, target: Target) -> bool:
     complaints += bystanders.verdict(attack.answer_limit or ANSWER_LIMIT)
     log = target.program.output[logged:]
     if "Traceback" in log:
-        complaints.append(f"a traceback in the log: {log[log.index('Traceback') :][:1500]}")
+        complaints.append(f"a traceback in the log: {log[log.index('Traceback') :]}")
     print(f"{'SUCCEEDED' if complaints else 'failed':9} {attack.name}: {time.monotonic() - began:.0f} s; {bystanders}")
     for complaint in complaints[:SHOWN]:
-        print(f"    {complaint}")
+        print(f"    {complaint[:LENGTH]}")
     if len(complaints) > SHOWN:
         print(f"    and {len(complaints) - SHOWN} more")
     sys.stdout.flush()

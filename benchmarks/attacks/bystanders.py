@@ -112,8 +112,10 @@ def question() -> dict[str, object]:
 
 
 def right_answer(client: Client) -> str:
-    """Return the answer as it is when nobody attacks."""
+    """Return the answer as it is when nobody attacks.
+
+    :raises AssertionError: if there is none
+    """
     status, body = client.post("/api/v1/generate", question())
-    if status != 200:
-        raise SystemExit(f"{status}: {body}")
+    assert status == 200, f"{status}: {body}"
     return body["outputs"]
