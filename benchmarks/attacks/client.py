@@ -73,6 +73,13 @@ class Client:
     def post(self, path: str, body: Any, timeout: float = 60.0) -> tuple[int, Any]:
         return self.call("POST", path, body, timeout=timeout)
 
+    def status(self, path: str, body: Any, timeout: float = 120.0) -> int | str:
+        """Return the status of an answer, or what came in its place."""
+        try:
+            return self.post(path, body, timeout)[0]
+        except (OSError, http.client.HTTPException) as error:
+            return type(error).__name__
+
     def send(self, path: str, body: Any) -> socket.socket:
         """Send a request whose answer nobody may ever read."""
         data = json.dumps(body).encode()

@@ -108,7 +108,7 @@ def hoarded_cache(target: Target) -> str | None:
     for _ in range(20):
         sessions.append(open_session(target.client, longest))
         request = {"session_id": sessions[-1], "inputs": "x", "max_new_tokens": 1}
-        target.client.post("/api/v1/generate", request, timeout=120)
+        target.client.status("/api/v1/generate", request)
     target.wait(HOLD)
     close_sessions(target.client, sessions)
     return None
@@ -159,7 +159,7 @@ def many_answers(target: Target) -> str | None:
         deadline = time.monotonic() + HOLD
         while time.monotonic() < deadline:
             body = {"inputs": "Once upon a time", "max_new_tokens": 20}
-            statuses.append(target.client.post("/api/v1/generate", body, timeout=120)[0])
+            statuses.append(target.client.status("/api/v1/generate", body))
 
     target.together([ask] * 64)
     return None if set(statuses) <= {200, 429} else f"{set(statuses)}"

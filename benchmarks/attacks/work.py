@@ -28,7 +28,7 @@ def hang_ups(target: Target) -> str | None:
         while not ending.is_set():
             number += 1
             prompt = f"{threading.get_ident()} {number} " + "A long story about bees and their swarm. " * 120
-            statuses.add(target.client.post("/api/v1/generate", {"inputs": prompt, "max_new_tokens": 2}, 120)[0])
+            statuses.add(target.client.status("/api/v1/generate", {"inputs": prompt, "max_new_tokens": 2}))
 
     def hang_up() -> None:
         for number in range(HANG_UPS):
@@ -56,7 +56,7 @@ def digits(target: Target) -> str | None:
     statuses: list[Any] = []
 
     def tokenize() -> None:
-        statuses.append(target.client.post("/tokenize", {"content": "7" * 1_000_000}, 180)[0])
+        statuses.append(target.client.status("/tokenize", {"content": "7" * 1_000_000}))
 
     before = target.memory()
     target.together([tokenize] * 8)
