@@ -110,6 +110,8 @@ class AnswerSocket:
     def break_off(self) -> None:
         """End the connection for both sides: whoever sends, waits for room or reads is told at once."""
         with self.changed:
+            if self.detached:
+                return
             self.broken = True
             self._pending.clear()
             self.changed.notify_all()

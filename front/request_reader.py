@@ -27,6 +27,9 @@ BARE_LF = re.compile(rb"(?<!\r)\n")
 # RFC 9112, 7.1: the size, and extensions that nobody uses. Eight digits are 4 GiB.
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?\r\n")
 MAX_LINE = 8190  # bytes of a chunk's size line, and of all trailers; as gunicorn bounds lines
+# Received at a time, of one connection, before the others have their turn: 2 ms of work, for chunks of one byte each.
+CHUNKS_RECEIVED = 8 * 1024  # bytes
+RECEIVED = 64 * 1024  # bytes of anything else
 
 
 class RequestReader:
@@ -55,6 +58,11 @@ class RequestReader:
     def begun(self) -> bool:
         """Whether a part of a request is here."""
         return bool(self.unread) or self._request is not None
+
+    @property
+    def appetite(self) -> int:
+        """Bytes to receive next."""
+        return CHUNKS_RECEIVED if isinstance(self._body, _ChunkedBody) else RECEIVED
 
     def feed(self, data: bytes) -> None:
         self.unread += data
@@ -204,20 +212,28 @@ class _ChunkedBody(_Body):
             if buffer.find(b"\n", position) >= 0 or len(buffer) - position > MAX_LINE:
                 raise InvalidChunkSize(bytes(buffer[position : position + 20]))
             return None
-        self._left = int(match[1], 16)
-        self._step = self._read_data if self._left else self._read_trailer
+        size = int(match[1], 16)
+        end = match.end() + size
+        if size and buffer[end : end + 2] == b"\r\n":  # the whole chunk is here: no steps, for they may be many
+            self._add(buffer[match.end() : end])
+            return end + 2
+        self._left = size
+        self._step = self._read_data if size else self._read_trailer
         return match.end()
 
     def _read_data(self, buffer: bytearray, position: int) -> int | None:
         piece = buffer[position : position + self._left]
         self._left -= len(piece)
+        self._add(piece)
+        if not self._left:
+            self._step = self._read_end
+        return position + len(piece) if piece else None
+
+    def _add(self, piece: bytearray) -> None:
         self.size += len(piece)
         self._keep(piece)
         if self.size > DISCARDED * self._limit:
             self.abandon()
-        if not self._left:
-            self._step = self._read_end
-        return position + len(piece) if piece else None
 
     def _read_end(self, buffer: bytearray, position: int) -> int | None:
         end = buffer[position : position + 2]

@@ -34,9 +34,6 @@ from front.request_reader import RequestReader
 log = logging.getLogger("petals_chat.front")
 
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
-# Received at a time, of one connection, before the others have their turn: some milliseconds of work at worst, which
-# are chunks of a byte each.
-RECEIVED = 32 * 1024  # bytes
 ACCEPTED = 64  # connections at a time, before those that are there have their turn
 SWEEP = 0.25  # seconds between two looks at deadlines
 # So long a client may take to close its own side, which tells that it has all of the answer (RFC 9112, 9.6).
@@ -227,7 +224,7 @@ class Worker(ThreadWorker):
 
     def _read(self, conn: Connection) -> None:
         try:
-            data = conn.raw.recv(RECEIVED)
+            data = conn.raw.recv(conn.reader.appetite)
         except (BlockingIOError, InterruptedError):
             self._watch(conn, READ)
             return
@@ -294,7 +291,7 @@ class Worker(ThreadWorker):
 
     def _answered(self, conn: Connection, future: "Future[bool]") -> None:
         """The thread is done with a request."""
-        conn.lane.running -= 1
+        conn.lane.done(conn)
         self._dispatch(conn.lane)
         conn.parser = None
         if conn.sock.detached:

@@ -67,6 +67,12 @@ def set_event(name: str) -> str:
     return "set"
 
 
+@app.post("/clear/<name>")
+def clear_event(name: str) -> str:
+    events[name].clear()
+    return "cleared"
+
+
 @app.get("/pieces")
 def pieces() -> Response:
     def steps() -> Iterator[str]:

@@ -4,6 +4,7 @@ import os
 import signal
 from typing import Any
 
+import front.worker
 from config import Settings
 
 bind = f"127.0.0.1:{os.environ.get('PORT', '0')}"
@@ -12,6 +13,8 @@ threads = 100
 worker_connections = Settings.from_environment().MAX_CONNECTIONS
 keepalive = 15
 control_socket_disable = True
+# Tests need not fill as much memory as there may be filled.
+front.worker.MAX_HELD = int(os.environ.get("MAX_HELD", front.worker.MAX_HELD))
 
 
 def post_worker_init(worker: Any) -> None:

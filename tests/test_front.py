@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import select
 import signal
 import socket
 import subprocess
@@ -25,7 +26,8 @@ from tests.front_app import FILE
 from tests.processes import ROOT, Program, running
 
 THREADS = 100
-CONNECTIONS = 160
+SHARE = 90  # of one client
+CONNECTIONS = 240
 MAX_BODY = 100_000
 WAIT = 20.0  # seconds; whoever waits so long has failed
 GUNICORN = [sys.executable, "-m", "gunicorn", "tests.front_app:app", "--config", str(ROOT / "tests" / "front_conf.py")]
@@ -173,24 +175,39 @@ class TestSlowClients:
             seen(door)
         assert time.monotonic() - started < 8  # it would be 16
 
-    def test_threads_that_are_all_busy(self, door: Program, connect: Callable[..., socket.socket]) -> None:
-        busy = [connect() for _ in range(THREADS)]
+    def test_one_client_takes_many_threads(self, door: Program, connect: Callable[..., socket.socket]) -> None:
+        busy = [connect() for _ in range(THREADS + 10)]
         for sock in busy:
             sock.sendall(request("/busy"))
-        wait_for(lambda: seen(door)["busy"] == THREADS)  # which `/healthz` tells
+        wait_for(lambda: seen(door)["busy"] == SHARE)
+        for _ in range(3):
+            assert ask(door, "/echo", source="127.0.0.2")
         waiting = connect()
-        waiting.sendall(request("/echo?mark=2"))
-        ask(door, "/healthz", method="HEAD")
-        for sock in busy[:2]:
-            sock.close()
-        # A thread that is free serves who waits. Nobody else can be asked to set the event: threads are busy.
-        assert seen(door)["busy"] == THREADS
-        late = connect()
-        late.sendall(request("/set/release", method="POST"))
+        waiting.sendall(request("/echo"))
         assert answer(waiting)[0] == 503  # after QUEUE_TIMEOUT
-        assert b"overloaded" in everything(late)
-        door.send(signal.SIGUSR1)  # see front_conf.py
-        assert all(answer(sock)[2] == b"released" for sock in busy[2:])
+        ask(door, "/set/release", method="POST", source="127.0.0.2")
+        assert sorted(answer(sock)[0] for sock in busy) == [200] * SHARE + [503] * (len(busy) - SHARE)
+        wait_for(lambda: seen(door)["busy"] == 0)
+        ask(door, "/clear/release", method="POST")
+
+    def test_two_clients_take_all_threads(self, door: Program, connect: Callable[..., socket.socket]) -> None:
+        busy = [connect("127.0.0.2") for _ in range(THREADS - SHARE)] + [connect() for _ in range(SHARE)]
+        for sock in busy:
+            sock.sendall(request("/busy"))
+        wait_for(lambda: seen(door)["busy"] == THREADS)  # which `/healthz` tells whatever the load
+        small = connect("127.0.0.3")
+        small.sendall(request("/echo"))
+        hoard = [connect() for _ in range(CONNECTIONS // 2 + 3)]
+        for sock in hoard:
+            sock.sendall(request("/echo"))
+        # Four more than may wait. Those of who has most are turned away, and at once.
+        wait_for(lambda: len(select.select(hoard, [], [], 0)[0]) == 4)
+        refused = select.select(hoard, [], [], 0)[0]
+        assert all(b"overloaded" in everything(sock) for sock in refused)
+        door.send(signal.SIGUSR1)  # see front_conf.py: there is no thread to ask for it
+        assert all(answer(sock)[0] == 200 for sock in [small, *busy, *hoard] if sock not in refused)
+        ask(door, "/clear/release", method="POST")
+        ask(door, "/clear/go", method="POST")
 
 
 class TestPlaces:
@@ -400,6 +417,35 @@ def test_end(tmp_path: Path) -> None:
         assert "Traceback" not in program.output
 
 
+def test_memory_of_slow_clients(tmp_path: Path) -> None:
+    """Who fills it has connections broken off, others do not."""
+    environment = {**SETTINGS, "MAX_HELD": str(2_000_000), "REQUEST_READ_TIMEOUT": "30", "SEND_TIMEOUT": "30"}
+    body = bytes(90_000)
+
+    def connect(source: str) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", program.port), timeout=WAIT, source_address=(source, 0))
+
+    with running(GUNICORN, tmp_path / "log", **environment) as program:
+        program.wait_ready("/healthz")
+        small, reader = connect("127.0.0.2"), connect("127.0.0.2")
+        small.sendall(post(body)[:-1])
+        reader.sendall(request("/file"))
+        greedy = [connect("127.0.0.1") for _ in range(30)]
+        for sock in greedy:
+            sock.sendall(post(body)[:-1])
+        assert b"overloaded" in everything(greedy[0])
+        small.sendall(b"\0")
+        assert answer(small)[0] == 200
+        readers = [connect("127.0.0.1") for _ in range(20)]
+        for sock in readers:
+            sock.sendall(request("/endless"))
+        wait_for(lambda: seen(program)["streams_ended"] > 0)
+        assert answer(reader)[2] == FILE
+        for sock in [small, reader, *greedy, *readers]:
+            sock.close()
+        wait_for(lambda: seen(program)["streams_ended"] == len(readers))
+
+
 @pytest.mark.parametrize("option", ["--certfile=x", "--proxy-protocol=v1"])
 def test_what_is_not_served_is_refused_at_start(option: str) -> None:
     command = [*GUNICORN, "--bind", "127.0.0.1:0", option]
@@ -504,13 +550,19 @@ class TestAnswerSocket:
 
 def test_clients_take_turns() -> None:
     with ThreadPoolExecutor(1) as pool:
-        lane: Lane[str] = Lane(pool, 100)
+        lane: Lane[str] = Lane(pool, 10)
         for item in ("a1", "a2", "a3", "b1", "c1", "c2"):
             lane.add(item[0], item)
         assert lane.newest_of_heaviest() == "a3"
         lane.remove("a2")
         assert [lane.take() for _ in range(6)] == ["a1", "b1", "c1", "a3", "c2", None]
-        assert (len(lane), lane.running) == (0, 5)
-        lane.threads = 5
-        lane.add("a", "a4")
-        assert lane.take() is None  # no thread is free
+        for item in ("a1", "b1", "c1", "a3", "c2"):
+            lane.done(item)
+        for number in range(12):
+            lane.add("a", f"a{number}")
+        assert [lane.take() for _ in range(10)] == [*(f"a{number}" for number in range(9)), None]
+        lane.add("b", "b2")
+        assert [lane.take(), lane.take(), len(lane)] == ["b2", None, 3]
+        lane.done("b2")
+        lane.done("a0")
+        assert [lane.take(), lane.take()] == ["a9", None]
