@@ -12,8 +12,11 @@ def client_socket(environ: Mapping[str, Any]) -> socket.socket | None:
     return environ.get("gunicorn.socket") or environ.get("werkzeug.socket")
 
 
-def limit_sends(sock: socket.socket, timeout: float) -> None:
+def limit_sends(sock: Any, timeout: float) -> None:
     """Let sending to a client that takes no data fail after so many seconds, instead of holding a thread for ever."""
+    if (limit := getattr(sock, "limit_sends", None)) is not None:  # front.answer_socket
+        limit(timeout)
+        return
     # Not `settimeout`, which would let readers time out as well.
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", math.ceil(timeout), 0))
 

@@ -100,6 +100,8 @@ POSITIVE = (
     "REQUEST_TIMEOUT",
     "SEND_TIMEOUT",
     "MAX_BODY_BYTES",
+    "MAX_CONNECTIONS",
+    "REQUEST_READ_TIMEOUT",
     "UPDATE_PERIOD",
     "SSE_KEEP_ALIVE",
 )
@@ -167,6 +169,8 @@ class Settings:
     RESUME_TIMEOUT: float = 60.0  # seconds a resumable session, and an answer in it, goes on without its connection
     SEND_TIMEOUT: float = 30.0  # seconds a WebSocket client may take no data before it is given up
     MAX_BODY_BYTES: int = 1_048_576  # bytes of a request body or WebSocket message
+    MAX_CONNECTIONS: int = 1000  # HTTP connections at a time: each takes a file, and up to 5 MB if its client is slow
+    REQUEST_READ_TIMEOUT: float = 15.0  # seconds in which a request must come; large bodies have longer
     # Who may use it
     API_KEYS: tuple[str, ...] = ()  # keys of the APIs; empty, and no file either: no key is needed
     API_KEYS_FILE: str = ""  # JSON: a list of keys with names, models and limits; see the README

@@ -6,6 +6,7 @@ ApiError                        a failure with a code, a status and a message fo
  ├── ModelNotAllowed            403
  ├── SessionNotFound            404
  ├── ModelNotFound              404
+ ├── RequestTimeout             408
  ├── WrongModel                 409
  ├── RequestTooLarge            413
  ├── TooLong                    422
@@ -13,6 +14,7 @@ ApiError                        a failure with a code, a status and a message fo
  ├── TooManyRequests            429, with Retry-After
  ├── ModelNotReady              503, with Retry-After
  ├── ShuttingDown               503, with Retry-After
+ ├── Overloaded                 503, with Retry-After
  └── TimedOut                   504
 ConfigError                     a setting is wrong: the program does not start
 """
@@ -76,6 +78,12 @@ class ModelNotFound(ApiError):
     status, code = 404, "model_not_found"
 
 
+class RequestTimeout(ApiError):
+    """The client took too long to send its request."""
+
+    status, code = 408, "request_timeout"
+
+
 class WrongModel(ApiError):
     """The session was opened for another model."""
 
@@ -116,6 +124,12 @@ class ShuttingDown(ApiError):
     """The program is about to end and takes nothing new."""
 
     status, code, retry_after = 503, "shutting_down", 10
+
+
+class Overloaded(ApiError):
+    """There are more connections or requests than there is room for."""
+
+    status, code, retry_after = 503, "overloaded", 5
 
 
 class TimedOut(ApiError):

@@ -5,10 +5,15 @@ import signal
 import threading
 from typing import Any
 
+from config import Settings
+
 bind = f"{os.environ.get('HOST', '127.0.0.1')}:{os.environ.get('PORT', '5000')}"
-worker_class = "gthread"
+worker_class = "front.worker.Worker"  # gthread, behind a loop that owns the connections
 workers = 1
 threads = 100  # each open WebSocket takes one
+worker_connections = Settings.from_environment().MAX_CONNECTIONS
+keepalive = 15  # seconds that a connection stays open for the next request
+control_socket_disable = True  # nobody uses it
 timeout = 1000  # seconds; an answer of a very large model may take minutes
 # Longer than SHUTDOWN_TIMEOUT and the end of the embedded servers together, which come before.
 graceful_timeout = 40  # seconds
