@@ -532,7 +532,8 @@ class Batcher(threading.Thread):
         if line not in self._lines:
             return
         reason = f"{type(error).__name__}: {error}"
-        log.warning("a handler is lost, and with it %d sessions: %s", len(line.sessions), reason)
+        if line.sessions or not isinstance(error, EOFError):  # else it has ended in order
+            log.warning("a handler is lost, and with it %d sessions: %s", len(line.sessions), reason)
         self._selector.unregister(line.connection)
         self._lines.remove(line)
         line.close()
