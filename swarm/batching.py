@@ -582,8 +582,9 @@ class Batcher(threading.Thread):
         """
         if not self._queues:
             return None
-        if any(step.long for steps in self._queues.values() for step in steps):
-            return 0.0
+        waiting = [step for steps in self._queues.values() for step in steps]
+        if any(step.long for step in waiting) or sum(step.rows for step in waiting) >= self._prefill_tokens[0]:
+            return 0.0  # the next batch is full without the others
         now = time.monotonic()
         for session, back in list(self._away.items()):
             if back < now:

@@ -223,13 +223,12 @@ class BatchingContainer(WatchedContainer):
         self.runtime.run()
 
     def parts(self) -> Iterator[Part]:
-        yield from super().parts()
         batcher = self.batcher
-        if self.closing or batcher is None or batcher.ident is None:
-            return
-        yield Part("the batcher", batcher.is_alive)
-        yield Part("the batcher, which does not come back,", lambda: time_in_batch(batcher) < 2 * STEP_LIMIT)
-        yield Part("a handler's line", lambda: batcher.lost is None)
+        if not self.closing and batcher is not None and batcher.ident is not None:
+            yield Part("the batcher", batcher.is_alive)  # first, because the handlers end with it
+            yield Part("the batcher, which does not come back,", lambda: time_in_batch(batcher) < 2 * STEP_LIMIT)
+            yield Part("a handler's line", lambda: batcher.lost is None)
+        yield from super().parts()
 
     def shutdown(self) -> None:
         super().shutdown()

@@ -12,10 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+from hivemind import serialize_torch_tensor
+from hivemind.moe.client.remote_expert_worker import RemoteExpertWorker
+from hivemind.p2p import PeerID
+from hivemind.p2p.p2p_daemon_bindings.utils import P2PHandlerError
+from hivemind.proto import runtime_pb2
 from petals import AutoDistributedConfig
 from petals.client.inference_session import InferenceSession
 from petals.client.remote_sequential import RemoteSequential
 from petals.server.from_pretrained import load_pretrained_block
+from petals.server.handler import TransformerConnectionHandler
 from petals.utils.convert_block import QuantType, convert_block
 from petals.utils.misc import DUMMY, DUMMY_INT64
 from transformers import BloomForCausalLM, LlamaForCausalLM, PreTrainedTokenizerBase
@@ -34,6 +40,7 @@ from swarm.client import SwarmModel
 from swarm.errors import SessionLengthExceeded
 from swarm.handler import check_inputs, check_room, rewound
 from swarm.local import LocalSwarm
+from swarm.server import TRAINING_TOKENS
 from swarm.session import HistoryBudget, SwarmSession
 from tests.conftest import greedy, load_model, tiny_server
 from tests.test_session import PROMPTS, in_threads, infos, lose, run_greedy
@@ -694,6 +701,17 @@ def test_training_of_a_stock_client(
         remote = RemoteSequential(manager.config, sequence_manager=manager)
         found = passes(functools.partial(through, remote))
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_training_takes_no_more_than_it_needs_at_a_time(model: SwarmModel) -> None:
+    """What computes for one request cannot be interrupted."""
+    manager = model.state.manager
+    (view, *_) = model.state.servers()
+    stub = TransformerConnectionHandler.get_stub(manager.state.p2p, PeerID.from_base58(view.peer_id))
+    tensors = [serialize_torch_tensor(torch.zeros(1, TRAINING_TOKENS + 1, 64)), serialize_torch_tensor(DUMMY)]
+    request = runtime_pb2.ExpertRequest(uid=manager.block_uids[view.start], tensors=tensors)
+    with pytest.raises(P2PHandlerError, match=f"max_batch_size .{TRAINING_TOKENS}."):
+        RemoteExpertWorker.run_coroutine(stub.rpc_forward(request, timeout=10))
 
 
 @torch.inference_mode()
