@@ -221,6 +221,8 @@ class Models:
                 attn_cache_tokens=cache_tokens,
                 threads=settings.SERVER_THREADS or None,
                 cache_dir=settings.cache_dir,
+                # With a minute more than the app keeps what nobody uses, the app decides.
+                idle_timeout=settings.SESSION_TIMEOUT + settings.RESUME_TIMEOUT + 60,
                 # Reachable by the same machines as the swarm's first peer, on a port of its own.
                 host_maddrs=[re.sub(r"/(tcp|udp)/\d+", r"/\1/0", maddr) for maddr in settings.SWARM_HOST_MADDRS],
             )

@@ -41,7 +41,10 @@ class Part:
     prompts: Sequence[torch.Tensor | None] | None = None  # deep prompts to add before each block: [tokens, hidden size]
 
     def __post_init__(self) -> None:
-        # The kernels write to addresses: nothing but this keeps them inside of the cache.
+        # The kernels write to addresses: nothing but this keeps them inside of the cache. And one position that is no
+        # integer would make all of a batch floats.
+        if not (type(self.start) is type(self.length) is int):
+            raise ValueError(f"{self.length!r} tokens from position {self.start!r} are not told by integers")
         if not (0 <= self.start and 1 <= self.length and self.start + self.length <= self.cache.shape[1]):
             raise ValueError(f"tokens {self.start}-{self.start + self.length} do not fit {self.cache.shape[1]}")
 

@@ -167,13 +167,15 @@ def shared_dht(dht: Any) -> Iterator[None]:
         _shared_dht.reset(token)
 
 
-def use_server_parts(handler: type, memory_cache: type, container: type) -> None:
+def use_server_parts(handler: type, memory_cache: type, container: type, announcer: type, dht: type) -> None:
     """Let petals' server be made of these subclasses of its parts: it offers no parameters for them."""
     import petals.server.server
 
     petals.server.server.TransformerConnectionHandler = handler
     petals.server.server.MemoryCache = memory_cache
     petals.server.server.ModuleContainer = container
+    petals.server.server.ModuleAnnouncerThread = announcer
+    petals.server.server.DHT = dht
 
 
 def probe_nobody() -> None:

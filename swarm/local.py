@@ -13,13 +13,11 @@ from pathlib import Path
 from swarm.compat import kill_descendants
 
 from swarm.client import Swarm
+from swarm.supervision import HEALTHY_AFTER, backoff
 
 log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parent.parent
-# A server that dies at once again and again waits longer and longer. One that has lived as long as a start takes is
-# started again at once: its own start slows the repetition down, and with it gone its users wait.
-FIRST_BACKOFF, LAST_BACKOFF, HEALTHY_AFTER = 0.5, 30.0, 10.0  # seconds
 # Longer than a server's own limit for an orderly stop, which announces that its blocks go.
 STOP_TIMEOUT = 12.0  # seconds
 
@@ -38,6 +36,7 @@ class ServerOptions:
     threads: int | None = None
     cache_dir: Path | None = None
     public_name: str | None = None
+    idle_timeout: float | None = None  # seconds
     batching: bool = True  # whether steps of different sessions are computed together; stock servers do not
     host_maddrs: Sequence[str] = ("/ip4/127.0.0.1/tcp/0",)
 
@@ -53,6 +52,7 @@ class ServerOptions:
             "--threads": self.threads,
             "--cache-dir": self.cache_dir,
             "--public-name": self.public_name,
+            "--idle-timeout": self.idle_timeout,
         }
         given = [item for flag, value in flags.items() if value is not None for item in (flag, str(value))]
         if not self.batching:
@@ -82,20 +82,29 @@ class LocalServer:
         return subprocess.Popen(self.command(), cwd=ROOT, stdin=subprocess.PIPE, start_new_session=True)
 
     def _watch(self) -> None:
-        backoff = FIRST_BACKOFF
+        deaths = 0  # early ones, in a row
         while not self._stopping.is_set():
             started = time.monotonic()
             status = self.process.wait()
-            if self._stopping.is_set():
-                return
-            if time.monotonic() - started > HEALTHY_AFTER:
-                backoff = 0.0
-            log.warning("the server of %s ended with %s; again in %.1f s", self.options.model, status, backoff)
-            if self._stopping.wait(backoff):
-                return
-            backoff = min(max(2 * backoff, FIRST_BACKOFF), LAST_BACKOFF)
-            self._close_pipe()
+            deaths = 0 if time.monotonic() - started > HEALTHY_AFTER else deaths + 1
+            if not self._stopping.is_set():
+                log.warning(
+                    "the server of %s ended with %s; again in %.1f s", self.options.model, status, backoff(deaths)
+                )
+            while not self._stopping.wait(backoff(deaths)):
+                if self._restart():
+                    break
+                deaths += 1
+
+    def _restart(self) -> bool:
+        """Start the server again; return whether that could be done."""
+        self._close_pipe()
+        try:
             self.process = self._start()
+        except OSError as error:  # no memory or no file descriptor is free, for one
+            log.warning("the server of %s cannot be started: %s", self.options.model, error)
+            return False
+        return True
 
     def _close_pipe(self) -> None:
         if self.process.stdin is not None:

@@ -3,27 +3,44 @@
 import asyncio
 import functools
 import gc
+import pickle
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hivemind import serialize_torch_tensor
+from hivemind.moe.client.remote_expert_worker import RemoteExpertWorker
+from hivemind.p2p import PeerID
+from hivemind.p2p.p2p_daemon_bindings.utils import P2PHandlerError
+from hivemind.proto import runtime_pb2
 from petals import AutoDistributedConfig
 from petals.client.inference_session import InferenceSession
 from petals.client.remote_sequential import RemoteSequential
 from petals.server.from_pretrained import load_pretrained_block
+from petals.server.handler import TransformerConnectionHandler
 from petals.utils.convert_block import QuantType, convert_block
 from petals.utils.misc import DUMMY, DUMMY_INT64
 from transformers import BloomForCausalLM, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from swarm.batching import CPU_MIXED, CPU_PREFILL, Batcher, HandlerLine, SharedMemoryCache
+from swarm.batching import (
+    CPU_MIXED,
+    CPU_PREFILL,
+    HEADER,
+    TURN_TOKENS,
+    Batcher,
+    HandlerLine,
+    SharedMemoryCache,
+)
 from swarm.blocks import BloomBlocks, LlamaBlocks, Part, RaggedBlocks, make_ragged_blocks
 from swarm.client import SwarmModel
 from swarm.errors import SessionLengthExceeded
 from swarm.handler import check_inputs, check_room, rewound
 from swarm.local import LocalSwarm
+from swarm.server import TRAINING_TOKENS
 from swarm.session import HistoryBudget, SwarmSession
 from tests.conftest import greedy, load_model, tiny_server
 from tests.test_session import PROMPTS, in_threads, infos, lose, run_greedy
@@ -126,18 +143,20 @@ def test_other_families_are_left_to_petals(tmp_path: Path) -> None:
 
 
 class Bench:
-    """A batcher without servers: its one line and its cache are in this process."""
+    """A batcher without servers: its lines and its cache are in this process."""
 
-    def __init__(self, blocks: RaggedBlocks) -> None:
+    def __init__(self, blocks: RaggedBlocks, lines: int = 1, **options: float) -> None:
         self.blocks = blocks
         self.cache = SharedMemoryCache(2**30)
-        self.batcher = Batcher(blocks, self.cache, 1)
-        self.line: HandlerLine = self.batcher.handler_line(0)
+        self.batcher = Batcher(blocks, self.cache, lines, **options)  # type: ignore[arg-type]
+        self.lines: list[HandlerLine] = [self.batcher.handler_line(index) for index in range(lines)]
+        self.line = self.lines[0]
         self.handles = 0
 
     async def __aenter__(self) -> "Bench":
-        self.line._connection = self.line._connection.dup()  # as a handler's process has one of its own
-        await self.line.connect()
+        for line in self.lines:
+            line._connection = line._connection.dup()  # as a handler's process has one of its own
+            await line.connect()
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -147,11 +166,21 @@ class Bench:
         await asyncio.to_thread(self.batcher.join, 10)
         assert not self.batcher.is_alive()
 
-    async def open(self, max_length: int, first: int = 0, last: int = 4, batch_size: int = 1) -> int:
+    def allocate(self, descriptor: Any) -> int:
+        """What `allocate_cache` does in a handler."""
         self.handles += 1
+        self.cache._pipe_send.send(((self.handles,), (descriptor,)))
+        return self.handles
+
+    def free(self, handle: int) -> None:
+        """What `allocate_cache` does in a handler when its session ends, before the line is told."""
+        self.cache._pipe_send.send(((handle,), None))
+
+    async def open(
+        self, max_length: int, first: int = 0, last: int = 4, batch_size: int = 1, line: HandlerLine | None = None
+    ) -> int:
         descriptor = self.blocks.cache_descriptor(last - first, batch_size, max_length)
-        self.cache._pipe_send.send(((self.handles,), (descriptor,)))  # what `allocate_cache` does in a handler
-        return await self.line.open(self.handles, first, last)
+        return await (line or self.line).open(self.allocate(descriptor), first, last)
 
     async def step(self, session: int, start: int, hidden: torch.Tensor) -> torch.Tensor:
         return (await asyncio.wait_for(self.line.step(session, start, hidden[None], None, None), 10))[0]
@@ -252,6 +281,338 @@ def test_what_a_closed_session_waits_for_is_not_computed(tiny_llama: Path) -> No
     asyncio.run(scenario())
 
 
+def equal(output: torch.Tensor, modules: list[Any], inputs: torch.Tensor) -> None:
+    torch.testing.assert_close(output, petals_outputs(modules, inputs)[-len(output) :], rtol=1e-4, atol=1e-4)
+
+
+def slow_down(monkeypatch: pytest.MonkeyPatch, blocks: RaggedBlocks, seconds: float) -> None:
+    forward = blocks.forward
+
+    def slow(*args: Any) -> torch.Tensor:
+        time.sleep(seconds)
+        return forward(*args)
+
+    monkeypatch.setattr(blocks, "forward", slow)
+
+
+def test_sessions_that_are_given_up_while_a_batch_runs(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a client that hangs up early leaves for the batcher: an opening, whose attention cache is free again."""
+    blocks, modules = ragged(tiny_llama)
+    slow_down(monkeypatch, blocks, 0.2)
+    given_up = 0
+
+    async def hang_up(bench: Bench, steps: bool) -> None:
+        handle = bench.allocate(blocks.cache_descriptor(4, 1, 8))
+        session = await bench.line.open(handle, 0, 4)
+        step = asyncio.create_task(bench.step(session, 0, torch.randn(1, 64)))
+        if steps:
+            await all_sent()
+        step.cancel()
+        bench.free(handle)
+        await bench.line.close(session)
+
+    async def scenario() -> None:
+        nonlocal given_up
+        async with Bench(blocks) as bench:
+            bench.batcher.start()
+            steady, inputs = await bench.open(16), torch.randn(10, 64)
+            for position in range(len(inputs)):
+                step = asyncio.create_task(bench.step(steady, position, inputs[position : position + 1]))
+                while not step.done():
+                    await asyncio.gather(*(hang_up(bench, steps=bool(given_up % 2)) for _ in range(3)))
+                    given_up += 3
+                    await asyncio.wait({step}, timeout=0.04)
+                equal(step.result(), modules, inputs[: position + 1])
+            assert not bench.cache._allocated_tensors.keys() - {1}
+
+    asyncio.run(scenario())
+    assert given_up >= 100
+
+
+def test_a_session_is_given_up_before_the_batcher_has_seen_it(tiny_llama: Path) -> None:
+    blocks, modules = ragged(tiny_llama)
+
+    async def scenario() -> None:
+        async with Bench(blocks) as bench:
+            handle = bench.allocate(blocks.cache_descriptor(4, 1, 8))
+            session = await bench.line.open(handle, 0, 4)
+            bench.free(handle)
+            bench.batcher.start()
+            with pytest.raises(RuntimeError, match="was given back"):
+                await bench.step(session, 0, torch.randn(1, 64))
+            await bench.line.close(session)
+            inputs = torch.randn(3, 64)
+            equal(await bench.step(await bench.open(8), 0, inputs), modules, inputs)
+
+    asyncio.run(scenario())
+
+
+class TooLarge:
+    """A descriptor of attention cache for which there is no memory."""
+
+    def make_zeros(self) -> torch.Tensor:
+        raise RuntimeError("not enough memory: you tried to allocate 99999999999 bytes")
+
+
+def test_no_memory_for_one_session(tiny_llama: Path) -> None:
+    blocks, modules = ragged(tiny_llama)
+
+    async def scenario() -> None:
+        async with Bench(blocks) as bench:
+            large = await bench.line.open(bench.allocate(TooLarge()), 0, 4)
+            small, inputs = await bench.open(8), torch.randn(3, 64)
+            steps = [asyncio.create_task(bench.step(session, 0, inputs)) for session in (large, small)]
+            await all_sent()
+            bench.batcher.start()
+            with pytest.raises(RuntimeError, match="not enough memory"):
+                await steps[0]
+            equal(await steps[1], modules, inputs)
+
+    asyncio.run(scenario())
+
+
+POISON = 777.0
+
+
+def fail_for_poison(monkeypatch: pytest.MonkeyPatch, blocks: RaggedBlocks) -> None:
+    """Let a computation fail after its work is done, if such a value is among its inputs."""
+    forward = blocks.forward
+
+    def fragile(hidden: torch.Tensor, *args: Any) -> torch.Tensor:
+        poisoned = bool((hidden == POISON).any())
+        outputs = forward(hidden, *args)
+        if poisoned:
+            raise ZeroDivisionError("poison")
+        return outputs
+
+    monkeypatch.setattr(blocks, "forward", fragile)
+
+
+def test_only_the_guilty_step_of_a_batch_fails(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others are computed once more, alone; one that has reordered its cache does not do so again."""
+    blocks, modules = ragged(tiny_llama)
+    fail_for_poison(monkeypatch, blocks)
+    torch.manual_seed(0)
+
+    async def scenario() -> None:
+        async with Bench(blocks) as bench:
+            bench.batcher.start()
+            past, token = torch.randn(2, 3, 64), torch.randn(2, 1, 64)
+            beams = await bench.open(8, batch_size=2)
+            await bench.line.step(beams, 0, past, None, None)
+            sessions = [await bench.open(8) for _ in range(4)]
+            others = [torch.randn(1, 64) for _ in range(3)]
+            with bench.batcher.batches.get_lock():  # holds the batcher up at the end of a batch, until all wait
+                held = asyncio.create_task(bench.step(sessions[0], 0, others[0]))
+                await asyncio.sleep(0.1)
+                steps = [
+                    asyncio.create_task(bench.step(sessions[1], 0, others[1])),
+                    asyncio.create_task(bench.step(sessions[2], 0, torch.full((1, 64), POISON))),
+                    asyncio.create_task(bench.line.step(beams, 3, token, None, [1, 0])),
+                    asyncio.create_task(bench.step(sessions[3], 0, others[2])),
+                ]
+                await all_sent()
+            with pytest.raises(RuntimeError, match="ZeroDivisionError: poison"):
+                await steps[1]
+            for step, inputs in ((held, others[0]), (steps[0], others[1]), (steps[3], others[2])):
+                equal(await step, modules, inputs)
+            for row, output in enumerate(await steps[2]):
+                equal(output, modules, torch.cat([past[1 - row], token[row]]))
+            assert (await bench.step(sessions[2], 0, others[0])).shape == (1, 64)  # its next step is as good as any
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("shape", "start", "prompts", "hypotheses", "reason"),
+    [
+        ((1, 1, 64), 0.0, None, None, "from position 0.0 do not fit"),
+        ((1, 1, 64), False, None, None, "from position False do not fit"),
+        ((1, 1, 64), 8, None, None, "from position 8 do not fit 8"),
+        ((1, 1, 64), -1, None, None, "from position -1 do not fit"),
+        ((3, 1, 64), 0, None, None, r"\[3, 1, 64\] are not \[2, tokens, 64\]"),
+        ((2, 1, 32), 0, None, None, r"\[2, 1, 32\] are not \[2, tokens, 64\]"),
+        ((2, 1, 64), 0, None, [0, 2], "hypotheses"),
+        ((2, 1, 64), 0, None, [0.0, 1], "hypotheses"),
+        ((2, 1, 64), 0, [None], None, "deep prompts of 1 blocks"),
+        ((2, 1, 64), 0, [torch.zeros(1, 1, 64), None, None, None], None, "deep prompts of shape"),
+    ],
+)
+def test_a_step_that_does_not_fit_is_refused_by_the_batcher_too(
+    tiny_llama: Path, shape: Any, start: Any, prompts: Any, hypotheses: Any, reason: str
+) -> None:
+    blocks, modules = ragged(tiny_llama)
+
+    async def scenario() -> None:
+        async with Bench(blocks) as bench:
+            odd, other, inputs = await bench.open(8, batch_size=2), await bench.open(8), torch.randn(3, 64)
+            steps = [
+                asyncio.create_task(bench.line.step(odd, start, torch.zeros(shape), prompts, hypotheses)),
+                asyncio.create_task(bench.step(other, 0, inputs)),
+            ]
+            await all_sent()
+            bench.batcher.start()
+            with pytest.raises(RuntimeError, match=reason):
+                await steps[0]
+            equal(await steps[1], modules, inputs)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("first", "last", "rows"), [(0, 5, 1), (3, 3, 1), (0.0, 4, 1), (0, 4, 0)])
+def test_a_session_that_cannot_be_computed_is_refused(tiny_llama: Path, first: Any, last: Any, rows: int) -> None:
+    blocks, _ = ragged(tiny_llama)
+
+    async def scenario() -> None:
+        async with Bench(blocks) as bench:
+            bench.batcher.start()
+            handle = bench.allocate(blocks.cache_descriptor(4, rows, 8))
+            session = await bench.line.open(handle, first, last)
+            with pytest.raises(RuntimeError, match="blocks"):
+                await bench.step(session, 0, torch.randn(1, 64))
+
+    asyncio.run(scenario())
+
+
+def test_a_wide_step_does_not_keep_others_waiting(tiny_llama: Path) -> None:
+    """More sequences than a batch may have are computed some at a time; others take part in each of those batches."""
+    blocks, modules = ragged(tiny_llama)
+    rows = CPU_PREFILL + 3 * CPU_MIXED
+
+    async def scenario() -> None:
+        async with Bench(blocks) as bench:
+            wide, narrow = await bench.open(4, batch_size=rows), await bench.open(8)
+            first, second, inputs = torch.randn(rows, 1, 64), torch.randn(rows, 1, 64), torch.randn(3, 64)
+            step = asyncio.create_task(bench.line.step(wide, 0, first, None, None))
+            others = asyncio.create_task(bench.step(narrow, 0, inputs[:1]))
+            await all_sent()
+            bench.batcher.start()
+            equal(await others, modules, inputs[:1])
+            assert bench.batcher.batches.value < 4
+            for position in (1, 2):
+                await bench.step(narrow, position, inputs[position : position + 1])
+            await step
+            assert bench.batcher.batches.value >= 4
+            hypotheses = list(reversed(range(rows)))
+            outputs = await bench.line.step(wide, 1, second, None, hypotheses)
+            for row in (0, CPU_MIXED - 1, CPU_MIXED, CPU_PREFILL, rows - 1):
+                equal(outputs[row], modules, torch.cat([first[hypotheses[row]], second[row]]))
+
+    asyncio.run(scenario())
+
+
+def test_who_has_had_a_turn_lets_others_go_first(tiny_llama: Path) -> None:
+    blocks, _ = ragged(tiny_llama)
+
+    async def scenario() -> None:
+        async with Bench(blocks) as bench:
+            long, late = await bench.open(250, batch_size=30), await bench.open(250)
+            steps = [
+                asyncio.create_task(bench.line.step(long, 0, torch.randn(30, 250, 64), None, None)),
+                asyncio.create_task(bench.step(late, 0, torch.randn(200, 64))),
+            ]
+            await all_sent()
+            bench.batcher.start()
+            await steps[1]
+            assert not steps[0].done() and bench.batcher.batches.value <= 2 + TURN_TOKENS // CPU_PREFILL * 2
+
+    asyncio.run(scenario())
+
+
+def test_a_handler_that_does_not_read_is_left_behind(tiny_llama: Path) -> None:
+    blocks, modules = ragged(tiny_llama)
+    timeout = 1.0
+
+    async def scenario() -> None:
+        async with Bench(blocks, lines=2, send_timeout=timeout) as bench:
+            bench.batcher.start()
+            stopped, line = bench.lines
+            assert stopped._writer is not None
+            stopped._writer.transport.pause_reading()  # type: ignore[attr-defined]
+            prompts = [await bench.open(256) for _ in range(16)]
+            lost = [asyncio.create_task(bench.step(session, 0, torch.randn(256, 64))) for session in prompts]
+            session, inputs = await bench.open(256, line=line), torch.randn(200, 64)
+            began, slowest = time.monotonic(), 0.0
+            for position in range(len(inputs)):
+                sent = time.monotonic()
+                hidden = inputs[None, position : position + 1]
+                output = await line.step(session, position, hidden, None, None)
+                slowest = max(slowest, time.monotonic() - sent)
+                if bench.batcher.lost is not None:
+                    break
+                await asyncio.sleep(0.01)
+            equal(output[0], modules, inputs[: position + 1])
+            assert "has read nothing for 1 s" in (bench.batcher.lost or "")
+            assert time.monotonic() - began > timeout / 2 and slowest < timeout
+            stopped._writer.transport.resume_reading()  # type: ignore[attr-defined]
+            results = await asyncio.gather(*lost, return_exceptions=True)
+            assert any("the process that computes is gone" in str(result) for result in results)
+            with pytest.raises(RuntimeError, match="is gone"):
+                await bench.open(8)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("garbage", [b"abc", pickle.dumps("no message")])
+def test_a_line_with_garbage_ends_by_itself(tiny_llama: Path, garbage: bytes) -> None:
+    blocks, modules = ragged(tiny_llama)
+
+    async def scenario() -> None:
+        async with Bench(blocks, lines=2) as bench:
+            broken, line = bench.lines
+            ended = asyncio.Event()
+            broken.on_break = ended.set
+            session = await bench.open(8)
+            assert broken._writer is not None
+            broken._writer.write(HEADER.pack(len(garbage)) + garbage)
+            step = asyncio.create_task(bench.step(session, 0, torch.randn(1, 64)))
+            await all_sent()
+            bench.batcher.start()
+            with pytest.raises(RuntimeError, match="the process that computes is gone"):
+                await step
+            await asyncio.wait_for(ended.wait(), 10)
+            inputs = torch.randn(3, 64)
+            output = await line.step(await bench.open(8, line=line), 0, inputs[None], None, None)
+            equal(output[0], modules, inputs)
+
+    asyncio.run(scenario())
+
+
+def test_a_handler_that_cannot_read_a_reply_fails_all_steps(tiny_llama: Path) -> None:
+    blocks, _ = ragged(tiny_llama)
+
+    async def scenario() -> None:
+        async with Bench(blocks) as bench:
+            steps = [asyncio.create_task(bench.step(await bench.open(8), 0, torch.randn(1, 64))) for _ in range(2)]
+            await all_sent()
+            bench.batcher._lines[0].connection.send(HEADER.pack(3) + b"abc")
+            for step in steps:
+                with pytest.raises(RuntimeError, match="cannot be read"):
+                    await step
+            with pytest.raises(RuntimeError, match="cannot be read"):
+                await bench.step(0, 0, torch.randn(1, 64))
+            await bench.line.close(0)
+
+    asyncio.run(scenario())
+
+
+def test_a_fault_of_the_batcher_leaves_nobody_waiting(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks, _ = ragged(tiny_llama)
+
+    async def scenario() -> None:
+        async with Bench(blocks) as bench:
+            monkeypatch.setattr(bench.batcher, "_compute_next", lambda: 1 / 0)
+            bench.batcher.start()
+            with pytest.raises(RuntimeError, match="the process that computes is gone"):
+                await bench.step(await bench.open(8), 0, torch.randn(1, 64))
+            with pytest.raises(RuntimeError, match="the process that computes is gone"):
+                await bench.step(0, 0, torch.randn(1, 64))
+            await asyncio.to_thread(bench.batcher.join, 10)
+            assert not bench.batcher.is_alive()
+
+    asyncio.run(scenario())
+
+
 def test_sixteen_sessions_equal_transformers(
     model: SwarmModel, reference: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -340,6 +701,17 @@ def test_training_of_a_stock_client(
         remote = RemoteSequential(manager.config, sequence_manager=manager)
         found = passes(functools.partial(through, remote))
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_training_takes_no_more_than_it_needs_at_a_time(model: SwarmModel) -> None:
+    """What computes for one request cannot be interrupted."""
+    manager = model.state.manager
+    (view, *_) = model.state.servers()
+    stub = TransformerConnectionHandler.get_stub(manager.state.p2p, PeerID.from_base58(view.peer_id))
+    tensors = [serialize_torch_tensor(torch.zeros(1, TRAINING_TOKENS + 1, 64)), serialize_torch_tensor(DUMMY)]
+    request = runtime_pb2.ExpertRequest(uid=manager.block_uids[view.start], tensors=tensors)
+    with pytest.raises(P2PHandlerError, match=f"max_batch_size .{TRAINING_TOKENS}."):
+        RemoteExpertWorker.run_coroutine(stub.rpc_forward(request, timeout=10))
 
 
 @torch.inference_mode()
