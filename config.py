@@ -99,9 +99,11 @@ POSITIVE = (
     "SESSION_TIMEOUT",
     "REQUEST_TIMEOUT",
     "SEND_TIMEOUT",
+    "MAX_WEBSOCKETS",
     "MAX_BODY_BYTES",
     "UPDATE_PERIOD",
     "SSE_KEEP_ALIVE",
+    "WEBSOCKET_PING_INTERVAL",
 )
 
 # Models that are known by name: what they are and how they are talked to. Any other name works too, with DIALOGUE.
@@ -166,6 +168,7 @@ class Settings:
     REQUEST_TIMEOUT: float = 600.0  # seconds a request may wait for its session to be free
     RESUME_TIMEOUT: float = 60.0  # seconds a resumable session, and an answer in it, goes on without its connection
     SEND_TIMEOUT: float = 30.0  # seconds a WebSocket client may take no data before it is given up
+    MAX_WEBSOCKETS: int = 512  # open at a time; many systems let a program have 1024 files
     MAX_BODY_BYTES: int = 1_048_576  # bytes of a request body or WebSocket message
     # Who may use it
     API_KEYS: tuple[str, ...] = ()  # keys of the APIs; empty, and no file either: no key is needed

@@ -412,14 +412,20 @@ class StalledClient:
     def __init__(self) -> None:
         self.reached, self.abandoned = threading.Event(), threading.Event()
 
-    def deliver(self, message: dict[str, Any]) -> None:
+    def deliver(self, *messages: dict[str, Any]) -> None:
         self.reached.set()
         self.abandoned.wait(TIMEOUT)
         self.connected = False
         raise Unreachable
 
+    def offer(self, message: dict[str, Any]) -> None:
+        raise AssertionError("there is no queue")
+
     def stopped(self) -> bool:
         return False
+
+    def go_on(self) -> None:
+        raise AssertionError("it waits for nothing")
 
     def abandon(self) -> None:
         self.abandoned.set()
@@ -432,8 +438,8 @@ class AttentiveClient(StalledClient):
     def __init__(self) -> None:
         self.messages: list[dict[str, Any]] = []
 
-    def deliver(self, message: dict[str, Any]) -> None:
-        self.messages.append(message)
+    def deliver(self, *messages: dict[str, Any]) -> None:
+        self.messages += messages
 
 
 def test_taking_over_from_a_connection_that_takes_no_data(live_app: LiveApp, model: SwarmModel) -> None:

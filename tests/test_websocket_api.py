@@ -1,8 +1,8 @@
 """The WebSocket API through its real door, with somebody else's client."""
 
+import dataclasses
 import itertools
 import logging
-import socket
 
 import pytest
 
@@ -11,7 +11,6 @@ from tests.client import websocket
 from tests.conftest import LiveApp
 from tests.test_http_api import generated
 from tests.test_session import free_cache, settled_cache, wait_until
-from websocket_api import WholeSends
 
 PROMPTS = ["The quick brown fox", "Ein Schwarm", "分散された大規模", "блоки модели", "a b c", "Nobody, said"]
 
@@ -151,24 +150,15 @@ def test_closing_in_mid_answer_frees_the_attention_cache(live_app: LiveApp, mode
     wait_until(lambda: free_cache(model) == before, "the attention cache was not freed")
 
 
-def test_client_that_takes_no_data_is_given_up() -> None:
-    """Sending waits for a stalled reader, so that nothing piles up here, but not for ever."""
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        whole = WholeSends(ours, timeout=0.5)
-        assert whole.send(b"x" * 1000) == 1000
-        with pytest.raises(OSError):
-            whole.send(b"x" * 100_000_000)
-
-
 def test_pings_keep_the_line(live_app: LiveApp, caplog: pytest.LogCaptureFixture) -> None:
     """With the interval of the settings; a shorter one here."""
-    options = live_app.app.config["SOCK_SERVER_OPTIONS"]
-    assert options["ping_interval"] == live_app.service.settings.WEBSOCKET_PING_INTERVAL == 25.0
-    live_app.app.config["SOCK_SERVER_OPTIONS"] = {**options, "ping_interval": 0.1}
+    hub = live_app.app.extensions["petals_chat_websockets"].hub
+    limits = hub.limits
+    assert limits.ping_interval == live_app.service.settings.WEBSOCKET_PING_INTERVAL == 25.0
+    hub.limits = dataclasses.replace(limits, ping_interval=0.1)
     try:
         with caplog.at_level(logging.DEBUG, "websockets.client"), websocket(live_app.websocket_url) as ws:
             wait_until(lambda: caplog.text.count("< PING") >= 3, "there were no pings")
             ws.open(16)  # and the connection lives
     finally:
-        live_app.app.config["SOCK_SERVER_OPTIONS"] = options
+        hub.limits = limits
