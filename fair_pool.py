@@ -27,6 +27,11 @@ class FairPool:
         self._threads = 0
         self._idle = 0  # threads that wait
 
+    @property
+    def working(self) -> int:
+        """How many threads have a job."""
+        return self._threads - self._idle
+
     def submit(self, party: str, job: Callable[[], None]) -> None:
         """Have a job done. Does not wait."""
         with self._changed:
