@@ -82,6 +82,7 @@ class WebSockets:
         :param accepted: what its client is answered
         :raises TooManyRequests: if there are too many
         :raises ShuttingDown: if the program is ending
+        :raises Cancelled: if the client has gone already
         """
         self._watch()
         try:
@@ -90,6 +91,8 @@ class WebSockets:
             raise TooManyRequests(str(error)) from None
         except Closed as error:
             raise ShuttingDown(str(error)) from None
+        except OSError as error:
+            raise Cancelled(f"the client has hung up: {error}") from None
 
     def _watch(self) -> None:
         """Have somebody wait for the end of the program, from the first connection on."""

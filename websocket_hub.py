@@ -471,6 +471,7 @@ class Hub:
         self.ending = False
         self._lock = threading.Lock()  # held for moments; may be acquired under a WebSocket's, and not the other way
         self._websockets: dict[WebSocket, None] = {}  # in the order in which they came
+        self._coming = 0  # places that are taken by those who come
         self._poked: dict[WebSocket, None] = {}  # to be looked at
         self._thread: threading.Thread | None = None
         self._awake = False  # whether the thread has been told of them
@@ -488,18 +489,27 @@ class Hub:
         :param greeting: what is sent first
         :raises NoRoom: if all places are taken, and nobody makes room
         :raises Closed: if the program is ending
+        :raises OSError: if the client is gone already
         """
         with self._lock:
             if self.ending:
                 raise Closed("the server is shutting down")
-            displaced = self._displaced(address) if len(self._websockets) >= self.limits.max_websockets else None
-            sock, leftover = take()
+            displaced = None
+            if len(self._websockets) + self._coming >= self.limits.max_websockets:
+                displaced = self._displaced(address)
+            self._coming += 1
+        try:
+            sock, leftover = take()  # which may wait
             sock.setblocking(False)
-            websocket = WebSocket(self, sock, address, greeting, leftover)
-            self._websockets[websocket] = None
-            self._start()
+        finally:
+            with self._lock:
+                self._coming -= 1
         with contextlib.suppress(OSError):  # not one of TCP
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        websocket = WebSocket(self, sock, address, greeting, leftover)
+        with self._lock:
+            self._websockets[websocket] = None
+            self._start()
         if displaced is not None:
             displaced.close(TRY_AGAIN_LATER, "others need the place of this connection, which has no session")
         return websocket
@@ -513,7 +523,7 @@ class Hub:
         idle = [websocket for websocket in self._websockets if websocket._idle]
         counts = collections.Counter(websocket.address for websocket in self._websockets)
         fair = [w for w in idle if w.address == address or counts[w.address] > counts[address] + 1]
-        if not fair or len(self._websockets) >= 2 * self.limits.max_websockets:
+        if not fair or len(self._websockets) + self._coming >= 2 * self.limits.max_websockets:
             raise NoRoom(f"all {self.limits.max_websockets} places for WebSockets are taken")
         return max(fair, key=lambda websocket: counts[websocket.address])  # the first of them
 

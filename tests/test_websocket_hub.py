@@ -334,6 +334,17 @@ def test_socket_that_is_dead_already(hub: Hub) -> None:
     websocket.finish()
 
 
+def test_client_that_goes_while_it_is_taken_over(hub: Hub) -> None:
+    def take() -> tuple[socket.socket, bytes]:
+        raise BrokenPipeError
+
+    hub.limits = dataclasses.replace(LIMITS, max_websockets=1)
+    for _ in range(3):
+        with pytest.raises(BrokenPipeError):
+            hub.adopt(take, "a")
+    Peer(hub).leave()  # the place is free
+
+
 def test_flood_stays_with_the_client(peer: Peer) -> None:
     """100 MB are sent, and nobody takes them: all but one message stays in the kernel, or is not sent."""
     message = frame(b"x" * 1_000_000)
