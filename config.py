@@ -99,10 +99,10 @@ POSITIVE = (
     "SESSION_TIMEOUT",
     "REQUEST_TIMEOUT",
     "SEND_TIMEOUT",
-    "MAX_WEBSOCKETS",
     "MAX_BODY_BYTES",
     "UPDATE_PERIOD",
     "SSE_KEEP_ALIVE",
+    "MAX_WEBSOCKETS",
     "WEBSOCKET_PING_INTERVAL",
 )
 
@@ -168,7 +168,6 @@ class Settings:
     REQUEST_TIMEOUT: float = 600.0  # seconds a request may wait for its session to be free
     RESUME_TIMEOUT: float = 60.0  # seconds a resumable session, and an answer in it, goes on without its connection
     SEND_TIMEOUT: float = 30.0  # seconds a WebSocket client may take no data before it is given up
-    MAX_WEBSOCKETS: int = 512  # open at a time; many systems let a program have 1024 files
     MAX_BODY_BYTES: int = 1_048_576  # bytes of a request body or WebSocket message
     # Who may use it
     API_KEYS: tuple[str, ...] = ()  # keys of the APIs; empty, and no file either: no key is needed
@@ -182,6 +181,7 @@ class Settings:
     TRUSTED_PROXIES: tuple[str, ...] = ()  # addresses and networks whose X-Forwarded-For is believed
     # Manners
     SSE_KEEP_ALIVE: float = 5.0  # seconds of silence after which a streamed answer sends a comment
+    MAX_WEBSOCKETS: int = 512  # open at a time; many systems let a program have 1024 files
     WEBSOCKET_PING_INTERVAL: float = 25.0  # seconds; proxies often cut lines that are silent for 60
     CORS_ORIGINS: tuple[str, ...] = ("*",)  # origins whose pages may use the HTTP API
     SHUTDOWN_TIMEOUT: float = 20.0  # seconds that running answers have to finish when the program is told to end
