@@ -3,6 +3,7 @@
 A connection holds a thread only while one of its messages is handled.
 """
 
+import atexit
 import json
 import logging
 import threading
@@ -34,6 +35,7 @@ from resumption import Outbox, Unreachable
 from service import Service, get_service
 from swarm.errors import Cancelled, SwarmError
 from websocket_hub import (
+    CLOSING_LIMIT,
     GOING_AWAY,
     POLICY_VIOLATION,
     BadHandshake,
@@ -99,11 +101,17 @@ class WebSockets:
         with self._lock:
             watched, self._watched = self._watched, True
         if not watched:
+            atexit.register(self._let_finish)
             threading.Thread(target=self._await_end, name="websockets-end", daemon=True).start()
 
     def _await_end(self) -> None:
         self._ending.wait()
         self.hub.shut_down()
+
+    def _let_finish(self) -> None:
+        """Let slow clients have the end of their answers, for a moment, before the program ends."""
+        if self.hub.ending:
+            self.hub.join(2 * CLOSING_LIMIT)
 
 
 class Upgraded(Response):

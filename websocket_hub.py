@@ -33,6 +33,9 @@ READ_SIZE = 16_384  # bytes
 # Messages that nobody has looked at before reading stops. A chat has one or two; a client that sends ahead loses
 # nothing, for the rest waits in the kernel. One message of any allowed size always fits.
 UNSEEN_MESSAGES, UNSEEN_BYTES = 16, 65_536
+# Of one connection in a tick, which nobody needs who means well; parsing them takes about 10 ms. The next ones are read
+# in the next tick, so that a flood of the smallest frames leaves the thread to the others.
+FRAMES_AT_A_TICK = 1000
 # Of all connections together, beyond those bytes of each: 64 messages of the largest size, which nobody sends who means
 # well, in 64 MiB, which every machine has that computes a model.
 TOTAL_BYTES = 67_108_864
@@ -78,6 +81,8 @@ def accept_handshake(environ: Mapping[str, Any]) -> bytes:
     :param environ: of the request, as WSGI has it
     :raises BadHandshake: with the status of the refusal
     """
+    if environ.get("REQUEST_METHOD") != "GET":
+        raise BadHandshake(400, "a WebSocket begins with GET")
     connection = [token.strip().lower() for token in environ.get("HTTP_CONNECTION", "").split(",")]
     if environ.get("HTTP_UPGRADE", "").lower() != "websocket" or "upgrade" not in connection:
         raise BadHandshake(426, "this is a WebSocket API: the request must ask for an upgrade to it")
@@ -142,6 +147,7 @@ class WebSocket:
         self._seen = 0  # how many of them were looked at
         self._seen_size = 0
         self._partial = bytearray()  # of a message that is not whole
+        self._frames = 0  # parsed in this tick
         self._out = bytearray(greeting)  # not yet taken by the kernel
         self._pong: Ping | None = None  # to be answered when that is taken: the last ping; RFC 6455, section 5.5.3
         self._offer: str | None = None  # to be sent then, if nothing else was
@@ -315,6 +321,7 @@ class WebSocket:
         if self._ended:
             return
         self.close_code, self._ended = code, True
+        self._partial.clear()
         self._closing_by = time.monotonic() + CLOSING_LIMIT
         self._write(frame)
         self._changed.notify_all()
@@ -324,15 +331,17 @@ class WebSocket:
         if not self._ended:
             self.close_code, self._ended = LOST, True
         self._out.clear()
+        self._partial.clear()
         self._closing_by = 0.0
         self._changed.notify_all()
         self._hub.poke(self)
 
     @property
     def _full(self) -> bool:
-        """Whether enough messages wait; the rest is not read."""
+        """Whether enough was read for now; the rest waits."""
         unseen = len(self._messages) - self._seen
-        return unseen >= UNSEEN_MESSAGES or self._size - self._seen_size >= UNSEEN_BYTES
+        enough = unseen >= UNSEEN_MESSAGES or self._size - self._seen_size >= UNSEEN_BYTES
+        return enough or self._frames >= FRAMES_AT_A_TICK
 
     def _read(self) -> None:
         try:
@@ -352,6 +361,7 @@ class WebSocket:
         if self._full or self._ended:
             return
         for event in self._protocol.events():
+            self._frames += 1
             if isinstance(event, (TextMessage, BytesMessage)):
                 self._assemble(event)
             elif isinstance(event, Ping):
@@ -367,7 +377,6 @@ class WebSocket:
         text = isinstance(event, TextMessage)
         data = event.data.encode() if isinstance(event.data, str) else bytes(event.data)
         if len(self._partial) + len(data) > self._hub.limits.max_message:
-            self._partial.clear()
             reason = f"a message may have {self._hub.limits.max_message} bytes"
             self._close(TOO_BIG, CloseConnection(TOO_BIG, reason))
             return
@@ -435,6 +444,7 @@ class WebSocket:
                 return
             if self._full:
                 self._heard_at = now  # its pongs are not read
+            self._frames = 0
             if self._out and now - self._progress_at >= limits.send_timeout:
                 self._lose()
             elif self._idle and now - self._idle_since >= OPENING_LIMIT:
@@ -534,6 +544,11 @@ class Hub:
             websockets = list(self._websockets)
         for websocket in websockets:
             websocket._notify()
+
+    def join(self, timeout: float) -> None:
+        """After ``shut_down``: wait until all connections are closed."""
+        if (thread := self._thread) is not None:
+            thread.join(timeout)
 
     def poke(self, websocket: WebSocket) -> None:
         """Have the hub's thread look at a connection."""
@@ -644,12 +659,12 @@ class Hub:
         """When all that was received and not used is too much: end the largest of the address that has most of it."""
         with self._lock:
             websockets = list(self._websockets)
-        held: collections.Counter[str] = collections.Counter()
-        for websocket in websockets:
-            held[websocket.address] += max(0, websocket._held - UNSEEN_BYTES)
-        if sum(held.values()) > TOTAL_BYTES:
+        if sum(max(0, websocket._held - UNSEEN_BYTES) for websocket in websockets) > TOTAL_BYTES:
+            held: collections.Counter[str] = collections.Counter()
+            for websocket in websockets:
+                held[websocket.address] += websocket._held if websocket.connected else 0
             address, _ = held.most_common(1)[0]
-            largest = max((w for w in websockets if w.address == address), key=lambda w: w._held)
+            largest = max((w for w in websockets if w.address == address and w.connected), key=lambda w: w._held)
             largest.close(TRY_AGAIN_LATER, "the server holds too much that is not answered yet")
 
     def _tick(self) -> None:

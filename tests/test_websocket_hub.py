@@ -8,6 +8,7 @@ import queue
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -35,6 +36,7 @@ TIMEOUT = 20  # seconds
 TEXT, BINARY, CONTINUATION, CLOSE, PING, PONG = 1, 2, 0, 8, 9, 10
 LIMITS = Limits(max_websockets=8, max_message=1_000_000, ping_interval=TIMEOUT, send_timeout=TIMEOUT)
 HANDSHAKE = {
+    "REQUEST_METHOD": "GET",
     "HTTP_CONNECTION": "keep-alive, Upgrade",
     "HTTP_UPGRADE": "WebSocket",
     "HTTP_SEC_WEBSOCKET_VERSION": "13",
@@ -154,6 +156,7 @@ def test_handshake() -> None:
 @pytest.mark.parametrize(
     ("changes", "status"),
     [
+        ({"REQUEST_METHOD": "HEAD"}, 400),
         ({"HTTP_UPGRADE": ""}, 426),
         ({"HTTP_CONNECTION": "keep-alive"}, 426),
         ({"HTTP_SEC_WEBSOCKET_VERSION": "8"}, 426),
@@ -370,6 +373,23 @@ def test_small_messages_are_bounded_by_number_and_size(peer: Peer, size: int) ->
     assert held == min(UNSEEN_MESSAGES, UNSEEN_BYTES // size + 1) < sent
     for _ in range(min(sent, 100)):  # what the kernel has comes behind
         assert peer.take() == "x" * size
+
+
+def test_flood_of_the_smallest_frames_leaves_the_thread_to_others(
+    peer: Peer, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(websocket_hub, "TICK", TIMEOUT)
+    other = Peer(hub)  # looked at in the first tick
+    peer.send(b"".join(frame(str(i % 10).encode(), PING) for i in range(1005)))
+    wait_until(lambda: peer.websocket._frames == 1000, "it was not read")
+    other.send(frame(b"a"))
+    assert other.take() == "a" and peer.websocket._frames == 1000
+    peer.websocket._tick(time.monotonic())
+    hub.poke(peer.websocket)
+    for _ in range(100):
+        assert peer.receive()[0] == PONG
+    wait_until(lambda: peer.websocket._frames == 5, "the rest was not read")
+    other.leave()
 
 
 def test_looking_ahead(peer: Peer) -> None:
