@@ -50,7 +50,7 @@ OPENING_LIMIT = 60.0  # seconds
 TICK = 1.0  # seconds
 SEND_CHUNK = 262_144  # bytes given to the kernel at a time, which copies what it takes
 
-GOING_AWAY, UNSUPPORTED, LOST, POLICY_VIOLATION = 1001, 1003, 1006, 1008  # RFC 6455, section 7.4.1
+GOING_AWAY, LOST, POLICY_VIOLATION = 1001, 1006, 1008  # RFC 6455, section 7.4.1
 TOO_BIG, TRY_AGAIN_LATER = 1009, 1013
 VERSION = "13"
 # An SSL socket that does not block raises its own exceptions.
