@@ -6,6 +6,8 @@ import struct
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from errors import ApiError
+
 
 def client_socket(environ: Mapping[str, Any]) -> socket.socket | None:
     """Return the socket of a request, if its server tells."""
@@ -39,3 +41,22 @@ def client_gone(environ: Mapping[str, Any]) -> Callable[[], bool]:
             return False
 
     return gone
+
+
+def take_socket(environ: Mapping[str, Any]) -> tuple[socket.socket, bytes]:
+    """Take the connection of a request over from its server.
+
+    Under a server that gives it up (``front.detach``) it is the caller's alone. Under others the request must not end
+    before the caller has closed it, and what a client sends before it has an answer is lost (RFC 6455, section 4.1,
+    forbids that).
+
+    :returns: the socket, and what the server has read of it beyond the request
+    :raises ApiError: if the server does not tell the socket
+    """
+    detach = environ.get("front.detach")
+    if detach is not None:
+        return detach()
+    sock = client_socket(environ)
+    if sock is None:
+        raise ApiError("this server does not hand its connections over: use gunicorn or flask run")
+    return sock, b""

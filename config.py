@@ -104,6 +104,8 @@ POSITIVE = (
     "REQUEST_READ_TIMEOUT",
     "UPDATE_PERIOD",
     "SSE_KEEP_ALIVE",
+    "MAX_WEBSOCKETS",
+    "WEBSOCKET_PING_INTERVAL",
 )
 
 # Models that are known by name: what they are and how they are talked to. Any other name works too, with DIALOGUE.
@@ -183,6 +185,7 @@ class Settings:
     TRUSTED_PROXIES: tuple[str, ...] = ()  # addresses and networks whose X-Forwarded-For is believed
     # Manners
     SSE_KEEP_ALIVE: float = 5.0  # seconds of silence after which a streamed answer sends a comment
+    MAX_WEBSOCKETS: int = 512  # open at a time; many systems let a program have 1024 files
     WEBSOCKET_PING_INTERVAL: float = 25.0  # seconds; proxies often cut lines that are silent for 60
     CORS_ORIGINS: tuple[str, ...] = ("*",)  # origins whose pages may use the HTTP API
     SHUTDOWN_TIMEOUT: float = 20.0  # seconds that running answers have to finish when the program is told to end

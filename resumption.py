@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 STALLED = 2.0  # seconds
 # A step that is broken off costs the session its attention cache. One that nobody attends may so long come to its end.
 STEP_GRACE = 1.0  # seconds
-# How often who waits for the end of an answer looks up; the end itself wakes them at once.
-LOOK_UP = 10.0  # seconds
 
 
 class Unreachable(Exception):
@@ -43,20 +41,26 @@ class Client(Protocol):
     @property
     def closed_on_purpose(self) -> bool: ...
 
-    def deliver(self, message: dict[str, Any]) -> None:
-        """Send a message.
+    def deliver(self, *messages: dict[str, Any]) -> None:
+        """Send messages, one after the other; wait, within a limit, while the client takes no data.
 
-        :raises Unreachable: if that does not succeed, within a limit
+        :raises Unreachable: if that does not succeed
         """
+
+    def offer(self, message: dict[str, Any]) -> None:
+        """Send a message, or leave it out if the client takes no data. Does not wait."""
 
     def stopped(self) -> bool:
         """Read what the client has sent; return whether it wants the running answer to end. Does not wait."""
+
+    def go_on(self) -> None:
+        """Handle what the client has sent during an answer that another thread has computed. Does not wait."""
 
     def abandon(self) -> None:
         """Break the connection off, so that whoever is sending on it fails. Does not wait."""
 
     def dismiss(self) -> None:
-        """Close the connection because the client goes on over another one."""
+        """Close the connection because the client goes on over another one. Does not wait."""
 
 
 class Outbox:
@@ -74,7 +78,7 @@ class Outbox:
         self._client: Client | None = client  # None: the connection was lost
         self._left_at = 0.0  # time.monotonic() when it was
         self._lock = threading.Lock()  # held while sending: what is sent has one order
-        self._changed = threading.Condition(self._lock)
+        self._held: Client | None = None  # a client whose messages wait for the end of the running answer
         self._answers = 0  # begun so far
         self._responses: list[tuple[dict[str, Any], int]] = []  # to the last request, with the position; if resumable
         self._place: int | None = None  # of the running answer in the queue
@@ -110,7 +114,7 @@ class Outbox:
             with self._lock:
                 self._running = self._computing = False
                 self._place = None
-                self._changed.notify_all()
+                self._release()
 
     def compute(self) -> None:
         """The running answer has its turn; what happens in the swarm is of interest from now on."""
@@ -137,30 +141,27 @@ class Outbox:
             self._send_response(response, position)
 
     def _send_response(self, response: dict[str, Any], position: int) -> None:
-        if self._client is not None and self._client.swarm_updates and response["ok"]:
-            response = {**response, "position": position}
-        self._deliver(response)
+        if self._client is not None:
+            self._deliver(told(self._client, response, position))
 
     def tell_place(self, place: int) -> None:
         """Tell a client that wants to know how many are before it; others see no message that they do not expect."""
         with self._lock:
             self._place = place
-            self._tell_place()
-
-    def _tell_place(self) -> None:
-        if self._place is not None and self._client is not None and self._client.queue_updates:
-            self._deliver({"ok": True, "queue": {"position": self._place}})
+            if self._client is not None and self._client.queue_updates:
+                # Who waits at the head of the queue tells this, and must not be held up.
+                self._client.offer({"ok": True, "queue": {"position": place}})
 
     def _tell_news(self) -> None:
         if self._computing and self._client is not None and self._client.swarm_updates:
             for news in self._watch.news():
                 self._deliver({"ok": True, "swarm": news})
 
-    def _deliver(self, message: dict[str, Any]) -> None:
-        """Send a message if there is a client. Who has asked for this to go on without a connection is not failed."""
+    def _deliver(self, *messages: dict[str, Any]) -> None:
+        """Send messages if there is a client. Who has asked for this to go on without a connection is not failed."""
         if (client := self._client) is not None:
             try:
-                client.deliver(message)
+                client.deliver(*messages)
             except Unreachable:
                 self._notice_loss(client)
 
@@ -170,7 +171,7 @@ class Outbox:
             self._client, self._left_at = None, time.monotonic()
             with contextlib.suppress(SessionNotFound):  # it may have given its place to another
                 self._service.sessions.detach(self.session_id)
-            self._changed.notify_all()
+            self._release()
 
     def cancelled(self) -> bool:
         """Whether the running answer should end; for the thread that computes it, which calls this often."""
@@ -195,15 +196,17 @@ class Outbox:
         self._overdue_at = self._overdue_at or now
         return between_steps or now - self._overdue_at >= STEP_GRACE
 
-    def attach(self, client: Client, received: int, answers: int | None = None) -> None:
+    def attach(self, client: Client, received: int, answers: int | None = None) -> bool:
         """Let a client go on here, from where it has lost its connection; if that still seems to live, it is closed.
 
         :param received: how many responses to its last request the client has already
         :param answers: how many requests it has sent; the last one may have been lost with the connection. Then nothing
             is sent, for it would be the answer to another request. None: as many as were begun
+        :returns: whether an answer is running; then the client is told to go on when it has ended, or is another's
         :raises InvalidParameter: if there are fewer responses, or more requests
         :raises SessionNotFound: if the session has ended
         """
+        before = None
         self._take_over()
         try:
             if answers is not None and answers > self._answers:
@@ -214,19 +217,34 @@ class Outbox:
                 raise InvalidParameter(f"received={received}, but there are {len(self._responses)} responses")
             self._service.sessions.attach(self.session_id)
             before, self._client = self._client, client
-            self._deliver({"ok": True, "answers": self._answers, "responses": len(self._responses)})
-            for response, position in self._responses[received:]:
-                self._send_response(response, position)
-            self._tell_place()
-            self._watch.restart()
-            if client.swarm_updates:
-                for news in self._watch.route():
-                    self._deliver({"ok": True, "swarm": news})
-            self._changed.notify_all()
+            self._release()
+            self._held = client if self._running else None
+            # All at once, which does not wait: whoever computes the answer, and others behind it, would wait as well.
+            self._deliver(*self._missed(client, received))
+            return self._running
         finally:
             self._lock.release()
-        if before is not None:
-            before.dismiss()
+            if before is not None and before is not client:
+                before.dismiss()
+
+    def _missed(self, client: Client, received: int) -> Iterator[dict[str, Any]]:
+        """Yield what a client is told that comes back."""
+        yield {"ok": True, "answers": self._answers, "responses": len(self._responses)}
+        for response, position in self._responses[received:]:
+            yield told(client, response, position)
+        if self._place is not None and client.queue_updates:
+            yield {"ok": True, "queue": {"position": self._place}}
+        self._watch.restart()
+        if client.swarm_updates:
+            for news in self._watch.route():
+                yield {"ok": True, "swarm": news}
+
+    def _release(self) -> None:
+        """Under the lock: tell who waits for the end of an answer, if it has ended or is not theirs any more."""
+        held = self._held
+        if held is not None and not (self._running and self._client is held):
+            self._held = None
+            held.go_on()
 
     def _take_over(self) -> None:
         """Acquire the lock, from whoever is sending to a client that takes no data if need be."""
@@ -236,14 +254,10 @@ class Outbox:
             if not self._lock.acquire(timeout=self._service.settings.SEND_TIMEOUT):
                 raise TimedOut(f"session {self.session_id} is busy with another connection")
 
-    def wait_until_over(self, client: Client) -> None:
-        """Wait for the end of the running answer, if there is one, or for the client's."""
-        with self._lock:
-            while self._running and self._client is client:
-                self._changed.wait(LOOK_UP)
-
     def leave(self, client: Client) -> None:
         """A connection has ended: close the session, or keep it for a while if the client may come back."""
+        if self._client is not client:  # which it will never be again; another one may hold the lock for long
+            return
         with self._lock:
             if self._client is client:
                 self._notice_loss(client)
@@ -258,6 +272,12 @@ class Outbox:
 
     def _close(self) -> None:
         self._client = None
+        self._release()
         with contextlib.suppress(ApiError):  # it may have given its place to another
             # What was computed serves who comes back, as the page does after a reload.
             self._service.sessions.close(self.session_id, remember=True)
+
+
+def told(client: Client, response: dict[str, Any], position: int) -> dict[str, Any]:
+    """Return a response as a client wants to be told it."""
+    return {**response, "position": position} if client.swarm_updates and response["ok"] else response

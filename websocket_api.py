@@ -1,27 +1,24 @@
-"""The WebSocket API, /api/v2/generate: one connection, one inference session, any number of answers."""
+"""The WebSocket API, /api/v2/generate: one connection, one inference session, any number of answers.
 
-import contextlib
-import functools
+A connection holds a thread only while one of its messages is handled.
+"""
+
+import atexit
 import json
 import logging
-import socket
 import threading
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-from flask import Flask, current_app, g, request
-from flask_sock import Sock
-from simple_websocket import ConnectionClosed
-from simple_websocket import Server as WebSocket
-from wsproto.connection import ConnectionState
-from wsproto.utilities import LocalProtocolError
+from flask import Flask, Response, current_app, g, jsonify, request
+from flask.typing import ResponseReturnValue
 
 from access import Caller, find_address, presented_key
-from client_socket import limit_sends
+from client_socket import take_socket
 from config import Settings
-from errors import ApiError, InvalidParameter, SessionNotFound, describe, error_body
+from errors import ApiError, InvalidParameter, SessionNotFound, ShuttingDown, TooManyRequests, describe, error_body
+from fair_pool import FairPool
 from generation import Chunk
 from inference_sessions import InferenceSession
 from parameters import (
@@ -37,105 +34,233 @@ from parameters import (
 from resumption import Outbox, Unreachable
 from service import Service, get_service
 from swarm.errors import Cancelled, SwarmError
+from websocket_hub import (
+    CLOSING_LIMIT,
+    GOING_AWAY,
+    POLICY_VIOLATION,
+    BadHandshake,
+    Closed,
+    Hub,
+    Limits,
+    NoRoom,
+    WebSocket,
+    accept_handshake,
+)
 
 log = logging.getLogger(__name__)
-sock = Sock()
 
-# How often an idle connection looks whether the program is ending.
-IDLE_POLL = 1.0  # seconds
 # Requests that a client may send ahead while an answer is running; one that sends more does not read its answers.
-MAX_PENDING, MAX_PENDING_SIZE = 64, 4_194_304  # messages, characters
-GOING_AWAY, POLICY_VIOLATION = 1001, 1008  # RFC 6455, section 7.4.1
+MAX_PENDING, MAX_PENDING_SIZE = 64, 4_194_304  # messages, bytes
 ON_PURPOSE = (1000, 1005)  # normal, and without a code; a browser that reloads or closes a page sends 1001
+INTERNAL_ERROR = 1011
 RESUMED_ELSEWHERE = 4001  # ours
-DISMISSAL = 1.0  # seconds for telling that to a connection that may be dead
+# Threads for messages whose handling waits for nothing, beside those that have a session or wait for one.
+SPARE_THREADS = 8
 CLOSE = "close_inference_session"
 
 
-@sock.route("/api/v2/generate")
-def generate_stream(websocket: WebSocket) -> None:
-    """Serve a connection until either side closes it."""
+class WebSockets:
+    """The open WebSockets of an app, and the threads that handle their messages."""
+
+    def __init__(self, settings: Settings, ending: threading.Event) -> None:
+        self.hub = Hub(
+            Limits(
+                max_websockets=settings.MAX_WEBSOCKETS,
+                max_message=settings.MAX_BODY_BYTES,
+                ping_interval=settings.WEBSOCKET_PING_INTERVAL,
+                send_timeout=settings.SEND_TIMEOUT,
+            )
+        )
+        # Those who have a session may all be answered, or wait for that; and so many may wait for a session.
+        threads = settings.MAX_SESSIONS + 2 * settings.MAX_QUEUE + SPARE_THREADS
+        self.pool = FairPool("websocket", threads)
+        self._ending = ending
+        self._watched = False
+        self._lock = threading.Lock()
+
+    def adopt(self, environ: Mapping[str, Any], address: str, accepted: bytes) -> WebSocket:
+        """Take over the connection of a request.
+
+        :param accepted: what its client is answered
+        :raises TooManyRequests: if there are too many
+        :raises ShuttingDown: if the program is ending
+        :raises Cancelled: if the client has gone already
+        """
+        self._watch()
+        try:
+            return self.hub.adopt(lambda: take_socket(environ), address, accepted)
+        except NoRoom as error:
+            raise TooManyRequests(str(error)) from None
+        except Closed as error:
+            raise ShuttingDown(str(error)) from None
+        except OSError as error:
+            raise Cancelled(f"the client has hung up: {error}") from None
+
+    def _watch(self) -> None:
+        """Have somebody wait for the end of the program, from the first connection on."""
+        with self._lock:
+            watched, self._watched = self._watched, True
+        if not watched:
+            atexit.register(self._let_finish)
+            threading.Thread(target=self._await_end, name="websockets-end", daemon=True).start()
+
+    def _await_end(self) -> None:
+        self._ending.wait()
+        self.hub.shut_down()
+
+    def _let_finish(self) -> None:
+        """Let slow clients have the end of their answers, for a moment, before the program ends."""
+        if self.hub.ending:
+            self.hub.join(2 * CLOSING_LIMIT)
+
+
+class Upgraded(Response):
+    """The response to a request whose connection is the hub's: nothing that its server may write."""
+
+    def __init__(self, websocket: WebSocket) -> None:
+        super().__init__(status=101)
+        self._websocket = websocket
+
+    def __call__(self, environ: Mapping[str, Any], start_response: Any) -> Any:
+        """End the request: at once, or, under servers that close the connection then, with the connection.
+
+        :raises StopIteration: as gunicorn, and what is made like it, wants to be told that nothing is left to do
+        :raises ConnectionAbortedError: as werkzeug does
+        """
+        if "front.detach" not in environ:
+            self._websocket.wait_closed()
+        if "werkzeug.socket" in environ:
+            raise ConnectionAbortedError("the WebSocket was closed")
+        raise StopIteration
+
+
+def generate_stream() -> ResponseReturnValue:
+    """Begin a connection."""
     service = get_service(current_app)
+    websockets: WebSockets = current_app.extensions["petals_chat_websockets"]
+    try:
+        accepted = accept_handshake(request.environ)
+    except BadHandshake as error:
+        return refuse(error)
+    key, address = presented_key(request.headers.get("Authorization")), find_address(request, service.settings)
+    websocket = websockets.adopt(request.environ, address, accepted)
     if not origin_allowed(request.headers.get("Origin"), request.host, service.settings.WEBSOCKET_ORIGINS):
         websocket.close(POLICY_VIOLATION, "pages of this origin may not use this API")
-        with contextlib.suppress(OSError):  # the client has gone
-            websocket.sock.shutdown(socket.SHUT_WR)  # else it waits for the end of the connection
-        return
-    key, address = presented_key(request.headers.get("Authorization")), find_address(request, service.settings)
-    Connection(websocket, service, g.request_id, key, address).serve()
+    app = current_app._get_current_object()  # type: ignore[attr-defined]
+    connection = Connection(websocket, app, g.request_id, key, address)
+    websocket.start(lambda: websockets.pool.submit(address, connection.serve))
+    return Upgraded(websocket)
+
+
+def refuse(error: BadHandshake) -> ResponseReturnValue:
+    """Answer a request that does not begin a WebSocket."""
+    api_error = ApiError(str(error))
+    api_error.status, api_error.code = error.status, "bad_handshake"
+    log.info("refused: %s", error)
+    response = jsonify(error_body(api_error, g.request_id))
+    response.status_code = error.status
+    response.headers.update(error.headers)
+    return response
 
 
 def origin_allowed(origin: str | None, host: str, allowed: Sequence[str]) -> bool:
     """Whether a browser's page of this origin may connect; programs send none."""
-    return origin is None or "*" in allowed or origin in allowed or urlsplit(origin).netloc == host
+    if origin is None or "*" in allowed or origin in allowed:
+        return True
+    try:
+        return urlsplit(origin).netloc == host
+    except ValueError:  # as of "http://["
+        return False
 
 
 class Connection:
-    """One open WebSocket."""
+    """One open WebSocket, as its session's client."""
 
-    def __init__(self, websocket: WebSocket, service: Service, request_id: str, key: str | None, address: str) -> None:
+    def __init__(self, websocket: WebSocket, app: Flask, request_id: str, key: str | None, address: str) -> None:
         self.websocket = websocket
-        self.service = service
+        self.service: Service = get_service(app)
         self.request_id = request_id
         self.queue_updates = False
         self.swarm_updates = False
+        self._app = app
         self._key = key  # from the handshake, or from the message that opens the session
         self._address = address
         self._caller: Caller | None = None
         self._entry: InferenceSession | None = None  # its session
         self._outbox: Outbox | None = None  # of its session
-        self._pending: deque[str | bytes] = deque()  # messages that came while an answer was running
         self._stopped = False
-        self._abandoned = False
-        websocket.sock = WholeSends(websocket.sock, service.settings.SEND_TIMEOUT)
 
     def serve(self) -> None:
-        """Answer messages one after the other; leave the session in the end, however the end comes."""
-        try:
-            while (message := self._receive()) is not None:
-                self._handle(message)
-            self.websocket.close(GOING_AWAY, "the server is shutting down")
-        except ConnectionClosed:
-            log.debug("connection closed by the client")
-        except Unreachable:
-            self.dismiss()  # if it is reachable: the session goes on over another connection
-        finally:
-            if self._outbox is not None:
-                self._outbox.leave(self)
+        """Handle the next message, or the end. Called when there is one, by one thread at a time."""
+        with self._app.app_context():
+            g.request_id = self.request_id  # for the log
+            try:
+                going_on = self._serve()
+            except Unreachable:
+                self.dismiss()  # if it is reachable: the session goes on over another connection
+                going_on = False
+            except Exception:
+                log.exception("a WebSocket is given up")
+                self.websocket.close(INTERNAL_ERROR, "internal error")
+                going_on = False
+            if not going_on:
+                self._leave()
 
-    def _receive(self) -> str | bytes | None:
-        """Wait for the next message; None if the program is ending.
+    def _serve(self) -> bool:
+        """Handle the next message; return whether there may be others.
 
         :raises Unreachable: if the client was lost, or has gone on over another connection
         """
-        while not self.service.ending.is_set():
-            if self._outbox is not None and not self._outbox.serves(self):
-                raise Unreachable
-            if self._pending:
-                return self._pending.popleft()
-            message = self.websocket.receive(timeout=IDLE_POLL)
-            if message is not None:
-                return message
-        return None
+        if self.service.ending.is_set():
+            self.websocket.close(GOING_AWAY, "the server is shutting down")
+            return False
+        if self._outbox is not None and not self._outbox.serves(self):
+            raise Unreachable
+        message = self.websocket.take()
+        if message is None:
+            log.debug("connection closed by the client")
+            return False
+        held = self._handle(message)
+        if not held:
+            self.go_on()
+        return True
 
-    def _handle(self, message: str | bytes) -> None:
+    def go_on(self) -> None:
+        """Handle what the client has sent meanwhile, when a thread is free. Does not wait."""
+        self.websocket.engaged = self._outbox is not None
+        self.websocket.done()
+
+    def _leave(self) -> None:
+        """Leave the session, however the end comes."""
+        try:
+            if self._outbox is not None:
+                self._outbox.leave(self)
+        finally:
+            self.websocket.finish()
+
+    def _handle(self, message: str | bytes) -> bool:
+        """Handle a message; return whether the next has to wait until ``go_on`` is called.
+
+        :raises Unreachable: if the client is gone
+        """
         try:
             request = parse_message(message)
             kind = request.get("type")
             if kind == "open_inference_session":
                 self._open(request)
             elif kind == "resume_inference_session":
-                self._resume(request)
+                return self._resume(request)
             elif kind == CLOSE:
                 self._close()
             elif kind == "generate":
                 self._generate(request)
             elif kind != "stop":  # a stop that came after the end of the answer
                 raise InvalidParameter('type must be "open_inference_session", "generate" or "stop"')
-        except (ConnectionClosed, Unreachable):
+        except Unreachable:
             raise
         except Exception as error:
             self.deliver(self._failure(error))
+        return False
 
     def _open(self, request: dict[str, Any]) -> None:
         max_length = require_int(request, "max_length", minimum=1)
@@ -168,8 +293,11 @@ class Connection:
             return self.service.access.page(token, self._address)
         return self.service.access.caller(get_text(request, "api_key") or self._key, self._address)
 
-    def _resume(self, request: dict[str, Any]) -> None:
-        """Go on with a session whose connection was lost; its running answer ends on this one."""
+    def _resume(self, request: dict[str, Any]) -> bool:
+        """Go on with a session whose connection was lost; its running answer ends on this one.
+
+        Returns whether there is one: what the client sends meanwhile is read by the thread that computes it.
+        """
         session_id = require_text(request, "session_id")
         received = require_int(request, "received", minimum=0)
         answers = get_int(request, "answers", minimum=0)
@@ -179,9 +307,13 @@ class Connection:
             raise SessionNotFound(f"the session {session_id} is not resumable")
         caller.check_model(entry.model.name)
         self._stopped = False
-        entry.outbox.attach(self, received, answers)
+        # Before it is attached: an answer that ends at once lets another thread go on here.
         self._caller, self._entry, self._outbox = caller, entry, entry.outbox
-        self._outbox.wait_until_over(self)
+        try:
+            return entry.outbox.attach(self, received, answers)
+        except BaseException:
+            self._caller = self._entry = self._outbox = None
+            raise
 
     def _close(self) -> None:
         if self._outbox is not None:
@@ -197,7 +329,8 @@ class Connection:
         if self._entry is None or self._outbox is None or self._caller is None:
             raise InvalidParameter("send open_inference_session before generate")
         # Who has asked already to close the session wants none of the answers before.
-        self._stopped = any(kind_of(message) == CLOSE for message in self._pending)
+        self._stopped = False
+        self.websocket.look_anew()
         with self._outbox.answering(self):
             try:
                 self._answer(params, self._entry, self._outbox, self._caller)
@@ -224,7 +357,7 @@ class Connection:
     def _tell_place(self, place: int) -> None:
         """Tell a client that wants to know how many wait for a session before it."""
         if self.queue_updates:
-            self.deliver({"ok": True, "queue": {"position": place}})
+            self.offer({"ok": True, "queue": {"position": place}})
 
     def _cancelled(self) -> bool:
         """Whether the client does not want to wait any more, or has gone."""
@@ -232,55 +365,47 @@ class Connection:
 
     def stopped(self) -> bool:
         """Whether the client has stopped the answer; other messages wait for the answer to end."""
-        with contextlib.suppress(ConnectionClosed):
-            while not self._stopped and (message := self.websocket.receive(timeout=0)) is not None:
-                kind = kind_of(message)
-                self._stopped = kind in ("stop", CLOSE)
-                if kind == "stop":
-                    break
-                if len(self._pending) < MAX_PENDING and self._pending_size() < MAX_PENDING_SIZE:
-                    self._pending.append(message)
-                else:
-                    self.websocket.close(POLICY_VIOLATION, "too many requests sent ahead")
+        while not self._stopped and (message := self.websocket.look()) is not None:
+            kind = kind_of(message)
+            self._stopped = kind in ("stop", CLOSE)
+            if kind == "stop":
+                self.websocket.withdraw()
+            count, size = self.websocket.ahead
+            if count > MAX_PENDING or size > MAX_PENDING_SIZE:
+                self.websocket.close(POLICY_VIOLATION, "too many requests sent ahead")
         return self._stopped
-
-    def _pending_size(self) -> int:
-        return sum(map(len, self._pending))
 
     @property
     def connected(self) -> bool:
         """Whether the client is there, as far as one knows."""
-        return self.websocket.connected and not self._abandoned
+        return self.websocket.connected
 
     @property
     def closed_on_purpose(self) -> bool:
         """Whether the client has closed the connection, and not because it leaves the page or loses its network."""
-        # A connection that is lost has the code 1005 too; but then there was no closing frame.
-        closed = self.websocket.ws.state in (ConnectionState.REMOTE_CLOSING, ConnectionState.CLOSED)
-        return closed and self.websocket.close_reason in ON_PURPOSE
+        return self.websocket.close_code in ON_PURPOSE
 
-    def deliver(self, message: dict[str, Any]) -> None:
-        """Send a message.
+    def deliver(self, *messages: dict[str, Any]) -> None:
+        """Send messages; wait while the client takes no data.
 
-        :raises Unreachable: if the client is gone, or takes no data
+        :raises Unreachable: if the client is gone, or takes none for too long
         """
         try:
-            self.websocket.send(json.dumps(message))
-        except (ConnectionClosed, OSError, LocalProtocolError) as error:
-            self.abandon()  # a part of the message may have gone out, after which nothing can follow
+            self.websocket.send(*map(json.dumps, messages))
+        except Closed as error:
             raise Unreachable(str(error)) from error
 
+    def offer(self, message: dict[str, Any]) -> None:
+        """Send a message, or the next one in its place if the client takes no data. Does not wait."""
+        self.websocket.offer(json.dumps(message))
+
     def abandon(self) -> None:
-        """Break the connection off: whoever sends or waits for data on it is woken. Does not wait."""
-        self._abandoned = True
-        with contextlib.suppress(OSError):
-            self.websocket.sock.shutdown(socket.SHUT_RDWR)
+        """Break the connection off: whoever sends on it is woken. Does not wait."""
+        self.websocket.abandon()
 
     def dismiss(self) -> None:
-        """Close the connection because the client has resumed its session on another one."""
-        with contextlib.suppress(ConnectionClosed, OSError, LocalProtocolError):
-            limit_sends(self.websocket.sock, DISMISSAL)
-            self.websocket.close(RESUMED_ELSEWHERE, "resumed elsewhere")
+        """Close the connection because the client has resumed its session on another one. Does not wait."""
+        self.websocket.close(RESUMED_ELSEWHERE, "resumed elsewhere")
 
     def _failure(self, error: Exception) -> dict[str, Any]:
         """Log a failure and return what to tell the client of it."""
@@ -290,30 +415,6 @@ class Connection:
         else:
             log.info("WebSocket request refused: %s", error if isinstance(error, (ApiError, SwarmError)) else status)
         return error_body(error, self.request_id)
-
-
-class WholeSends:
-    """A connection's socket, on which ``send`` sends all or fails within a limit, one message after the other.
-
-    simple-websocket takes it that ``send`` always does; and it sends its pings from another thread.
-    """
-
-    def __init__(self, sock: socket.socket, timeout: float) -> None:
-        """Wrap a socket.
-
-        :param timeout: seconds after which a client that takes no data is given up
-        """
-        self._sock = sock
-        self._lock = threading.Lock()
-        limit_sends(sock, timeout)
-
-    def send(self, data: bytes) -> int:
-        with self._lock:
-            self._sock.sendall(data)
-        return len(data)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._sock, name)
 
 
 def parse_message(message: str | bytes) -> dict[str, Any]:
@@ -369,10 +470,6 @@ def answer(chunks: list[Chunk]) -> dict[str, Any]:
 
 def register(app: Flask, settings: Settings) -> None:
     """Add the API to an app."""
-    app.config["SOCK_SERVER_OPTIONS"] = {
-        "ping_interval": settings.WEBSOCKET_PING_INTERVAL,
-        "max_message_size": settings.MAX_BODY_BYTES,
-        # Its reader may sit in a socket for a ping interval more; that must not keep the program from ending.
-        "thread_class": functools.partial(threading.Thread, daemon=True),
-    }
-    sock.init_app(app)
+    app.extensions["petals_chat_websockets"] = WebSockets(settings, get_service(app).ending)
+    for upgrades in (True, False):  # requests for an upgrade are routed for themselves
+        app.add_url_rule("/api/v2/generate", view_func=generate_stream, methods=["GET"], websocket=upgrades)

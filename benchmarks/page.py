@@ -23,9 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from flask import Flask, Response, request
-from flask_sock import Sock
 from playwright.sync_api import Page
-from simple_websocket import Server as WebSocket
 
 import api_docs
 import page
@@ -33,6 +31,8 @@ from config import Settings
 from service import Service
 from tests.browser import browser_page
 from tests.processes import listening
+from websocket_api import Upgraded, WebSockets
+from websocket_hub import WebSocket, accept_handshake
 
 # Events of the main thread in which scripts run; those within another of them are counted once. A layout that a script
 # asks for is part of it. The time is the thread's own, so that others on the machine do not count.
@@ -155,7 +155,13 @@ def serving(text: str, rate: float) -> Iterator[str]:
     app.add_url_rule("/readyz", "ready", lambda: {"ready": True, "models": {"writer": {"state": "ready"}}})
     app.add_url_rule("/module", "module", lambda: BLANK)
     app.add_url_rule("/naive", "naive", lambda: BLANK)
-    Sock(app).route("/api/v2/generate")(lambda websocket: write(websocket, text, rate))
+    websockets = WebSockets(service.settings, service.ending)
+
+    @app.get("/api/v2/generate", websocket=True)
+    def generate_stream() -> Response:
+        websocket = websockets.adopt(request.environ, "browser", accept_handshake(request.environ))
+        websocket.start(lambda: websockets.pool.submit("browser", lambda: write(websocket, text, rate)))
+        return Upgraded(websocket)
 
     @app.after_request
     def protect(response: Response) -> Response:
@@ -171,7 +177,7 @@ def serving(text: str, rate: float) -> Iterator[str]:
 
 def write(websocket: WebSocket, text: str, rate: float) -> None:
     """Speak the protocol of /api/v2/generate."""
-    while (message := websocket.receive()) is not None:
+    while (message := websocket.take()) is not None:
         if json.loads(message)["type"] != "generate":
             websocket.send(json.dumps({"ok": True, "session_id": "0", "resume_timeout": 60}))
             continue
@@ -183,6 +189,7 @@ def write(websocket: WebSocket, text: str, rate: float) -> None:
             response = {"ok": True, "outputs": token, "token_count": 1, "position": i + 1, "stop": last}
             end = {"finish_reason": "stop", "stop_sequence": "</s>"} if last else {}
             websocket.send(json.dumps(response | end))
+    (websocket.done if websocket.connected else websocket.finish)()
 
 
 BLANK = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Answer</title>

@@ -213,6 +213,29 @@ def test_taking_over(live_app: LiveApp, whole: str, answering: bool) -> None:
         assert new.generate(max_new_tokens=1)[0]["ok"]  # the session does not end with the old connection
 
 
+def test_waiting_for_the_end_of_an_answer_takes_no_thread(live_app: LiveApp) -> None:
+    """Connection after connection takes the answer over; what the last one has sent meanwhile is answered then."""
+    pool = live_app.app.extensions["petals_chat_websockets"].pool
+    wait_until(lambda: pool.working == 0, "something else is going on")
+    with contextlib.ExitStack() as stack:
+        ws = stack.enter_context(websocket(live_app.websocket_url))
+        session_id = open_resumable(ws)
+        ask_for_answer(ws, None)
+        replies = receive(ws, 1)
+        for _ in range(5):
+            ws = stack.enter_context(websocket(live_app.websocket_url))
+            assert resume(ws, session_id, len(replies))["ok"]
+            replies += receive(ws, 3)
+            wait_until(lambda: pool.working == 1, "there is more than the thread that computes the answer")
+        for _ in range(2):
+            ws.send({"type": "generate", "max_new_tokens": 1})
+        ws.send({"type": "stop"})
+        assert receive_all(ws)[-1]["finish_reason"] == "cancelled"
+        assert [reply["token_count"] for reply in receive(ws, 2)] == [1, 1]
+        wait_until(lambda: pool.working == 0, "threads are held")
+    wait_until(lambda: len(live_app.service.sessions) == 0, "the session was not closed")
+
+
 def test_stop_after_resuming(live_app: LiveApp) -> None:
     with websocket(live_app.websocket_url) as ws:
         session_id = open_resumable(ws)
@@ -412,14 +435,20 @@ class StalledClient:
     def __init__(self) -> None:
         self.reached, self.abandoned = threading.Event(), threading.Event()
 
-    def deliver(self, message: dict[str, Any]) -> None:
+    def deliver(self, *messages: dict[str, Any]) -> None:
         self.reached.set()
         self.abandoned.wait(TIMEOUT)
         self.connected = False
         raise Unreachable
 
+    def offer(self, message: dict[str, Any]) -> None:
+        raise AssertionError("there is no queue")
+
     def stopped(self) -> bool:
         return False
+
+    def go_on(self) -> None:
+        raise AssertionError("it waits for nothing")
 
     def abandon(self) -> None:
         self.abandoned.set()
@@ -428,12 +457,23 @@ class StalledClient:
         raise AssertionError("it has gone by then")
 
 
+class QueueingClient(StalledClient):
+    queue_updates = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.offered: list[dict[str, Any]] = []
+
+    def offer(self, message: dict[str, Any]) -> None:
+        self.offered.append(message)
+
+
 class AttentiveClient(StalledClient):
     def __init__(self) -> None:
         self.messages: list[dict[str, Any]] = []
 
-    def deliver(self, message: dict[str, Any]) -> None:
-        self.messages.append(message)
+    def deliver(self, *messages: dict[str, Any]) -> None:
+        self.messages += messages
 
 
 def test_taking_over_from_a_connection_that_takes_no_data(live_app: LiveApp, model: SwarmModel) -> None:
@@ -449,6 +489,17 @@ def test_taking_over_from_a_connection_that_takes_no_data(live_app: LiveApp, mod
     assert attentive.messages[0] == {"ok": True, "answers": 0, "responses": 1}
     assert attentive.messages[1]["outputs"] == "a"
     outbox.close(attentive)
+
+
+def test_place_in_the_queue_waits_for_nobody(live_app: LiveApp, model: SwarmModel) -> None:
+    """Whoever is at the head of the queue tells it: a client that takes no data must not hold up those behind."""
+    service: Service = live_app.service
+    entry = service.sessions.find(service.sessions.open(model, 16))
+    stalled = QueueingClient()
+    outbox = Outbox(service, entry, stalled, resumable=True)
+    outbox.tell_place(3)
+    assert stalled.offered == [{"ok": True, "queue": {"position": 3}}] and not stalled.reached.is_set()
+    outbox.close(stalled)
 
 
 def test_model_defaults(live_app: LiveApp) -> None:
