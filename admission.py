@@ -15,6 +15,9 @@ from swarm.errors import Cancelled
 
 # How often somebody who waits looks whether they still want to: hanging up is noticed within this time.
 POLL = 0.1  # seconds
+# So long whoever is next is waited for while they tell their client something. That takes milliseconds even on a busy
+# machine, unless the client takes no data.
+GRACE = 0.5  # seconds
 
 
 class QueueFull(Exception):
@@ -32,7 +35,7 @@ class _Ticket:
     client: str
     patient: bool
     present: Callable[[], bool]  # whether they are still there to be served
-    attentive: bool = True  # not while they are telling their client something, which may take long
+    busy_since: float | None = None  # time.monotonic() when it began with its callbacks, which may take long
     position: int = 0  # in the queue, 1 for the next one
     served: bool = False
     refusal: str = ""  # why they were turned away, if they were
@@ -70,7 +73,7 @@ class FairQueue:
     ) -> None:
         """Take a place, waiting for one if need be; it must be given back.
 
-        Nobody waits for another's callbacks: who is in one when a place becomes free is passed over.
+        Nobody waits for another's callbacks: who is in one for longer than ``GRACE`` is passed over meanwhile.
 
         :param client: whose share of the places it is
         :param patient: wait even if too many do already, and give way to nobody in that
@@ -150,13 +153,13 @@ class FairQueue:
         with self._lock:
             if ticket.refusal:
                 raise QueueFull(ticket.refusal)
-            ticket.attentive = False
+            ticket.busy_since = time.monotonic()
             return ticket.served
 
     def _listen(self, ticket: _Ticket) -> None:
         """A ticket's callbacks are done; a place may have become free meanwhile."""
         with self._lock:
-            ticket.attentive = True
+            ticket.busy_since = None
             if self._taken < self.places:
                 self._serve()
 
@@ -183,9 +186,11 @@ class FairQueue:
     def _serve(self) -> None:
         """Under the lock: hand over the places that are free, and count anew who is where in the queue."""
         while self._taken < self.places:
-            ticket = next((ticket for ticket in self._in_order() if ticket.attentive), None)
-            if ticket is None:
-                break
+            since = time.monotonic() - GRACE
+            here = (ticket for ticket in self._in_order() if ticket.busy_since is None or ticket.busy_since > since)
+            ticket = next(here, None)
+            if ticket is None or ticket.busy_since is not None:
+                break  # whoever waits looks again within POLL
             self._waiting.remove(ticket)
             self._held[ticket.client] += 1
             self._turn += 1

@@ -10,10 +10,11 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import pytest
 
-from errors import ApiError, SessionNotFound, ShuttingDown, TimedOut, TooManySessions
+from errors import ApiError, SessionNotFound, ShuttingDown, TimedOut, TooManyRequests, TooManySessions
 from generation import Detokenizer
 from inference_sessions import InferenceSession, InferenceSessions
 from swarm.errors import Cancelled, SessionLengthExceeded
+from tests.test_session import wait_until
 from tests.tiny import make_tokenizer
 
 TIMEOUT = 300.0  # seconds after which an unused session expires, on the test's clock
@@ -675,6 +676,119 @@ def test_attention_cache_of_detached_sessions_is_given_to_others(
     assert len(resumable) == 0
 
 
+# Shares of different clients
+
+
+def test_hoarder_gives_way_the_longest_unused_first(model: FakeModel, clock: Clock) -> None:
+    sessions = InferenceSessions(64, TIMEOUT, clock)
+    hoard = []
+    for _ in range(64):
+        clock.now += 0.1
+        hoard.append(sessions.open(model, 16, client="hoarder"))
+    entry_of(sessions, hoard[0])  # used again, and so the last to go
+    clock.now += 0.1
+    for number in range(32):
+        sessions.open(model, 16, client="newcomer")
+        with pytest.raises(SessionNotFound, match="somebody with fewer wanted one"):
+            entry_of(sessions, hoard[number + 1])
+    assert sum(session_id in sessions._sessions for session_id in hoard) == len(sessions) - 32 == 32
+    for client in ("hoarder", "newcomer"):  # who have equally many now
+        with pytest.raises(TooManySessions):
+            sessions.open(model, 16, client=client)
+    sessions.open(model, 16, client="a third one")
+    sessions.shut_down(0)
+    assert not sessions._places.held
+
+
+def test_equal_clients_do_not_displace_each_other(sessions: InferenceSessions, model: FakeModel) -> None:
+    ids = [sessions.open(model, 16, client=client) for client in "abc"]
+    for client in "abcd":
+        with pytest.raises(TooManySessions):
+            sessions.open(model, 16, client=client)
+    assert all(is_open(sessions, session_id) for session_id in ids)
+
+
+def test_session_in_use_is_not_displaced(sessions: InferenceSessions, model: FakeModel, clock: Clock) -> None:
+    ids = [sessions.open(model, 16, kept=True, client="hoarder") for _ in range(3)]
+    with contextlib.ExitStack() as users:
+        users.enter_context(sessions.use(ids[0], wait=0))
+        with contextlib.ExitStack() as others:
+            for session_id in ids[1:]:
+                others.enter_context(sessions.use(session_id, wait=0))
+            with pytest.raises(TooManySessions):
+                sessions.open(model, 16, client="newcomer")
+        clock.now += 1
+        sessions.open(model, 16, client="newcomer")
+        assert [is_open(sessions, session_id) for session_id in ids[1:]] == [False, True]
+    assert model.opened[0].calls == []
+
+
+def test_sessions_removed_in_use_have_their_places(sessions: InferenceSessions, model: FakeModel) -> None:
+    """They are not in the registry any more, but nobody else can have their places yet: others have to give way."""
+    ids = [sessions.open(model, 16, client="hoarder") for _ in range(3)]
+    with contextlib.ExitStack() as users:
+        for session_id in ids[:2]:
+            users.enter_context(sessions.use(session_id, wait=0))
+            sessions.close(session_id)
+        sessions.open(model, 16, client="newcomer")
+        assert [session.calls for session in model.opened] == [[], [], ["close"], []]
+        with pytest.raises(TooManySessions):
+            sessions.open(model, 16, client="newcomer")
+    assert sessions._places.held == {"newcomer": 1}
+
+
+def test_waiting_for_one_session_is_bounded(
+    sessions: InferenceSessions, model: FakeModel, pool: ThreadPoolExecutor
+) -> None:
+    sessions.max_waiting_per_session = 2
+    busy, other = sessions.open(model, 16), sessions.open(model, 16)
+    with sessions.use(busy, wait=0):
+        waiting = [pool.submit(use_briefly, sessions, busy) for _ in range(2)]
+        wait_until(lambda: sessions.find(busy).users == 3, "they do not wait")
+        for _ in range(3):
+            with pytest.raises(TooManyRequests, match=f"session {busy} is busy, and 2 requests wait for it already"):
+                use_briefly(sessions, busy)
+        use_briefly(sessions, other)
+    for future in waiting:
+        future.result(timeout=LIMIT)
+    use_briefly(sessions, busy)
+
+
+def test_unused_sessions_are_released_of_who_holds_most_first(
+    model: FakeModel, clock: Clock, sessions: InferenceSessions
+) -> None:
+    sessions.max_sessions = 8
+    lengths = {"a": 100, "b": 60, "c": 60, "d": 60, "e": 30, "f": 500}  # the name is also the order of last use
+    clients = {"a": "small", "b": "large", "c": "large", "d": "large", "e": "small", "f": "idle"}
+    ids, calls = {}, {}
+    for name, length in lengths.items():
+        clock.now += 1
+        ids[name] = sessions.open(model, length, client=clients[name])
+        calls[name] = model.opened[-1].calls
+        model.opened[-1].position = 0 if name == "f" else 1  # which has not computed anything yet
+    released: list[str] = []
+
+    def free(tokens: int) -> list[str]:
+        before = {name for name in calls if calls[name]}
+        assert sessions.free_cache("it", tokens) == bool({n for n in calls if calls[n]} - before)
+        return sorted({name for name in calls if calls[name]} - before)
+
+    with sessions.use(ids["c"], wait=0):  # who is being answered loses nothing
+        released += free(1)
+        assert released == ["b"]  # 180 of the large one against 130
+        assert free(1) == ["a"]  # 120 against 130
+        assert free(61) == ["d", "e"]
+        assert free(1) == []
+    assert free(1) == ["c"]
+    assert not sessions.free_cache("another", 1)
+    assert all(is_open(sessions, session_id) for session_id in ids.values())
+    model.opened[0].position = 1
+    with sessions.use(ids["a"], wait=0):
+        pass
+    calls["a"].clear()
+    assert free(1) == ["a"]
+
+
 def test_sessions_of_others_are_not_found(sessions: InferenceSessions, model: FakeModel) -> None:
     session_id = sessions.open(model, 16, owner="ann")
     assert sessions.find(session_id, "ann").session_id == session_id
@@ -877,7 +991,7 @@ class Visitor:
         self.random = random.Random(seed)
 
     def visit(self) -> None:
-        actions = (self.open, self.use, self.use, self.use, self.close, self.expire, self.temporary)
+        actions = (self.open, self.use, self.use, self.use, self.close, self.expire, self.temporary, self.free_cache)
         for _ in range(150):
             try:
                 self.random.choice(actions)()
@@ -887,7 +1001,8 @@ class Visitor:
                 assert len(self.sessions) <= self.sessions.max_sessions
 
     def open(self) -> None:
-        self.ids.append(self.sessions.open(self.model, 16, kept=self.random.random() < 0.5))
+        client = self.random.choice("aab")  # one that wants more than the other
+        self.ids.append(self.sessions.open(self.model, 16, kept=self.random.random() < 0.5, client=client))
 
     def use(self) -> None:
         if self.ids:
@@ -897,6 +1012,7 @@ class Visitor:
     def work_with(self, session: FakeSession) -> None:
         before = list(session.calls)
         session.token_ids.append(1)
+        session.position = 1
         assert len(session.token_ids) == 1, "somebody else uses it"
         self.clock.now += self.random.random() * TIMEOUT / 4
         session.token_ids.pop()
@@ -908,6 +1024,9 @@ class Visitor:
 
     def expire(self) -> None:
         self.sessions.expire()
+
+    def free_cache(self) -> None:
+        self.sessions.free_cache(self.model.name, 16)
 
     def temporary(self) -> None:
         with self.sessions.temporary(self.model, 16) as entry:
@@ -924,8 +1043,9 @@ def test_many_threads(model: FakeModel, clock: Clock, pool: ThreadPoolExecutor, 
     for visit in visits:
         visit.result(timeout=3 * LIMIT)
     sessions.shut_down(0)
-    assert len(sessions) == 0
+    assert len(sessions) == 0 and not sessions._places.held
     assert all(session.calls.count("close") == 1 for session in model.opened)
+    assert any("release" in session.calls for session in model.opened)
 
 
 def test_many_sessions_through_few_places(pool: ThreadPoolExecutor, model: FakeModel, clock: Clock) -> None:
