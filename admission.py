@@ -1,15 +1,23 @@
-"""A bounded number of places, and a bounded, fair queue before them. Knows nothing of what the places are for."""
+"""A bounded number of places, and a bounded, fair queue before them. Knows nothing of what the places are for.
 
+Fair is max-min: who waits and has the fewest places is served next, and where too many wait, whoever has most requests
+among them gives way. Nothing is set aside: while nobody else wants one, a client may have all places.
+"""
+
+import heapq
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from swarm.errors import Cancelled
 
 # How often somebody who waits looks whether they still want to: hanging up is noticed within this time.
 POLL = 0.1  # seconds
+# So long whoever is next is waited for while they tell their client something. That takes milliseconds even on a busy
+# machine, unless the client takes no data.
+GRACE = 0.5  # seconds
 
 
 class QueueFull(Exception):
@@ -22,13 +30,20 @@ class WaitedTooLong(Exception):
 
 @dataclass(eq=False)
 class _Ticket:
-    """Somebody who waits."""
+    """Somebody who waits. All but ``woken`` is guarded by the queue's lock."""
 
+    client: str
+    patient: bool
     present: Callable[[], bool]  # whether they are still there to be served
+    busy_since: float | None = None  # time.monotonic() when it began with its callbacks, which may take long
+    position: int = 0  # in the queue, 1 for the next one
+    served: bool = False
+    refusal: str = ""  # why they were turned away, if they were
+    woken: threading.Event = field(default_factory=threading.Event)  # set when something of this has changed
 
 
 class FairQueue:
-    """Places for a bounded number of users: who comes first is served first."""
+    """Places for a bounded number of users, shared fairly between clients; of one client, who comes first is first."""
 
     def __init__(self, places: int, *, max_waiting: int, timeout: float) -> None:
         """Make a queue with all places free.
@@ -40,13 +55,16 @@ class FairQueue:
         self.places = places
         self.max_waiting = max_waiting
         self.timeout = timeout
-        self._taken = 0
-        self._waiting: deque[_Ticket] = deque()
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._held: Counter[str] = Counter()  # places of each client that has any
+        self._waiting: list[_Ticket] = []  # in the order in which they came
+        self._turn = 0  # counts the places handed over
+        self._turns: dict[str, int] = {}  # of each client that has or wants a place: when it was given one last
 
     def take(
         self,
         *,
+        client: str = "",
         patient: bool = False,
         cancelled: Callable[[], bool] | None = None,
         on_position: Callable[[int], None] | None = None,
@@ -55,70 +73,169 @@ class FairQueue:
     ) -> None:
         """Take a place, waiting for one if need be; it must be given back.
 
-        :param patient: wait even if too many do already
+        Nobody waits for another's callbacks: who is in one for longer than ``GRACE`` is passed over meanwhile.
+
+        :param client: whose share of the places it is
+        :param patient: wait even if too many do already, and give way to nobody in that
         :param cancelled: looked at while waiting; ends it when it returns true
         :param on_position: told the place in the queue, 1 for the next one, whenever it changes
         :param present: whether who waits is still there; see ``awaited``. Called under the queue's lock
-        :param make_room: called, without any lock, while no place is free; may give places back
+        :param make_room: called, without any lock, while no place is free; may give places back. Must not wait
         :raises QueueFull, WaitedTooLong, Cancelled: if there is no place
         """
-        ticket, deadline, told = _Ticket(present), time.monotonic() + self.timeout, 0
-        if self._full() and make_room is not None:
+        if make_room is not None and self.full:
             make_room()
-        with self._changed:
-            if not self._waiting and self._taken < self.places:
-                self._taken += 1
-                return
-            if len(self._waiting) >= self.max_waiting and not patient:
-                raise QueueFull(f"{len(self._waiting)} wait already")
-            self._waiting.append(ticket)
+        ticket = _Ticket(client, patient, present)
+        deadline = time.monotonic() + self.timeout
         try:
-            while not self._try_take(ticket):
+            self._join(ticket)
+            told = 0
+            while not self._is_served(ticket):
                 if cancelled is not None and cancelled():
                     raise Cancelled("the wait for a place was given up")
                 if time.monotonic() > deadline:
                     raise WaitedTooLong(f"none became free within {self.timeout:.0f} s")
-                if make_room is not None:
+                if on_position is not None and ticket.position != told:
+                    told = ticket.position
+                    on_position(told)
+                self._listen(ticket)
+                ticket.woken.wait(POLL)
+                ticket.woken.clear()
+                if make_room is not None and not ticket.served:
                     make_room()
-                position = self._position(ticket)
-                if on_position is not None and position != told:
-                    on_position(position)
-                    told = position
-                with self._changed:
-                    if self._waiting[0] is not ticket or self._taken >= self.places:
-                        self._changed.wait(POLL)
         except BaseException:
-            with self._changed:
-                if ticket in self._waiting:
-                    self._waiting.remove(ticket)
-                self._changed.notify_all()
+            self._withdraw(ticket)
             raise
 
     @property
     def awaited(self) -> bool:
         """Whether somebody waits who is there."""
-        with self._changed:
+        with self._lock:
             return any(ticket.present() for ticket in self._waiting)
 
-    def _full(self) -> bool:
-        with self._changed:
+    @property
+    def full(self) -> bool:
+        """Whether all places are taken."""
+        with self._lock:
             return self._taken >= self.places
 
-    def _try_take(self, ticket: _Ticket) -> bool:
-        with self._changed:
-            if self._waiting[0] is not ticket or self._taken >= self.places:
-                return False
-            self._waiting.popleft()
-            self._taken += 1
-            self._changed.notify_all()
-            return True
+    @property
+    def held(self) -> Counter[str]:
+        """How many places each client has."""
+        with self._lock:
+            return self._held.copy()
 
-    def _position(self, ticket: _Ticket) -> int:
-        with self._changed:
-            return self._waiting.index(ticket) + 1
+    def give_back(self, client: str = "") -> None:
+        """Free a place, or hand it over to who is next. Does not wait.
 
-    def give_back(self) -> None:
-        """Free a place."""
-        with self._changed:
-            self._taken -= 1
-            self._changed.notify_all()
+        :param client: who took it
+        """
+        with self._lock:
+            self._let_go(client)
+            self._serve()
+
+    @property
+    def _taken(self) -> int:
+        return self._held.total()
+
+    def _join(self, ticket: _Ticket) -> None:
+        with self._lock:
+            self._waiting.append(ticket)
+            self._serve()
+            if len(self._waiting) > self.max_waiting and not (ticket.served or ticket.patient):
+                self._turn_one_away(ticket.client)
+
+    def _is_served(self, ticket: _Ticket) -> bool:
+        """Whether a ticket has its place; if not, its callbacks may be called now.
+
+        :raises QueueFull: if it was turned away
+        """
+        with self._lock:
+            if ticket.refusal:
+                raise QueueFull(ticket.refusal)
+            ticket.busy_since = time.monotonic()
+            return ticket.served
+
+    def _listen(self, ticket: _Ticket) -> None:
+        """A ticket's callbacks are done; a place may have become free meanwhile."""
+        with self._lock:
+            ticket.busy_since = None
+            if self._taken < self.places:
+                self._serve()
+
+    def _withdraw(self, ticket: _Ticket) -> None:
+        with self._lock:
+            if ticket.served:
+                self._let_go(ticket.client)
+            elif ticket in self._waiting:
+                self._waiting.remove(ticket)
+            self._forget(ticket.client)
+            self._serve()
+
+    def _let_go(self, client: str) -> None:
+        self._held[client] -= 1
+        if not self._held[client]:
+            del self._held[client]
+        self._forget(client)
+
+    def _forget(self, client: str) -> None:
+        """Forget when a client had its last turn, if it neither has nor wants a place: clients are without number."""
+        if client not in self._held and not any(ticket.client == client for ticket in self._waiting):
+            self._turns.pop(client, None)
+
+    def _serve(self) -> None:
+        """Under the lock: hand over the places that are free, and count anew who is where in the queue."""
+        while self._taken < self.places:
+            since = time.monotonic() - GRACE
+            here = (ticket for ticket in self._in_order() if ticket.busy_since is None or ticket.busy_since > since)
+            ticket = next(here, None)
+            if ticket is None or ticket.busy_since is not None:
+                break  # whoever waits looks again within POLL
+            self._waiting.remove(ticket)
+            self._held[ticket.client] += 1
+            self._turn += 1
+            self._turns[ticket.client] = self._turn
+            ticket.served = True
+            ticket.woken.set()
+        for position, ticket in enumerate(self._in_order(), 1):
+            if ticket.position != position:
+                ticket.position = position
+                ticket.woken.set()
+
+    def _in_order(self) -> list[_Ticket]:
+        """Under the lock: who waits, in the order in which they are served if no more clients come.
+
+        It is max-min fair sharing in whole places: next is the client with fewest, and of several the one whose last
+        turn was first; clients that have had none are taken in the order in which they came.
+        """
+        queues: dict[str, deque[_Ticket]] = {}
+        for ticket in self._waiting:
+            queues.setdefault(ticket.client, deque()).append(ticket)
+        clients = [
+            (self._held[client], self._turns.get(client, 0), number, client) for number, client in enumerate(queues)
+        ]
+        heapq.heapify(clients)
+        order: list[_Ticket] = []
+        while clients:
+            held, _, number, client = clients[0]
+            order.append(queues[client].popleft())
+            if queues[client]:
+                heapq.heapreplace(clients, (held + 1, self._turn + len(order), number, client))
+            else:
+                heapq.heappop(clients)
+        return order
+
+    def _turn_one_away(self, newcomer: str) -> None:
+        """Under the lock: too many wait; the newest of whoever has most among them has to go.
+
+        Of those that have as many it is the newcomer's: else equals would push each other out for ever.
+        """
+        counts = Counter(ticket.client for ticket in self._waiting if not ticket.patient)
+        most = max(counts, key=lambda client: (counts[client], client == newcomer))
+        ticket = next(ticket for ticket in reversed(self._waiting) if ticket.client == most and not ticket.patient)
+        self._waiting.remove(ticket)
+        ticket.refusal = f"{len(self._waiting)} wait already"
+        if most != newcomer:
+            ticket.refusal += ", one of them for a client that has asked for less"
+        ticket.woken.set()
+        self._serve()

@@ -132,11 +132,13 @@ class Answers:
             task.length,
             rows=task.choices,
             owner=self._caller.owner,
+            client=self._caller.client,
             remember=task.remember,
             cancelled=cancelled,
         )
         # The first prompt of a request may be refused for the key's limit; the others wait for their turn.
-        with opened as entry, service.generating(self._caller, cancelled, patient=number > 0):
+        allowed = self._caller.generating(patient=number > 0, cancelled=cancelled)
+        with allowed, opened as entry, service.generating(self._caller, cancelled):
             written: list[int] = []  # an entry for each token
             try:
                 self._write(entry, task, number, first, written)

@@ -162,6 +162,7 @@ class Settings:
     MAX_QUEUE: int = (
         32  # requests that may wait for a session, and as many for their answer's turn; each takes a thread
     )
+    MAX_WAITING_PER_SESSION: int = 4  # requests that may wait for one busy session; each takes a thread
     QUEUE_TIMEOUT: float = 30.0  # seconds that each may wait, for these and for attention cache on the servers
     # Sessions of finished answers are kept, for who goes on from them; they make room when somebody needs it.
     WARM_SESSIONS: int = 32  # at a time; 0: none

@@ -33,6 +33,7 @@ def generate_text() -> Response:
     service.log_text("inputs", params.inputs)
     cancelled = client_gone(request.environ)
     with (
+        g.caller.generating(cancelled=cancelled),
         _session(service, values, params, cancelled) as (session, params),
         service.generating(g.caller, cancelled),
     ):
@@ -49,7 +50,10 @@ def open_inference_session() -> Response:
     max_length = require_int(values, "max_length", minimum=1)
     service = get_service(current_app)
     model = service.model(g.caller, get_text(values, "model"))
-    session_id = service.sessions.open(model, max_length, owner=g.caller.owner, cancelled=client_gone(request.environ))
+    g.caller.count_request()
+    session_id = service.sessions.open(
+        model, max_length, owner=g.caller.owner, client=g.caller.client, cancelled=client_gone(request.environ)
+    )
     return jsonify(ok=True, session_id=session_id)
 
 
@@ -78,7 +82,8 @@ def _session(
             # It may go on in rounds to the end of the session, which is what was asked for and not the room beyond.
             params = dataclasses.replace(params, max_length=needed)
         length = stateless_length(needed, model.max_length)
-        with service.sessions.temporary(model, length, owner=g.caller.owner, cancelled=cancelled) as session:
+        owner, client = g.caller.owner, g.caller.client
+        with service.sessions.temporary(model, length, owner=owner, client=client, cancelled=cancelled) as session:
             yield session, params
         return
     wait = service.settings.REQUEST_TIMEOUT

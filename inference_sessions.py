@@ -9,12 +9,13 @@ import logging
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from admission import POLL, FairQueue, QueueFull, WaitedTooLong
-from errors import SessionNotFound, ShuttingDown, TimedOut, TooManySessions
+from errors import SessionNotFound, ShuttingDown, TimedOut, TooManyRequests, TooManySessions
 from generation import Chunk, Detokenizer, encode_inputs, generate, token_budget
 from parameters import GenerationParams
 from session_memory import SessionMemory
@@ -34,6 +35,8 @@ class InferenceSession:
     # Where its tokens may be found, computed already, and where it may end.
     memory: SessionMemory = field(default_factory=SessionMemory)
     owner: str = ""  # with whom nobody else shares what was computed
+    client: str = ""  # of whose share of places and attention cache it takes
+    rows: int = 1  # sequences
     may_grow: bool = False  # whether a kept session that is longer may take its place
     remembered: bool = False  # whether it goes to the memory in the end
     cached_tokens: int = 0  # of its first request's tokens, how many were computed already
@@ -41,7 +44,8 @@ class InferenceSession:
     users: int = 0  # threads that use it or wait for it; guarded by the registry's lock
     last_used: float = 0.0  # the registry's clock; guarded by the registry's lock
     kept: bool = False  # whether it outlives its timeout, without its attention cache, until its place is needed
-    parked: bool = False  # whether its attention cache was freed by the timeout; guarded by the registry's lock
+    parked: bool = False  # whether it was unused for so long that its place may go; guarded by the registry's lock
+    released: bool = False  # whether its attention cache was freed since its last use; guarded by the registry's lock
     outbox: Any = None  # where the answers of a session go that may outlive its connection
     detached_since: float | None = None  # since when it is without one, registry's clock; guarded by its lock
     closing: bool = False  # to be closed by its last user; guarded by the registry's lock
@@ -69,6 +73,20 @@ class InferenceSession:
     def length(self) -> int:
         """Tokens of prompts and answers."""
         return len(self.session.token_ids)
+
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens of attention cache that it holds, or will in a moment, on each server. Under the registry's lock."""
+        holds = self.users or (self.session.position and not self.released)
+        return self.session.max_length * self.rows if holds else 0
+
+    def release_soon(self) -> None:
+        """Free the attention cache of a session that nobody uses, under the registry's lock. Does not wait.
+
+        The tokens stay; whoever uses the session next finds it so, and the cache is computed anew.
+        """
+        self.released = True
+        self.session.release_soon()
 
     def recall(self, token_ids: list[int]) -> list[int]:
         """If these tokens, or the first of them, were computed for a kept session, go on from there.
@@ -121,6 +139,7 @@ class InferenceSessions:
         max_waiting: int = 0,
         queue_timeout: float = 0.0,
         resume_timeout: float = 0.0,
+        max_waiting_per_session: int | None = None,
         memory: SessionMemory | None = None,
     ) -> None:
         """Make an empty registry.
@@ -131,11 +150,13 @@ class InferenceSessions:
         :param max_waiting: how many may wait for a session to be closed when all are taken
         :param queue_timeout: seconds that each of them may wait
         :param resume_timeout: seconds after which a session that has lost its connection is closed
+        :param max_waiting_per_session: how many may wait for one session while it is in use; None: any number
         :param memory: keeps sessions that have ended; default: none are kept
         """
         self.memory = SessionMemory() if memory is None else memory
         self.timeout = timeout
         self.resume_timeout = resume_timeout
+        self.max_waiting_per_session = max_waiting_per_session
         self._clock = clock
         self._lock = threading.Lock()
         self._sessions: dict[str, InferenceSession] = {}
@@ -169,13 +190,15 @@ class InferenceSessions:
         rows: int = 1,
         kept: bool = False,
         owner: str = "",
+        client: str = "",
         cancelled: Callable[[], bool] | None = None,
         on_position: Callable[[int], None] | None = None,
     ) -> str:
-        """Open a session and return its id; if all are taken, wait for one to be closed.
+        """Open a session and return its id; if all are taken, wait for one to be closed, or take one from who has most.
 
         :param rows: sequences of the session, see ``SwarmSession``
         :param owner: with whom alone it shares what was computed
+        :param client: whose it is where places and attention cache are shared out
         :param kept: the session belongs to an open connection: when unused for ``timeout`` seconds it is not closed,
             but its attention cache is freed, and built anew when it is used again. Its place is given to others only
             when there is no other.
@@ -189,9 +212,10 @@ class InferenceSessions:
         self._check_open()
         try:
             self._places.take(
+                client=client,
                 cancelled=lambda: self._refusing or (cancelled is not None and cancelled()),
                 on_position=on_position,
-                make_room=self._make_room,
+                make_room=lambda: self._make_room(client),
             )
         except (QueueFull, WaitedTooLong) as error:
             raise TooManySessions(f"all {self.max_sessions} inference sessions are taken: {error}") from None
@@ -199,9 +223,11 @@ class InferenceSessions:
             self._check_open()
             session = model.open_session(max_length, rows) if rows > 1 else model.open_session(max_length)
             detokenizer = Detokenizer(model.tokenizer)
-            entry = InferenceSession(str(uuid.uuid4()), model, session, detokenizer, self.memory, owner, kept=kept)
+            entry = InferenceSession(
+                str(uuid.uuid4()), model, session, detokenizer, self.memory, owner, client, rows, kept=kept
+            )
         except BaseException:
-            self._places.give_back()
+            self._places.give_back(client)
             raise
         with self._lock:
             entry.last_used = self._clock()
@@ -216,17 +242,37 @@ class InferenceSessions:
         if self._refusing:
             raise ShuttingDown("the server is shutting down and opens no new sessions")
 
-    def _make_room(self) -> None:
-        """When all places are taken: close what has expired, or else one whose client has left, or is away for long."""
+    def _make_room(self, client: str) -> None:
+        """When all places are taken: close what has expired, or else one session that has to give way. Does not wait.
+
+        That is one without its connection, one that was unused for long, or one of a client that has many more.
+        """
         self.expire()
         with self._lock:
-            parked = [entry for entry in self._sessions.values() if entry.parked and entry.users == 0]
-            entry = self._longest_left() or min(parked, key=lambda entry: entry.last_used, default=None)
-            if entry is None or len(self._sessions) < self.max_sessions:
+            entry = self._longest_left() or self._longest_parked() or self._most_dispensable(client)
+            if entry is None or not self._places.full:
                 return
             entry.remembered = entry.detached_since is not None
             self._remove(entry)
-        self._close(entry)
+            # At once: others who look for room count the places that each client has.
+            self._places.give_back(entry.client)
+        self._end(entry)
+
+    def _longest_parked(self) -> InferenceSession | None:
+        """Under the lock: of the sessions whose timeout is over, the one that is unused for longest."""
+        parked = [entry for entry in self._sessions.values() if entry.parked and entry.users == 0]
+        return min(parked, key=lambda entry: entry.last_used, default=None)
+
+    def _most_dispensable(self, client: str) -> InferenceSession | None:
+        """Under the lock: for one more session of a client, the one that is unused for longest of who has most.
+
+        Who gives way must have at least two more, and so not fewer in the end: equals never push each other out.
+        """
+        held = self._places.held
+        idle = [
+            entry for entry in self._sessions.values() if entry.users == 0 and held[entry.client] >= held[client] + 2
+        ]
+        return min(idle, key=lambda entry: (-held[entry.client], entry.last_used), default=None)
 
     def _longest_left(self, model: str | None = None) -> InferenceSession | None:
         """Under the lock: of the unused sessions without a connection, the one that has lost it first."""
@@ -238,9 +284,10 @@ class InferenceSessions:
         return min(left)[2] if left else None
 
     def free_cache(self, model: str, tokens: int) -> bool:
-        """Close sessions of a model to free so many tokens of attention cache on its servers. Does not wait.
+        """Take so many tokens of attention cache from sessions of a model that nobody uses. Does not wait.
 
-        Those of finished answers go first, then those without a connection.
+        Those of finished answers are closed first, then those without a connection; others keep their tokens, from
+        which the cache is computed anew when they go on. Who is being answered loses nothing.
 
         :returns: whether there were any
         """
@@ -249,10 +296,26 @@ class InferenceSessions:
         with self._lock:
             entry = self._longest_left(model)
             if entry is None:
-                return False
+                return self._release_idle(model, tokens)
             self._remove(entry)
         self._close(entry)
         return True
+
+    def _release_idle(self, model: str, tokens: int) -> bool:
+        """Under the lock: free the cache of unused sessions, each time the longest unused one of who holds most."""
+        entries = [entry for entry in self._sessions.values() if entry.model.name == model and entry.cache_tokens]
+        held: Counter[str] = Counter()
+        for entry in entries:
+            held[entry.client] += entry.cache_tokens
+        idle = [entry for entry in entries if entry.users == 0]
+        found = bool(idle)
+        while idle and tokens > 0:
+            entry = min(idle, key=lambda entry: (-held[entry.client], entry.last_used))
+            idle.remove(entry)
+            tokens -= entry.cache_tokens
+            held[entry.client] -= entry.cache_tokens
+            entry.release_soon()
+        return found
 
     def _remove(self, entry: InferenceSession) -> None:
         """Take a session out of the registry, under the lock; its last user, or ``_close``, ends it."""
@@ -262,12 +325,15 @@ class InferenceSessions:
     def _close(self, entry: InferenceSession) -> None:
         """End a removed session that nobody uses, and give its place to the next."""
         try:
-            if entry.remembered and self.memory.max_sessions:
-                self.memory.keep(entry.model.name, entry.owner, entry.session)
-            else:
-                entry.session.close()
+            self._end(entry)
         finally:
-            self._places.give_back()
+            self._places.give_back(entry.client)
+
+    def _end(self, entry: InferenceSession) -> None:
+        if entry.remembered and self.memory.max_sessions:
+            self.memory.keep(entry.model.name, entry.owner, entry.session)
+        else:
+            entry.session.close()
 
     @contextlib.contextmanager
     def use(
@@ -284,13 +350,18 @@ class InferenceSessions:
         :param owner: who asks; others' sessions are not found. None: whoever it is
         :param cancelled: looked at while waiting; ends it when it returns true
         :raises SessionNotFound: if there is no such session
+        :raises TooManyRequests: if too many wait for it already
         :raises TimedOut: if one's turn does not come in time
         :raises Cancelled: if the wait was ended
         """
         with self._lock:
             entry = self._find(session_id, owner)
+            if self.max_waiting_per_session is not None and entry.users > self.max_waiting_per_session:
+                raise TooManyRequests(
+                    f"session {session_id} is busy, and {entry.users - 1} requests wait for it already"
+                )
             entry.users += 1
-            entry.parked = False
+            entry.parked = entry.released = False
         try:
             self._await_turn(entry, wait, cancelled)
             try:
@@ -314,7 +385,10 @@ class InferenceSessions:
     def _find(self, session_id: str, owner: str | None) -> InferenceSession:
         entry = self._sessions.get(session_id)
         if entry is None or owner not in (None, entry.owner):
-            raise SessionNotFound(f"no inference session {session_id}: never opened, closed, or expired")
+            raise SessionNotFound(
+                f"no inference session {session_id}: never opened, closed, expired, "
+                "or unused when all were taken and somebody with fewer wanted one"
+            )
         return entry
 
     def _leave(self, entry: InferenceSession) -> None:
@@ -334,6 +408,7 @@ class InferenceSessions:
         *,
         rows: int = 1,
         owner: str = "",
+        client: str = "",
         remember: bool = True,
         cancelled: Callable[[], bool] | None = None,
     ) -> Iterator[InferenceSession]:
@@ -341,7 +416,7 @@ class InferenceSessions:
 
         :param remember: keep it then, for requests that begin with the same tokens
         """
-        session_id = self.open(model, max_length, rows=rows, owner=owner, cancelled=cancelled)
+        session_id = self.open(model, max_length, rows=rows, owner=owner, client=client, cancelled=cancelled)
         try:
             with self.use(session_id, wait=0) as entry:
                 entry.may_grow = True
@@ -414,6 +489,7 @@ class InferenceSessions:
             for entry in expired:
                 if entry.kept:
                     entry.parked = True
+                    entry.release_soon()  # under the lock: nobody begins to use it meanwhile
                 else:
                     self._remove(entry)
         expired += left
@@ -421,22 +497,11 @@ class InferenceSessions:
             try:
                 if entry.closing:
                     self._close(entry)
-                else:
-                    self._free_cache(entry)
             except Exception:  # of one session: the others must expire all the same
                 log.exception("session %s could not be closed", entry.session_id)
         if expired:
             log.info("%d unused sessions expired", len(expired))
         return len(expired)
-
-    @staticmethod
-    def _free_cache(entry: InferenceSession) -> None:
-        if entry.lock.acquire(blocking=False):  # taken: somebody uses it again
-            try:
-                if entry.parked:
-                    entry.session.release()
-            finally:
-                entry.lock.release()
 
     def start(self) -> None:
         """Expire sessions from a background thread until ``shut_down``."""
@@ -463,6 +528,6 @@ class InferenceSessions:
                 self._remove(entry)
         for entry in entries:
             entry.session.close()  # those in use as well: their time is over
-        for _ in unused:
-            self._places.give_back()
+        for entry in unused:
+            self._places.give_back(entry.client)
         self.memory.close()

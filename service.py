@@ -40,6 +40,7 @@ class Service:
             max_waiting=settings.MAX_QUEUE,
             queue_timeout=settings.QUEUE_TIMEOUT,
             resume_timeout=settings.RESUME_TIMEOUT,
+            max_waiting_per_session=settings.MAX_WAITING_PER_SESSION,
             memory=SessionMemory(settings.WARM_SESSIONS, settings.WARM_TOKENS, settings.WARM_TIMEOUT),
         )
         self.models.make_room = self.sessions.free_cache
@@ -68,36 +69,31 @@ class Service:
         cancelled: Callable[[], bool],
         on_position: Callable[[int], None] | None = None,
         *,
-        patient: bool = False,
         present: Callable[[], bool] = lambda: True,
     ) -> Iterator[None]:
         """Have a place among the answers that are computed at a time; wait for it in a fair queue.
 
-        :param caller: for whom; may be allowed fewer
-        :param patient: whether to wait while the caller has too many
+        A request takes, in this order, its place among those of its key (``Caller.generating``), its session, and
+        this one. Who has a later one never waits for an earlier one, so that no two wait for each other; and a key that
+        is at its limit is told so at once, and not after waiting for a busy session.
+
+        :param caller: for whom; of whose share the place is
         :param cancelled: looked at while waiting; ends it when it returns true
         :param on_position: told the place in the queue, whenever it changes
         :param present: whether the caller is still there; for those who are not, nobody else makes room
         :raises TooManyRequests: if too many wait already, or no place becomes free in time
         :raises Cancelled: if the wait was ended
         """
-        with caller.generating(patient=patient, cancelled=cancelled):
-            with self._place(cancelled, on_position, present):
-                yield
-
-    @contextlib.contextmanager
-    def _place(
-        self, cancelled: Callable[[], bool], on_position: Callable[[int], None] | None, present: Callable[[], bool]
-    ) -> Iterator[None]:
+        client = caller.client
         try:
-            self._generations.take(cancelled=cancelled, on_position=on_position, present=present)
+            self._generations.take(client=client, cancelled=cancelled, on_position=on_position, present=present)
         except (QueueFull, WaitedTooLong) as error:
             places = self._generations.places
             raise TooManyRequests(f"{places} answers are computed at a time: {error}") from None
         try:
             yield
         finally:
-            self._generations.give_back()
+            self._generations.give_back(client)
 
     def others_wait(self) -> bool:
         """Whether somebody who is there waits for a session, or for an answer's turn."""

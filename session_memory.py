@@ -5,6 +5,7 @@ the servers still hold if the session was not closed; then only what is new has 
 request at a time: it is taken out of the memory for that, and whoever wants the same one meanwhile starts anew.
 """
 
+import concurrent.futures
 import logging
 import threading
 import time
@@ -117,7 +118,7 @@ class SessionMemory:
             self._kept.remove(best)
         try:
             best.session.truncate(common)
-        except (SwarmError, TimeoutError):
+        except (SwarmError, concurrent.futures.TimeoutError):  # which in Python 3.10 is a class of its own
             log.exception("a kept session could not be set back")
             best.session.close()
             return None

@@ -269,7 +269,13 @@ class Connection:
         model = self.service.model(caller, get_text(request, "model"))
         self._stopped = False
         session_id = self.service.sessions.open(
-            model, max_length, kept=True, owner=caller.owner, cancelled=self._cancelled, on_position=self._tell_place
+            model,
+            max_length,
+            kept=True,
+            owner=caller.owner,
+            client=caller.client,
+            cancelled=self._cancelled,
+            on_position=self._tell_place,
         )
         self._entry = self.service.sessions.find(session_id)
         self._outbox = Outbox(self.service, self._entry, self, resumable)
@@ -344,6 +350,7 @@ class Connection:
         self.service.log_text("inputs", params.inputs)
         wait = self.service.settings.REQUEST_TIMEOUT
         with (
+            caller.generating(cancelled=outbox.cancelled),
             self.service.sessions.use(entry.session_id, wait=wait, cancelled=outbox.cancelled) as session,
             self.service.generating(caller, outbox.cancelled, outbox.tell_place, present=lambda: outbox.attended),
             session.counted(caller.count_tokens),

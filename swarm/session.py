@@ -308,6 +308,10 @@ class SwarmSession:
         """
         self._chain.reset_soon().result(timeout=LOOP_TIMEOUT)
 
+    def release_soon(self) -> None:
+        """As ``release``, but without waiting, and from any thread: whatever is called afterwards finds it done."""
+        self._chain.reset_soon()
+
     def drop_history(self) -> None:
         """Free the memory for restoring lost spans; they can be restored from the tokens. Does not wait."""
         RemoteExpertWorker.run_coroutine(self._chain.drop_history(), return_future=True)

@@ -10,10 +10,11 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import pytest
 
-from errors import ApiError, SessionNotFound, ShuttingDown, TimedOut, TooManySessions
+from errors import ApiError, SessionNotFound, ShuttingDown, TimedOut, TooManyRequests, TooManySessions
 from generation import Detokenizer
 from inference_sessions import InferenceSession, InferenceSessions
 from swarm.errors import Cancelled, SessionLengthExceeded
+from tests.test_session import wait_until
 from tests.tiny import make_tokenizer
 
 TIMEOUT = 300.0  # seconds after which an unused session expires, on the test's clock
@@ -54,23 +55,24 @@ class FakeSession:
         self.token_ids: list[int] = []
         self.calls: list[str] = []
         self.closed = threading.Event()
+        self.position = 0  # tokens in the attention cache
         self.gate = Gate()
-        self.error: Exception | None = None  # what `release` raises
+        self.error: Exception | None = None  # what `close` raises
 
     def truncate(self, length: int) -> None:
         self.calls.append("truncate")
         del self.token_ids[length:]
 
-    def release(self) -> None:
-        self.gate.pass_through()
+    def release_soon(self) -> None:
         self.calls.append("release")
-        if self.error is not None:
-            raise self.error
+        self.position = 0
 
     def close(self) -> None:
         self.gate.pass_through()
         self.calls.append("close")
         self.closed.set()
+        if self.error is not None:
+            raise self.error
 
 
 class FakeModel:
@@ -537,13 +539,12 @@ def test_expiry_in_the_background(model: FakeModel, clock: Clock) -> None:
 def test_failure_of_one_session_does_not_keep_others_from_expiring(
     sessions: InferenceSessions, model: FakeModel, clock: Clock
 ) -> None:
-    """A server that does not answer in time is no reason to leave the caches of other sessions taken."""
-    for kept in (True, False, True):
+    for kept in (False, False, True):
         sessions.open(model, 16, kept=kept)
-    model.opened[0].error = TimeoutError("the event loop is busy")
+    model.opened[0].error = RuntimeError("the event loop has ended")
     clock.now += TIMEOUT
     sessions.open(model, 16)
-    assert [session.calls for session in model.opened] == [["release"], ["close"], ["release"], []]
+    assert [session.calls for session in model.opened] == [["close"], ["close"], ["release"], []]
 
 
 # Sessions of open connections
@@ -675,6 +676,119 @@ def test_attention_cache_of_detached_sessions_is_given_to_others(
     assert len(resumable) == 0
 
 
+# Shares of different clients
+
+
+def test_hoarder_gives_way_the_longest_unused_first(model: FakeModel, clock: Clock) -> None:
+    sessions = InferenceSessions(64, TIMEOUT, clock)
+    hoard = []
+    for _ in range(64):
+        clock.now += 0.1
+        hoard.append(sessions.open(model, 16, client="hoarder"))
+    entry_of(sessions, hoard[0])  # used again, and so the last to go
+    clock.now += 0.1
+    for number in range(32):
+        sessions.open(model, 16, client="newcomer")
+        with pytest.raises(SessionNotFound, match="somebody with fewer wanted one"):
+            entry_of(sessions, hoard[number + 1])
+    assert sum(session_id in sessions._sessions for session_id in hoard) == len(sessions) - 32 == 32
+    for client in ("hoarder", "newcomer"):  # who have equally many now
+        with pytest.raises(TooManySessions):
+            sessions.open(model, 16, client=client)
+    sessions.open(model, 16, client="a third one")
+    sessions.shut_down(0)
+    assert not sessions._places.held
+
+
+def test_equal_clients_do_not_displace_each_other(sessions: InferenceSessions, model: FakeModel) -> None:
+    ids = [sessions.open(model, 16, client=client) for client in "abc"]
+    for client in "abcd":
+        with pytest.raises(TooManySessions):
+            sessions.open(model, 16, client=client)
+    assert all(is_open(sessions, session_id) for session_id in ids)
+
+
+def test_session_in_use_is_not_displaced(sessions: InferenceSessions, model: FakeModel, clock: Clock) -> None:
+    ids = [sessions.open(model, 16, kept=True, client="hoarder") for _ in range(3)]
+    with contextlib.ExitStack() as users:
+        users.enter_context(sessions.use(ids[0], wait=0))
+        with contextlib.ExitStack() as others:
+            for session_id in ids[1:]:
+                others.enter_context(sessions.use(session_id, wait=0))
+            with pytest.raises(TooManySessions):
+                sessions.open(model, 16, client="newcomer")
+        clock.now += 1
+        sessions.open(model, 16, client="newcomer")
+        assert [is_open(sessions, session_id) for session_id in ids[1:]] == [False, True]
+    assert model.opened[0].calls == []
+
+
+def test_sessions_removed_in_use_have_their_places(sessions: InferenceSessions, model: FakeModel) -> None:
+    """They are not in the registry any more, but nobody else can have their places yet: others have to give way."""
+    ids = [sessions.open(model, 16, client="hoarder") for _ in range(3)]
+    with contextlib.ExitStack() as users:
+        for session_id in ids[:2]:
+            users.enter_context(sessions.use(session_id, wait=0))
+            sessions.close(session_id)
+        sessions.open(model, 16, client="newcomer")
+        assert [session.calls for session in model.opened] == [[], [], ["close"], []]
+        with pytest.raises(TooManySessions):
+            sessions.open(model, 16, client="newcomer")
+    assert sessions._places.held == {"newcomer": 1}
+
+
+def test_waiting_for_one_session_is_bounded(
+    sessions: InferenceSessions, model: FakeModel, pool: ThreadPoolExecutor
+) -> None:
+    sessions.max_waiting_per_session = 2
+    busy, other = sessions.open(model, 16), sessions.open(model, 16)
+    with sessions.use(busy, wait=0):
+        waiting = [pool.submit(use_briefly, sessions, busy) for _ in range(2)]
+        wait_until(lambda: sessions.find(busy).users == 3, "they do not wait")
+        for _ in range(3):
+            with pytest.raises(TooManyRequests, match=f"session {busy} is busy, and 2 requests wait for it already"):
+                use_briefly(sessions, busy)
+        use_briefly(sessions, other)
+    for future in waiting:
+        future.result(timeout=LIMIT)
+    use_briefly(sessions, busy)
+
+
+def test_unused_sessions_are_released_of_who_holds_most_first(
+    model: FakeModel, clock: Clock, sessions: InferenceSessions
+) -> None:
+    sessions.max_sessions = 8
+    lengths = {"a": 100, "b": 60, "c": 60, "d": 60, "e": 30, "f": 500}  # the name is also the order of last use
+    clients = {"a": "small", "b": "large", "c": "large", "d": "large", "e": "small", "f": "idle"}
+    ids, calls = {}, {}
+    for name, length in lengths.items():
+        clock.now += 1
+        ids[name] = sessions.open(model, length, client=clients[name])
+        calls[name] = model.opened[-1].calls
+        model.opened[-1].position = 0 if name == "f" else 1  # which has not computed anything yet
+    released: list[str] = []
+
+    def free(tokens: int) -> list[str]:
+        before = {name for name in calls if calls[name]}
+        assert sessions.free_cache("it", tokens) == bool({n for n in calls if calls[n]} - before)
+        return sorted({name for name in calls if calls[name]} - before)
+
+    with sessions.use(ids["c"], wait=0):  # who is being answered loses nothing
+        released += free(1)
+        assert released == ["b"]  # 180 of the large one against 130
+        assert free(1) == ["a"]  # 120 against 130
+        assert free(61) == ["d", "e"]
+        assert free(1) == []
+    assert free(1) == ["c"]
+    assert not sessions.free_cache("another", 1)
+    assert all(is_open(sessions, session_id) for session_id in ids.values())
+    model.opened[0].position = 1
+    with sessions.use(ids["a"], wait=0):
+        pass
+    calls["a"].clear()
+    assert free(1) == ["a"]
+
+
 def test_sessions_of_others_are_not_found(sessions: InferenceSessions, model: FakeModel) -> None:
     session_id = sessions.open(model, 16, owner="ann")
     assert sessions.find(session_id, "ann").session_id == session_id
@@ -682,47 +796,28 @@ def test_sessions_of_others_are_not_found(sessions: InferenceSessions, model: Fa
         sessions.find(session_id, "bob")
 
 
-def test_cache_is_not_freed_under_a_user(
-    sessions: InferenceSessions, model: FakeModel, clock: Clock, pool: ThreadPoolExecutor
-) -> None:
-    """Whoever uses a session while its cache is being freed waits until it is free."""
+def test_cache_is_not_freed_under_a_user(sessions: InferenceSessions, model: FakeModel, clock: Clock) -> None:
+    """Whoever comes while expired sessions are looked for was faster, or finds the cache freed already."""
     session_id = sessions.open(model, 16, kept=True)
-    session = model.opened[0]
-    entry_of(sessions, session_id).lock = lock = WatchedLock()  # type: ignore[assignment]
+    seen: list[list[str]] = []
+
+    class User:
+        """The registry's lock, with somebody who uses the session as soon as it is let go."""
+
+        def __enter__(self) -> None:
+            lock.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            lock.release()
+            sessions._lock = lock
+            with sessions.use(session_id, wait=0) as entry:
+                seen.append(list(entry.session.calls))
+
+    lock = sessions._lock
     clock.now += TIMEOUT
-    session.gate.close()
-    expiry = pool.submit(sessions.expire)
-    assert session.gate.reached.wait(LIMIT)
-    lock.wanted.clear()
-
-    def work() -> list[str]:
-        with sessions.use(session_id, wait=LIMIT) as entry:
-            return list(entry.session.calls)
-
-    user = pool.submit(work)
-    assert lock.wanted.wait(LIMIT)
-    assert not user.done()
-    session.gate.open.set()
-    assert user.result(timeout=LIMIT) == ["release"]
-    assert expiry.result(timeout=LIMIT) == 1
-
-
-def test_cache_is_not_freed_if_a_user_was_faster(sessions: InferenceSessions, model: FakeModel, clock: Clock) -> None:
-    """Between the look for expired sessions and the freeing a user may come, and go."""
-    used: list[str] = []
-
-    class FasterUser(WatchedLock):
-        def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
-            if not blocking and not used:
-                used.append(session_id)
-                entry_of(sessions, session_id)
-            return super().acquire(blocking, timeout)
-
-    session_id = sessions.open(model, 16, kept=True)
-    entry_of(sessions, session_id).lock = FasterUser()  # type: ignore[assignment]
-    clock.now += TIMEOUT
-    sessions.expire()
-    assert used and model.opened[0].calls == []
+    sessions._lock = User()  # type: ignore[assignment]
+    assert sessions.expire() == 1
+    assert (seen, model.opened[0].calls) == ([["release"]], ["release"])
 
 
 # Nothing waits under the registry's lock
@@ -744,8 +839,17 @@ def expire_one(sessions: InferenceSessions, ids: list[str], clock: Clock) -> Non
     sessions.expire()
 
 
-@pytest.mark.parametrize("end", [close_one, close_as_last_user, expire_one])
-@pytest.mark.parametrize("kept", [False, True])
+# A kept session does not end with its timeout: it is parked, which waits for nothing.
+@pytest.mark.parametrize(
+    ("end", "kept"),
+    [
+        (close_one, False),
+        (close_one, True),
+        (close_as_last_user, False),
+        (close_as_last_user, True),
+        (expire_one, False),
+    ],
+)
 def test_blocking_end_of_a_session_blocks_nobody_else(
     sessions: InferenceSessions,
     model: FakeModel,
@@ -887,7 +991,7 @@ class Visitor:
         self.random = random.Random(seed)
 
     def visit(self) -> None:
-        actions = (self.open, self.use, self.use, self.use, self.close, self.expire, self.temporary)
+        actions = (self.open, self.use, self.use, self.use, self.close, self.expire, self.temporary, self.free_cache)
         for _ in range(150):
             try:
                 self.random.choice(actions)()
@@ -897,7 +1001,8 @@ class Visitor:
                 assert len(self.sessions) <= self.sessions.max_sessions
 
     def open(self) -> None:
-        self.ids.append(self.sessions.open(self.model, 16, kept=self.random.random() < 0.5))
+        client = self.random.choice("aab")  # one that wants more than the other
+        self.ids.append(self.sessions.open(self.model, 16, kept=self.random.random() < 0.5, client=client))
 
     def use(self) -> None:
         if self.ids:
@@ -907,6 +1012,7 @@ class Visitor:
     def work_with(self, session: FakeSession) -> None:
         before = list(session.calls)
         session.token_ids.append(1)
+        session.position = 1
         assert len(session.token_ids) == 1, "somebody else uses it"
         self.clock.now += self.random.random() * TIMEOUT / 4
         session.token_ids.pop()
@@ -918,6 +1024,9 @@ class Visitor:
 
     def expire(self) -> None:
         self.sessions.expire()
+
+    def free_cache(self) -> None:
+        self.sessions.free_cache(self.model.name, 16)
 
     def temporary(self) -> None:
         with self.sessions.temporary(self.model, 16) as entry:
@@ -934,8 +1043,9 @@ def test_many_threads(model: FakeModel, clock: Clock, pool: ThreadPoolExecutor, 
     for visit in visits:
         visit.result(timeout=3 * LIMIT)
     sessions.shut_down(0)
-    assert len(sessions) == 0
+    assert len(sessions) == 0 and not sessions._places.held
     assert all(session.calls.count("close") == 1 for session in model.opened)
+    assert any("release" in session.calls for session in model.opened)
 
 
 def test_many_sessions_through_few_places(pool: ThreadPoolExecutor, model: FakeModel, clock: Clock) -> None:

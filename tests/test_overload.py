@@ -1,8 +1,11 @@
 """More users than there is room for: a fair queue, a bounded wait, and then a clear no."""
 
+import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -167,6 +170,169 @@ def test_wait_is_bounded() -> None:
         queue.take(cancelled=lambda: True)
     queue.give_back()
     queue.take()
+
+
+class Line:
+    """A queue, and those who wait in it; whoever is served says so, and keeps the place until it is told to go."""
+
+    def __init__(self, places: int, max_waiting: int = 99) -> None:
+        self.queue = FairQueue(places, max_waiting=max_waiting, timeout=30)
+        self.served: list[str] = []
+        self.refused: list[str] = []
+        self.told: dict[str, list[int]] = {}
+        self.threads: list[threading.Thread] = []
+
+    def join(self, *names: str, **options: Any) -> None:
+        """Let some wait, one after the other; a name begins with the client's."""
+        for name in names:
+            thread = threading.Thread(target=self._take, args=(name,), kwargs=options, daemon=True)
+            self.threads.append(thread)
+            self.told[name] = []
+            thread.start()
+            wait_until(lambda name=name, thread=thread: self.told[name] or not thread.is_alive(), "it does not wait")
+
+    def _take(self, name: str, on_position: Callable[[int], None] = lambda position: None, **options: Any) -> None:
+        def tell(position: int) -> None:
+            self.told[name].append(position)
+            on_position(position)
+
+        try:
+            self.queue.take(client=name[0], on_position=tell, **options)
+        except QueueFull:
+            self.refused.append(name)
+        else:
+            self.served.append(name)
+
+    def go(self, *clients: str) -> None:
+        """Let some give their places back, each after the next was served."""
+        for client in clients:
+            served = len(self.served)
+            self.queue.give_back(client)
+            wait_until(lambda served=served: len(self.served) == served + 1, "nobody is served")
+
+    def is_told(self, *names: str) -> bool:
+        """Whether these have been told, in the end, that they are the first, the second and so on."""
+        return [self.told[name][-1] for name in names] == list(range(1, len(names) + 1))
+
+
+def test_clients_take_turns() -> None:
+    line = Line(1)
+    line.queue.take(client="x")
+    line.join("a1", "a2", "a3", "b1", "b2", "c1")
+    wait_until(lambda: line.is_told("a1", "b1", "c1", "a2", "b2", "a3"), "they are told something else")
+    line.go("x", "a")
+    wait_until(lambda: line.is_told("c1", "a2", "b2", "a3"), "they are told something else")
+    line.go(*"bcab")
+    assert line.served == ["a1", "b1", "c1", "a2", "b2", "a3"]
+    line.queue.give_back("a")
+    assert not line.queue._turns and not line.queue.held
+
+
+def test_who_has_fewest_places_is_next() -> None:
+    line = Line(6)
+    for client in "aaabbc":
+        line.queue.take(client=client)
+    line.join("a4", "b3", "c2", "d1")
+    wait_until(lambda: line.is_told("d1", "c2", "b3", "a4"), "they are told something else")
+    line.go(*"aaa")
+    assert line.served == ["d1", "a4", "c2"]  # each has one by now, and a's turn was before c's
+    line.go("b")
+    assert line.served[-1] == "b3"
+
+
+def test_full_waiting_room() -> None:
+    """The newest of whoever has most there makes way for who has fewer; equals do not push each other out."""
+    line = Line(1, max_waiting=3)
+    line.queue.take(client="x")
+    line.join("a1", "a2", "a3", "a4")
+    assert line.refused == ["a4"]
+    line.join("b1")
+    wait_until(lambda: line.refused == ["a4", "a3"], "nobody makes way")
+    line.join("b2", "a5")
+    assert line.refused == ["a4", "a3", "b2", "a5"]
+    line.join("p1", patient=True)
+    line.join("c1")
+    wait_until(lambda: line.refused[4:] == ["a2"], "nobody makes way")
+    line.join("p2", "p3", patient=True)
+    line.join("p4")
+    assert line.refused[5:] == ["p4"]  # and none of those who never give way
+    line.go(*"xabpc")
+    assert line.served == ["a1", "b1", "p1", "c1", "p2"]
+
+
+def test_who_tells_its_client_something_delays_nobody() -> None:
+    """A client that takes no data blocks the thread that tells it its place, for up to SEND_TIMEOUT."""
+    line, stalled, reached = Line(1), threading.Event(), threading.Event()
+
+    def stall(position: int) -> None:
+        reached.set()
+        assert stalled.wait(30)
+
+    line.queue.take(client="x")
+    line.join("a1", on_position=stall)
+    line.join("b1", "b2")
+    assert reached.is_set() and line.told["b1"][0] == 2
+    line.go("x", "b")
+    assert line.served == ["b1", "b2"]
+    line.queue.give_back("b")
+    line.queue.take(client="c")  # there is a place, and nobody who could take it now
+    stalled.set()
+    line.go("c")
+    assert line.served == ["b1", "b2", "a1"]
+
+
+def test_who_makes_room_is_not_passed_over() -> None:
+    line = Line(1)
+    line.queue.take(client="x")
+    made: list[str] = []
+
+    def make_room() -> None:
+        if len(made) == 1:  # not before it waits
+            line.queue.give_back("x")
+        made.append("room")
+
+    line.join("a1", make_room=make_room)
+    wait_until(lambda: line.served == ["a1"], "it does not get the place that it made")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_place_is_lost_or_there_twice(seed: int) -> None:
+    """Those who wait are served, give up, are refused, fail in a callback, or come too late, in any order."""
+    queue = FairQueue(3, max_waiting=6, timeout=0.05)
+    inside: list[int] = []
+    outcomes: list[str] = []
+
+    def visit(number: int) -> None:
+        rng = random.Random(1000 * seed + number)
+
+        def sometimes_fail(position: int) -> None:
+            if rng.random() < 0.1:
+                raise RuntimeError
+
+        for _ in range(100):
+            client = rng.choice("aaab")
+            patient, cancelled = rng.random() < 0.2, lambda: rng.random() < 0.05
+            try:
+                queue.take(client=client, patient=patient, cancelled=cancelled, on_position=sometimes_fail)
+            except (QueueFull, WaitedTooLong, Cancelled, RuntimeError) as error:
+                outcomes.append(type(error).__name__)
+                continue
+            inside.append(number)
+            outcomes.append("served")
+            assert len(inside) <= 3
+            if rng.random() < 0.2:
+                queue.full, queue.awaited  # noqa: B018
+            inside.remove(number)
+            queue.give_back(client)
+
+    with ThreadPoolExecutor(16) as pool:
+        for visiting in [pool.submit(visit, number) for number in range(16)]:
+            visiting.result(timeout=60)
+    assert not queue.held and not queue._waiting and not queue._turns
+    assert {"served", "QueueFull", "Cancelled", "RuntimeError"} <= set(outcomes)
+    for _ in range(3):
+        queue.take()
+    assert queue.full
 
 
 def test_who_has_left_is_not_waited_for() -> None:

@@ -335,7 +335,7 @@ class LateByAMoment(concurrent.futures.Future):
     def result(self, timeout: float | None = None) -> Any:
         try:
             return super().result(None if timeout is None else 0)
-        except TimeoutError:
+        except concurrent.futures.TimeoutError:
             super().result()
             raise
 
