@@ -9,7 +9,6 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
-from urllib.parse import urlsplit
 
 from flask import Flask, current_app, g, request
 from flask_sock import Sock
@@ -18,7 +17,8 @@ from simple_websocket import Server as WebSocket
 from wsproto.connection import ConnectionState
 from wsproto.utilities import LocalProtocolError
 
-from access import Caller, find_address, presented_key
+from access import Caller, find_address, presented_key, tokens_of
+from browsers import origin_host, page_cookie
 from client_socket import limit_sends
 from config import Settings
 from errors import ApiError, InvalidParameter, SessionNotFound, describe, error_body
@@ -61,13 +61,14 @@ def generate_stream(websocket: WebSocket) -> None:
         with contextlib.suppress(OSError):  # the client has gone
             websocket.sock.shutdown(socket.SHUT_WR)  # else it waits for the end of the connection
         return
-    key, address = presented_key(request.headers.get("Authorization")), find_address(request, service.settings)
+    key = presented_key(request.headers.get("Authorization")) or page_cookie(request, service.settings)
+    address = find_address(request, service.settings)
     Connection(websocket, service, g.request_id, key, address).serve()
 
 
 def origin_allowed(origin: str | None, host: str, allowed: Sequence[str]) -> bool:
     """Whether a browser's page of this origin may connect; programs send none."""
-    return origin is None or "*" in allowed or origin in allowed or urlsplit(origin).netloc == host
+    return origin is None or "*" in allowed or origin in allowed or origin_host(origin) == host.lower()
 
 
 class Connection:
@@ -141,6 +142,7 @@ class Connection:
         max_length = require_int(request, "max_length", minimum=1)
         resumable = get_bool(request, "resumable")
         self._caller = caller = self._begin(request)
+        caller.count_request()
         model = self.service.model(caller, get_text(request, "model"))
         self._stopped = False
         session_id = self.service.sessions.open(
@@ -190,6 +192,8 @@ class Connection:
         self.deliver({"ok": True})
 
     def _generate(self, request: dict[str, Any]) -> None:
+        if self._caller is not None:
+            self._caller.count_request()
         if self._entry is not None and get_bool(request, "model_defaults"):
             defaults = self.service.models.served[self._entry.model.name].config.generation
             request = with_defaults(request, defaults)
@@ -207,13 +211,13 @@ class Connection:
                 self._outbox.send(self._failure(error))
 
     def _answer(self, params: GenerationParams, entry: InferenceSession, outbox: Outbox, caller: Caller) -> None:
-        caller.count_request()
         self.service.log_text("inputs", params.inputs)
         wait = self.service.settings.REQUEST_TIMEOUT
         with (
             self.service.sessions.use(entry.session_id, wait=wait, cancelled=outbox.cancelled) as session,
+            caller.reserving(*tokens_of(params, session.room)) as usage,
             self.service.generating(caller, outbox.cancelled, outbox.tell_place, present=lambda: outbox.attended),
-            session.counted(caller.count_tokens),
+            session.counted(usage.spent),
         ):
             outbox.compute()
             for chunks in rounds(outbox.follow(session.generate(params, outbox.cancelled)), params):
@@ -289,7 +293,7 @@ class Connection:
             log.exception("WebSocket request failed")
         else:
             log.info("WebSocket request refused: %s", error if isinstance(error, (ApiError, SwarmError)) else status)
-        return error_body(error, self.request_id)
+        return error_body(error, self.request_id, traced=self.service.settings.TRACEBACKS)
 
 
 class WholeSends:
