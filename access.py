@@ -4,7 +4,6 @@ Without API keys everybody may use everything but the models that are not public
 """
 
 import contextlib
-import functools
 import hashlib
 import hmac
 import json
@@ -28,7 +27,7 @@ from browsers import PageCookie, page_cookie
 from config import Settings
 from errors import ConfigError, ModelNotAllowed, TooManyRequests, Unauthorized
 from parameters import GenerationParams
-from rates import MAX_CLIENTS, Exceeded, Rates, Taken, whole_seconds
+from rates import MAX_CLIENTS, Exceeded, Rates, whole_seconds
 
 if TYPE_CHECKING:
     from flask import Request
@@ -493,8 +492,6 @@ def read_key(entry: Any, number: int, settings: Settings) -> Key:
     digest = hash_key(key)
     name = entry.get("name") or digest.hex()[:8]
     if len(key) < SHORT_KEY:
-        log.warning(
-            "the API key %r has only %d characters: it may be guessed; take %d at least", name, len(key), SHORT_KEY
-        )
+        log.warning("the API key %r is short: of fewer than %d characters it may be guessed", name, SHORT_KEY)
     models = tuple(map(str, entry["models"])) if "models" in entry else None
     return Key(name, digest, models, limits)

@@ -88,7 +88,8 @@ class Answers:
         self._numbers = iter(range(len(tasks)))
         workers = min(len(tasks), PROMPTS_AT_A_TIME, caller.concurrent or PROMPTS_AT_A_TIME)
         # All at once, so that a list of prompts is not refused in its midst.
-        self._usage = caller.reserve(*map(sum, zip(*(task.tokens for task in tasks))))
+        most, least = (sum(tokens) for tokens in zip(*(task.tokens for task in tasks), strict=True))
+        self._usage = caller.reserve(most, least)
         self._working = list(range(workers))  # its operations are atomic under the interpreter's lock
         for _ in range(workers):
             # In the request's context, so that the log names it. A daemon: the end of the program does not wait for it.

@@ -1,4 +1,4 @@
-"""What requests tell of where they come from: the name the app was asked by, the site whose page asks, the page's cookies.
+"""What a request tells of where it comes from: the name it asks the app by, the site whose page sends it, its cookies.
 
 Browsers send what any page tells them to. So a name that anybody's DNS may point here, and a page of another site, are
 looked at before anything is done for them.
@@ -105,7 +105,7 @@ def is_behind_proxy(request: "Request", settings: "Settings") -> bool:
 
 
 def check_origin(request: "Request", settings: "Settings") -> None:
-    """Refuse what a page of a site that may not use the app would have done: that it cannot read the answer is not enough.
+    """Refuse what a page of a site that may not use the app wants done: that it cannot read the answer is not enough.
 
     A key shows that the operator wants it; with its header browsers ask before (CORS).
 
@@ -125,7 +125,7 @@ def _patterns(origins: Sequence[str]) -> list[str | re.Pattern[str]]:
 
 
 def page_cookie(request: "Request", settings: "Settings") -> PageCookie | None:
-    """Return the cookie by which the page's own requests are known. Cookies travel by themselves: others' do not count."""
+    """Return the cookie by which the page's own requests are known. Others' carry it too, and do not count."""
     cookie = request.cookies.get(KEY_COOKIE)
     return PageCookie(cookie) if cookie and not is_foreign(request, settings) else None
 

@@ -141,7 +141,7 @@ def visitor(service: Service) -> Caller | None:
 
 
 def private_page(template: str, service: Service, caller: Caller | None, **config: Any) -> Response:
-    """Return a page that is for one browser only: it shows itself to be that by a token, or by the cookie with a key."""
+    """Return a page that is for one browser only; it is known by a token, or by the cookie of a key."""
     if caller is not None and caller.browser:
         config["page_token"] = service.access.page_token(caller.browser)
     elif caller is not None:

@@ -58,6 +58,7 @@ export class KeyDialog {
 
 /** @returns {Promise<string>} why it is not accepted; empty: it is */
 async function signIn(key) {
+  if (!navigator.cookieEnabled) return "This browser keeps no cookies for this page, and so no key.";
   try {
     const response = await ask("POST", JSON.stringify({ key }));
     if (response.ok) return "";
