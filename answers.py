@@ -88,8 +88,8 @@ class Answers:
         self._numbers = iter(range(len(tasks)))
         workers = min(len(tasks), PROMPTS_AT_A_TIME, caller.concurrent or PROMPTS_AT_A_TIME)
         # All at once, so that a list of prompts is not refused in its midst.
-        most, least = (sum(tokens) for tokens in zip(*(task.tokens for task in tasks), strict=True))
-        self._usage = caller.reserve(most, least)
+        tokens = [task.tokens for task in tasks]
+        self._usage = caller.reserve(sum(most for most, _ in tokens), sum(least for _, least in tokens))
         self._working = list(range(workers))  # its operations are atomic under the interpreter's lock
         for _ in range(workers):
             # In the request's context, so that the log names it. A daemon: the end of the program does not wait for it.
