@@ -24,6 +24,7 @@ from access import COOKIE_AGE, PAGE_TOKEN_AGE, Caller, find_address
 from browsers import BROWSER_COOKIE, KEY_COOKIE, browser_id, is_foreign, is_secure, page_cookie
 from config import ModelConfig
 from errors import InvalidParameter, OriginNotAllowed, Unauthorized
+from parameters import require_text
 from service import Service, get_service
 
 blueprint = Blueprint("page", __name__)
@@ -95,10 +96,10 @@ def sign_in() -> Response:
     service = get_service(current_app)
     check_own(service)
     body = request.get_json(force=True, silent=True)
-    key = body.get("key") if isinstance(body, dict) else None
-    if not isinstance(key, str) or not key.strip():
-        raise InvalidParameter("the body must be a JSON object with a key", "key")
-    cookie = service.access.sign_in(key.strip(), find_address(request, service.settings))
+    if not isinstance(body, dict):
+        raise InvalidParameter("the body must be a JSON object")
+    key = require_text(body, "key").strip()
+    cookie = service.access.sign_in(key, find_address(request, service.settings))
     response = jsonify(ok=True)
     set_cookie(response, service, KEY_COOKIE, cookie, COOKIE_AGE)
     return response

@@ -173,9 +173,7 @@ def test_tokens_a_minute(locked: LiveApp) -> None:
         ws.send({"type": "generate", "inputs": "a", "max_new_tokens": 1})
         assert ws.receive()["error"]["code"] == "too_many_requests"
     headers = {"Authorization": "Bearer secret-small"}
-    status, _, answer = call(
-        locked.url, "/api/v1/generate", body={"inputs": "a", "max_new_tokens": 1}, headers=headers
-    )
+    status, _, answer = call(locked.url, "/api/v1/generate", body={"inputs": "a", "max_new_tokens": 1}, headers=headers)
     assert (status, answer["error"]["code"]) == (429, "too_many_requests")
 
 
