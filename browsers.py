@@ -70,7 +70,7 @@ def is_address(host: str) -> bool:
 def origin_host(origin: str) -> str:
     """Return the host and port of an origin; empty if it has none."""
     try:
-        return urlsplit(origin).netloc.lower()
+        return without_default_port(urlsplit(origin).netloc)
     except ValueError:  # as of http://[
         return ""
 
@@ -89,7 +89,12 @@ def own_hosts(request: "Request", settings: "Settings") -> tuple[str, ...]:
     hosts = [request.environ.get("HTTP_HOST", "")]
     if is_behind_proxy(request, settings):
         hosts.append(request.headers.get("X-Forwarded-Host", ""))
-    return tuple(host.lower() for host in hosts if host)
+    return tuple(without_default_port(host) for host in hosts if host)
+
+
+def without_default_port(host: str) -> str:
+    """Return a host as browsers write it; proxies may name the port of http or https too."""
+    return host.lower().removesuffix(":80").removesuffix(":443")
 
 
 def is_secure(request: "Request", settings: "Settings") -> bool:

@@ -1009,7 +1009,7 @@ def test_the_page_asks_for_a_key(
     page.reload()  # once is enough
     chat.ready()
     page.goto(f"{keyed_app.url}/swarm")
-    expect(page.locator("#models article")).to_have_count(1)
+    expect(page.locator(".model")).to_have_count(1)
     page.goto(keyed_app.url)
     chat.ready()
     if width == 360:
@@ -1042,7 +1042,7 @@ def test_a_key_that_is_revoked_in_mid_use_loses_nothing(context: BrowserContext,
         page.get_by_role("button", name="Retry").click()
         expect(dialog).to_be_visible()
         sign_in(page, PAGE_KEY)
-        expect(page.get_by_role("alert")).to_have_text("This key is not known here.")
+        expect(page.locator("#key-trouble")).to_have_text("This key is not known here.")
         sign_in(page, "another long secret")
         expect(dialog).to_be_hidden()
         expect(chat.answers.last.locator(".meta")).to_have_text(re.compile("^8 tokens"))

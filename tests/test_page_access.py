@@ -59,6 +59,10 @@ def config_of(page: Any) -> dict[str, Any]:
     return json.loads(found[1])
 
 
+def body(answer: Any) -> Any:
+    return answer.json
+
+
 def names_of(page: Any) -> list[str]:
     return [model["name"] for model in config_of(page).get("models", [])]
 
@@ -107,7 +111,7 @@ def test_the_cookie_opens_what_the_page_asks_for_and_nothing_else(keys: str) -> 
     browser = client(API_KEYS_FILE=keys)
     assert browser.get("/api/v1/state").status_code == 401
     browser.post("/page/key", json={"key": ANN})
-    assert [model["name"] for model in browser.get("/api/v1/state").json["models"]] == [PUBLIC, PRIVATE]
+    assert [model["name"] for model in body(browser.get("/api/v1/state"))["models"]] == [PUBLIC, PRIVATE]
     assert browser.post("/v1/completions", json={"prompt": "x"}).status_code == 401
     assert browser.get("/api/v1/open_inference_session?max_length=5").status_code == 401
     cookie = browser.get_cookie(KEY_COOKIE)
@@ -124,7 +128,7 @@ def test_other_pages_do_not_use_the_cookie(keys: str, headers: dict[str, str]) -
     )
     assert browser.get("/api/v1/state", headers=headers).status_code == 401
     refused = browser.delete("/page/key", headers=headers)
-    assert refused.status_code == 403 and refused.json["error"]["code"] == "origin_not_allowed"
+    assert refused.status_code == 403 and body(refused)["error"]["code"] == "origin_not_allowed"
     assert "Access-Control-Allow-Origin" not in refused.headers
     assert browser.get("/api/v1/state").status_code == 200
 
@@ -137,10 +141,10 @@ def test_signing_out(keys: str) -> None:
     assert config_of(browser.get("/")) == {}
 
 
-@pytest.mark.parametrize("body", ["", "x", "[]", '"x"', "{}", '{"key": 5}', '{"key": " "}', '{"key": "\\ud800"}'])
-def test_what_is_no_key(keys: str, body: str) -> None:
-    answer = client(API_KEYS_FILE=keys).post("/page/key", data=body)
-    assert answer.status_code in (400, 401) and answer.json["ok"] is False
+@pytest.mark.parametrize("sent", ["", "x", "[]", '"x"', "{}", '{"key": 5}', '{"key": " "}', '{"key": "\\ud800"}'])
+def test_what_is_no_key(keys: str, sent: str) -> None:
+    answer = client(API_KEYS_FILE=keys).post("/page/key", data=sent)
+    assert answer.status_code in (400, 401) and body(answer)["ok"] is False
 
 
 def test_a_key_that_is_changed_or_revoked_ends_its_cookies(tmp_path: Path) -> None:
@@ -203,7 +207,7 @@ def test_an_open_page_has_an_owner_of_its_own_in_each_browser() -> None:
 
 
 def test_an_open_page_beside_keys_has_the_limits_of_a_key_for_each_address() -> None:
-    settings = {"KEY_REQUESTS_PER_MINUTE": 2, "KEY_TOKENS_PER_MINUTE": 100, "KEY_CONCURRENT": 1}
+    settings: dict[str, Any] = {"KEY_REQUESTS_PER_MINUTE": 2, "KEY_TOKENS_PER_MINUTE": 100, "KEY_CONCURRENT": 1}
     with_keys = Access(Settings(API_KEYS=(ANN,), PAGE="open", SECRET_KEY="s", **settings))
     token = with_keys.page_token("x")
     for number in range(2):  # of whatever page in whatever browser
@@ -242,7 +246,7 @@ def test_there_may_be_no_page(settings: dict[str, Any]) -> None:
 def test_tokens_are_for_the_open_page_only(keys: str) -> None:
     token = Access(Settings(SECRET_KEY="s")).page_token("x")
     answer = client(API_KEYS_FILE=keys).get("/api/v1/state", headers={"X-Page-Token": token})
-    assert answer.status_code == 401 and "needs an API key" in answer.json["error"]["message"]
+    assert answer.status_code == 401 and "needs an API key" in body(answer)["error"]["message"]
 
 
 # Guessing
@@ -271,7 +275,7 @@ def test_readyz_is_no_way_to_guess(keys: str) -> None:
     asking = client(API_KEYS_FILE=keys)
     for _ in range(WRONG_KEYS_PER_MINUTE):
         assert asking.get("/readyz", headers={"Authorization": "Bearer guess"}).status_code == 503
-    assert PRIVATE not in asking.get("/readyz", headers={"Authorization": f"Bearer {ANN}"}).json["models"]
+    assert PRIVATE not in body(asking.get("/readyz", headers={"Authorization": f"Bearer {ANN}"}))["models"]
     assert asking.get("/v1/models", headers={"Authorization": f"Bearer {ANN}"}).status_code == 429
 
 
@@ -281,9 +285,9 @@ def test_readyz_is_no_way_to_guess(keys: str) -> None:
 def test_names_of_models_that_are_not_public(keys: str) -> None:
     asking = client(API_KEYS_FILE=keys)
     get_service(asking.application).models.served[PUBLIC].report("prepared in /home/somebody")
-    ready = asking.get("/readyz").json
+    ready = body(asking.get("/readyz"))
     assert ready == {"ready": False, "models": {PUBLIC: {"state": "loading", "message": "loading"}}, "others": 1}
-    ready = asking.get("/readyz", headers={"Authorization": f"Bearer {ANN}"}).json
+    ready = body(asking.get("/readyz", headers={"Authorization": f"Bearer {ANN}"}))
     assert set(ready["models"]) == {PUBLIC, PRIVATE} and ready["others"] == 0
     assert ready["models"][PUBLIC]["message"] == "prepared in /home/somebody"
     for key, told in ((ANN, True), ("the long secret of eve", False), (BOB, False)):
@@ -299,14 +303,14 @@ def test_names_of_models_that_are_not_public(keys: str) -> None:
 def test_without_keys_the_open_page_is_told_of_all_models() -> None:
     browser = client()
     token = config_of(browser.get("/"))["page_token"]
-    assert set(browser.get("/readyz").json["models"]) == {PUBLIC}
-    assert set(browser.get("/readyz", headers={"X-Page-Token": token}).json["models"]) == {PUBLIC, PRIVATE}
+    assert set(body(browser.get("/readyz"))["models"]) == {PUBLIC}
+    assert set(body(browser.get("/readyz", headers={"X-Page-Token": token}))["models"]) == {PUBLIC, PRIVATE}
 
 
 def test_tracebacks_can_be_cut_down() -> None:
     for told in (True, False):
-        answer = client(TRACEBACKS=told).post("/api/v1/generate", json={"inputs": 5}).json
-        lines = answer["traceback"].splitlines()
+        answer = client(TRACEBACKS=told).post("/api/v1/generate", json={"inputs": 5})
+        lines = body(answer)["traceback"].splitlines()
         assert lines[-1].startswith("errors.InvalidParameter: ") and (len(lines) > 1) == told
 
 
@@ -356,7 +360,7 @@ def test_names(allowed: tuple[str, ...], server: dict[str, str], host: str, fine
 def test_malformed_names(host: str) -> None:
     environ = {"HTTP_HOST": host.encode().decode("latin-1"), **EVERYWHERE}
     answer = client().get("/healthz", environ_overrides=environ)
-    assert answer.status_code == 400 and "Host" in answer.json["error"]["message"]
+    assert answer.status_code == 400 and "Host" in body(answer)["error"]["message"]
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "[::1]", "localhost", "::ffff:127.0.0.1"])
@@ -401,6 +405,7 @@ def test_other_sites(simple: dict[str, Any], headers: dict[str, str]) -> None:
         {"Origin": "https://friend.example", "Sec-Fetch-Site": "cross-site"},
         {"Origin": "https://a.friends.example"},
         {"Origin": "http://localhost"},
+        {"Origin": "https://LOCALHOST:443"},
         {"Origin": "http://behind.proxy.example", "Sec-Fetch-Site": "same-origin"},
         {"Sec-Fetch-Site": "none"},
         {**headers, "Authorization": "Bearer x"},
