@@ -263,6 +263,7 @@ class Access:
         self.not_public = frozenset(settings.NON_PUBLIC_MODELS)
         self.page_mode = settings.page
         self.rates = Rates()
+        self._tries = Rates()  # of addresses, with keys that are unknown; apart, so that they push out nothing else
         self.places = Places(settings.REQUEST_TIMEOUT)
         self._keys = read_keys(settings)
         # Of the page where it is open although there are keys.
@@ -297,6 +298,8 @@ class Access:
         if not presented:
             raise Unauthorized("an API key is needed: send it as Authorization: Bearer KEY")
         if isinstance(presented, PageCookie):
+            if self.page_mode != "key":  # it is from before
+                raise Unauthorized("an API key is needed: there is no page that asks for one")
             return Caller(self, self._key_of_cookie(presented), address=address)
         return Caller(self, self._key(presented, address), address=address)
 
@@ -305,13 +308,13 @@ class Access:
         # All are compared, and each in constant time: how long it takes tells nothing.
         found = [key for key in self._keys if hmac.compare_digest(key.digest, digest)]
         # Who guesses does not keep out whoever uses a key from the same address, as that of a proxy, already.
-        if not (found and self._is_familiar(found[0], address)) and (wait := self.rates.wait(address, "wrong keys")):
+        if not (found and self._is_familiar(found[0], address)) and (wait := self._tries.wait(address, "keys")):
             error = TooManyRequests("too many unknown API keys came from this address")
             error.retry_after = whole_seconds(wait)
             raise error
         if not found:
             with contextlib.suppress(Exceeded):  # by another thread since we looked
-                self.rates.take(address, "wrong keys", WRONG_KEYS_PER_MINUTE)
+                self._tries.take(address, "keys", WRONG_KEYS_PER_MINUTE)
             raise Unauthorized("this API key is not known here")
         self._remember(found[0], address)
         return found[0]
@@ -388,16 +391,19 @@ def unsign(signer: TimestampSigner, signed: str, max_age: float) -> str:
     return value.decode()
 
 
-def tokens_of(params: GenerationParams, room: int) -> tuple[int, int]:
+def tokens_of(params: GenerationParams, held: int, room: int) -> tuple[int, int]:
     """Return how many tokens a request may add to its session, and how many of them it asks for.
 
-    :param room: tokens that the session has left
+    :param held: tokens of the session
+    :param room: tokens that it has left
     """
     prompt = 1 + len(params.inputs) // CHARACTERS_PER_TOKEN
-    if params.stop_sequence is None and params.max_new_tokens is not None:
-        most = least = prompt + params.max_new_tokens
-    else:  # up to the end of the session, or to a bound before it
-        most, least = prompt + (params.max_answer_tokens or room), prompt
+    asked = prompt + (params.max_new_tokens or 0) if params.max_length is None else params.max_length - held
+    if params.stop_sequence is None:
+        most = least = asked
+    else:  # it goes on in rounds, to a bound or to the end of the session
+        bounds = (params.max_length and asked, params.max_answer_tokens and prompt + params.max_answer_tokens)
+        most, least = min([room, *(bound for bound in bounds if bound is not None)]), prompt
     return max(1, min(most, room)), max(1, min(least, room))
 
 

@@ -34,7 +34,7 @@ def generate_text() -> Response:
     cancelled = client_gone(request.environ)
     with (
         _session(service, values, params, cancelled) as (session, params),
-        g.caller.reserving(*tokens_of(params, session.room)) as usage,
+        g.caller.reserving(*tokens_of(params, session.length, session.room)) as usage,
         service.generating(g.caller, cancelled),
     ):
         outputs = _answer(session, params, cancelled, usage)

@@ -215,7 +215,7 @@ class Connection:
         wait = self.service.settings.REQUEST_TIMEOUT
         with (
             self.service.sessions.use(entry.session_id, wait=wait, cancelled=outbox.cancelled) as session,
-            caller.reserving(*tokens_of(params, session.room)) as usage,
+            caller.reserving(*tokens_of(params, session.length, session.room)) as usage,
             self.service.generating(caller, outbox.cancelled, outbox.tell_place, present=lambda: outbox.attended),
             session.counted(usage.spent),
         ):

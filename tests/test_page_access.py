@@ -163,6 +163,9 @@ def test_a_key_that_is_changed_or_revoked_ends_its_cookies(tmp_path: Path) -> No
             with_keys(changed).caller(cookie)
     with pytest.raises(Unauthorized):
         first.caller(PageCookie(cookie[:-1] + ("A" if cookie[-1] != "A" else "B")))
+    for mode in ("open", "off"):
+        with pytest.raises(Unauthorized):
+            Access(Settings(API_KEYS=(ANN,), SECRET_KEY="s", PAGE=mode)).caller(cookie)
     with pytest.raises(Unauthorized):
         first.caller(PageCookie(first.page_token("x")))  # signed for something else
 
@@ -463,14 +466,15 @@ def test_warnings_of_keys(caplog: pytest.LogCaptureFixture, keys: str) -> None:
         (GenerationParams("x" * 300, max_new_tokens=50), (151, 151)),
         (GenerationParams("x" * 300, max_new_tokens=5000), (1000, 1000)),  # refused later
         (GenerationParams("", max_new_tokens=50), (51, 51)),
-        (GenerationParams("x" * 300, max_length=900), (1000, 101)),
+        (GenerationParams("x" * 300, max_length=900), (400, 400)),
+        (GenerationParams("x" * 300, max_length=900, stop_sequence="."), (400, 101)),
         (GenerationParams("x" * 300, max_new_tokens=1, stop_sequence="."), (1000, 101)),
         (GenerationParams("x" * 300, max_new_tokens=1, stop_sequence=".", max_answer_tokens=60), (161, 101)),
     ],
 )
 def test_what_a_request_may_cost(params: GenerationParams, expected: tuple[int, int]) -> None:
-    assert tokens_of(params, room=1000) == expected
+    assert tokens_of(params, held=500, room=1000) == expected
 
 
 def test_a_session_without_room() -> None:
-    assert tokens_of(GenerationParams("x", max_new_tokens=5), room=0) == (1, 1)
+    assert tokens_of(GenerationParams("x", max_new_tokens=5), held=9, room=0) == (1, 1)
