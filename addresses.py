@@ -27,14 +27,15 @@ def client_address(peer: str, forwarded_for: str, trusted: Sequence[Network]) ->
     """
     hops = [hop.strip() for hop in forwarded_for.split(",") if hop.strip()]
     current = peer
-    while hops and (not current or _is_trusted(current, trusted)):
+    while hops and is_trusted(current, trusted):
         current = hops.pop()
     return _canonical(current)
 
 
-def _is_trusted(text: str, trusted: Sequence[Network]) -> bool:
-    address = _parse(text)
-    return address is not None and any(address in network for network in trusted)
+def is_trusted(peer: str, trusted: Sequence[Network]) -> bool:
+    """Whether the other end of a connection is a trusted proxy, as that of a Unix socket always is."""
+    address = _parse(peer)
+    return not peer or (address is not None and any(address in network for network in trusted))
 
 
 def _canonical(text: str) -> str:

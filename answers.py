@@ -33,6 +33,13 @@ class Task:
     choices: int = 1
     scored: bool = False  # whether the prompt's own log-probabilities are wanted
     remember: bool = True  # whether the session may be kept for who goes on from it
+    open_ended: bool = False  # whether the budget is what there is room for, and not what was asked for
+
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """How many tokens it may cost, and how many of them it asks for."""
+        most = len(self.token_ids) + self.budget * self.choices
+        return most, len(self.token_ids) + 1 if self.open_ended else most
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,7 @@ class Answers:
         """Begin.
 
         :param gone: whether the client has hung up; ends everything
+        :raises TooManyRequests: if it would cost more tokens than the caller has left
         """
         self._service = service
         self._caller = caller
@@ -79,6 +87,10 @@ class Answers:
         self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._numbers = iter(range(len(tasks)))
         workers = min(len(tasks), PROMPTS_AT_A_TIME, caller.concurrent or PROMPTS_AT_A_TIME)
+        # All at once, so that a list of prompts is not refused in its midst.
+        tokens = [task.tokens for task in tasks]
+        self._usage = caller.reserve(sum(most for most, _ in tokens), sum(least for _, least in tokens))
+        self._working = list(range(workers))  # its operations are atomic under the interpreter's lock
         for _ in range(workers):
             # In the request's context, so that the log names it. A daemon: the end of the program does not wait for it.
             run = contextvars.copy_context().run
@@ -124,6 +136,9 @@ class Answers:
                     self._events.put(Done(unwritten=range(first, first + task.choices)))
         except BaseException as error:
             self._events.put(error)
+        finally:
+            if self._working.pop() == 0:  # the last to end
+                self._usage.close()
 
     def _answer(self, number: int, task: Task, first: int) -> Done:
         service, cancelled = self._service, self._cancelled
@@ -143,7 +158,7 @@ class Answers:
             try:
                 self._write(entry, task, number, first, written)
             finally:
-                self._caller.count_tokens(len(task.token_ids) - entry.cached_tokens + len(written))
+                self._usage.spent(len(task.token_ids) - entry.cached_tokens + len(written))
             return Done(entry.cached_tokens, len(written))
 
     def _write(self, entry: Any, task: Task, number: int, first: int, written: list[int]) -> None:

@@ -22,17 +22,20 @@ View = TypeVar("View", bound=Callable[..., Any])
 README = Path(__file__).parent / "README.md"
 SWAGGER_FILES = Path(flask_swagger_ui.__file__).parent / "dist"
 # Swagger UI makes markup from strings.
-CONTENT_SECURITY_POLICY = "default-src 'self'; img-src 'self' data:; object-src 'none'; base-uri 'none'"
+CONTENT_SECURITY_POLICY = (
+    "default-src 'self'; img-src 'self' data:; object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
+)
 REF = "#/components/schemas/{model}"
 # What any route that needs a model may answer beside 200, and what that says.
 STATUSES = {
     400: "A parameter is wrong.",
     401: "An API key is needed, or this one is not known.",
-    403: "The model is not served to this caller.",
+    403: "The model is not served to this caller, or pages of this origin may not use the app.",
     404: "No such model or session.",
     409: "The session was opened for another model.",
     413: "The body is too large.",
     415: "The body is of no kind that is read here.",
+    421: "The app does not go by the name it was asked by.",
     422: "Longer than the model or the session allows.",
     429: "Too many requests, tokens, sessions or answers at a time; Retry-After says when to come again.",
     499: "The client has hung up: nobody reads this.",

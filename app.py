@@ -9,12 +9,14 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Sequence
 
 import click
 import werkzeug.serving
 from flask import Flask, Response, current_app, g, jsonify, request
 from flask.typing import ResponseReturnValue
 from flask_cors import CORS
+from markupsafe import escape
 from werkzeug.exceptions import HTTPException
 
 import api_docs
@@ -23,9 +25,11 @@ import openai_api
 import page
 import status_api
 import websocket_api
-from access import Caller, find_address, presented_key
+from access import find_caller
+from browsers import check_host, check_origin, is_local
 from config import Settings
 from errors import ApiError, describe, error_body, openai_error
+from logs import set_up_logging
 from service import Service, get_service
 from swarm.errors import SwarmError
 
@@ -34,9 +38,14 @@ log = logging.getLogger("petals_chat")
 # Routes for programs, which are answered in JSON whatever happens; the others are for people.
 OPENAI_PREFIXES = ("/v1/", "/tokenize", "/detokenize", "/apply-template")
 API_PREFIXES = ("/api/", *OPENAI_PREFIXES, "/healthz", "/readyz", "/openapi.json")
+JSON_PREFIXES = (*API_PREFIXES, page.KEY_PATH)
 # Those that need an API key, if there are any.
 KEY_PREFIXES = ("/api/v1/", *OPENAI_PREFIXES)
-# Of those, what this program's own pages ask for as well; they show themselves to be that by a token.
+# Those of them that do something although they are asked with GET.
+ACTIVE_PATHS = ("/api/v1/open_inference_session", "/api/v1/close_inference_session")
+# Those that cost nothing, and give something back: they are not counted.
+FREE_PATHS = ("/api/v1/close_inference_session",)
+# Of those, what this program's own pages ask for as well; they show themselves to be that by a token or a cookie.
 PAGE_PATHS = ("/api/v1/state",)
 # Werkzeug and Flask raise these themselves.
 HTTP_CODES = {400: "invalid_parameter", 404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
@@ -73,9 +82,15 @@ def create_app(settings: Settings | None = None) -> Flask:
     return app
 
 
-def start(app: Flask) -> None:
-    """Begin to load the models, and end everything below when the program ends."""
+def start(app: Flask, hosts: Sequence[str] = ()) -> None:
+    """Begin to load the models, and end everything below when the program ends.
+
+    :param hosts: addresses and names at which the app listens, as far as they are known
+    """
     service = get_service(app)
+    log.info("%s", service.access.summary())
+    if not service.access.needs_key and (beyond := [host for host in hosts if not is_local(host)]):
+        log.warning("listening at %s without API_KEYS: everybody who reaches it may use everything", ", ".join(beyond))
     service.start()
     atexit.register(service.close, grace=0)
 
@@ -87,30 +102,32 @@ def begin_request() -> None:
     g.started = time.monotonic()
     if request.environ.get("wsgi.multiprocess"):
         raise ApiError("the session registry lives in one process: start gunicorn with one worker and many threads")
-    if request.path.startswith(KEY_PREFIXES) and request.method != "OPTIONS":
-        # Who opens a WebSocket is found out there: its browser sends no header.
-        g.caller = find_caller()
-    get_service(current_app).start()  # under servers that tell us of no beginning
-
-
-def find_caller() -> Caller:
-    """Return who sends the request.
-
-    :raises Unauthorized: if the key, or the page's token, is not known, or a key is needed and not there
-    """
     service = get_service(current_app)
-    address = find_address(request, service.settings)
-    if request.path in PAGE_PATHS and (token := request.headers.get("X-Page-Token")):
-        return service.access.page(token, address)
-    return service.access.caller(presented_key(request.headers.get("Authorization")), address)
+    check_host(request, service.settings)
+    if request.path.startswith(KEY_PREFIXES) and request.method != "OPTIONS":
+        begin_api_request(service)
+    service.start()  # under servers that tell us of no beginning
+
+
+def begin_api_request(service: Service) -> None:
+    """Find out who sends it, and count what costs something, before anything of it is read.
+
+    Who opens a WebSocket is found out there: its browser sends no header.
+    """
+    active = request.method not in ("GET", "HEAD") or request.path in ACTIVE_PATHS
+    if active:
+        check_origin(request, service.settings)
+    g.caller = find_caller(request, service.access, service.settings, of_page=request.path in PAGE_PATHS)
+    if active and request.path not in FREE_PATHS:
+        g.caller.count_request()
 
 
 def end_request(response: Response) -> Response:
     """Log the request, without its query string, which may hold a prompt."""
     response.headers["X-Request-Id"] = g.get("request_id", "")
+    response.headers["X-Content-Type-Options"] = "nosniff"
     if response.mimetype == "text/html":
         response.headers.setdefault("Content-Security-Policy", page.CONTENT_SECURITY_POLICY)
-        response.headers["X-Content-Type-Options"] = "nosniff"
         response.headers["Referrer-Policy"] = "no-referrer"
     seconds = time.monotonic() - g.get("started", time.monotonic())
     # An open page that shows the swarm asks every other second.
@@ -122,7 +139,7 @@ def end_request(response: Response) -> Response:
 def handle_error(error: Exception) -> ResponseReturnValue:
     """Turn any exception into an answer: JSON for programs, Flask's own pages for people."""
     if isinstance(error, HTTPException):
-        if not request.path.startswith(API_PREFIXES):
+        if not request.path.startswith(JSON_PREFIXES):
             return error
         code = HTTP_CODES.get(error.code or 500, (error.name or "error").lower().replace(" ", "_"))
         api_error = ApiError(error.description or error.name)
@@ -136,32 +153,17 @@ def handle_error(error: Exception) -> ResponseReturnValue:
     if request.path.startswith(OPENAI_PREFIXES):
         body, status = openai_error(error)
     else:
-        body = error_body(error, g.get("request_id", ""))
-    response = jsonify(body)
+        body = error_body(error, g.get("request_id", ""), traced=get_service(current_app).settings.TRACEBACKS)
+    if isinstance(error, ApiError) and not request.path.startswith(JSON_PREFIXES):
+        response = Response(f"<!doctype html>\n<title>{status}</title>\n<p>{escape(message)}</p>\n")
+    else:
+        response = jsonify(body)
     response.status_code = status
     if status == 401:
         response.headers["WWW-Authenticate"] = "Bearer"
     if retry_after is not None:
         response.headers["Retry-After"] = str(retry_after)
     return response
-
-
-class RequestIdFilter(logging.Filter):
-    """Puts the id of the current request into each log record."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        record.request_id = g.get("request_id", "-") if g else "-"
-        return True
-
-
-def set_up_logging(settings: Settings) -> None:
-    """Log to standard error, each line with its request's id."""
-    handler = logging.StreamHandler()
-    handler.addFilter(RequestIdFilter())
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s [%(request_id)s] %(name)s: %(message)s"))
-    logging.basicConfig(level=settings.LOG_LEVEL, handlers=[handler])
-    # Werkzeug's server would log each request with its query string.
-    logging.getLogger("werkzeug").addFilter(lambda record: not str(record.msg).startswith('"%s" %s %s'))
 
 
 def served_by_flask_run() -> bool:
@@ -176,4 +178,4 @@ def served_by_flask_run() -> bool:
 
 app = create_app()
 if served_by_flask_run():
-    start(app)
+    start(app, [click.get_current_context().params["host"]])

@@ -108,6 +108,9 @@ POSITIVE = (
     "WEBSOCKET_PING_INTERVAL",
 )
 
+# Settings that protect: set to nothing they are a mistake, such as a secret that was not there.
+KEY_SETTINGS = ("API_KEYS", "API_KEYS_FILE")
+
 # Models that are known by name: what they are and how they are talked to. Any other name works too, with DIALOGUE.
 KNOWN_MODELS = {
     model.name: model
@@ -182,6 +185,8 @@ class Settings:
     KEY_CONCURRENT: int = 0  # answers computed at a time, of each key that says nothing else; 0: no limit
     NON_PUBLIC_MODELS: tuple[str, ...] = ()  # of MODELS: only for the page, and for keys that name them
     SECRET_KEY: str = ""  # signs what the page shows to be the page; empty: pages must be loaded anew after a restart
+    PAGE: str = ""  # open, key, off: who may use the chat page; empty: who has a key, or everybody if there are none
+    ALLOWED_HOSTS: tuple[str, ...] = ()  # names that the app goes by, or "*"; empty: this machine's, or all: see README
     WEBSOCKET_ORIGINS: tuple[str, ...] = ("*",)  # origins whose pages may use the WebSocket API; its own page always
     TRUSTED_PROXIES: tuple[str, ...] = ()  # addresses and networks whose X-Forwarded-For is believed
     # Manners
@@ -192,6 +197,7 @@ class Settings:
     SHUTDOWN_TIMEOUT: float = 20.0  # seconds that running answers have to finish when the program is told to end
     LOG_LEVEL: str = "INFO"  # DEBUG, INFO, WARNING, ERROR
     LOG_TEXTS: bool = False  # whether prompts and answers are logged
+    TRACEBACKS: bool = True  # whether failures tell the program's own frames, or only the error
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ) -> "Settings":
@@ -204,6 +210,11 @@ class Settings:
             for setting in dataclasses.fields(cls)
             if environ.get(setting.name, "").strip()
         }
+        for name in KEY_SETTINGS:
+            if name in environ and not values.get(name):
+                raise ConfigError(
+                    f"{name} is set, but names no key: everybody would be let in; unset it if that is meant"
+                )
         settings = cls(**values)
         settings.check()
         return settings
@@ -227,6 +238,10 @@ class Settings:
                 raise ConfigError(f"{setting.name}={value} must be a finite number")
         if self.TORCH_DTYPE not in ("", "auto", "float32", "bfloat16", "float16"):
             raise ConfigError(f"TORCH_DTYPE={self.TORCH_DTYPE} is not one of auto, float32, bfloat16, float16")
+        if self.PAGE not in ("", "open", "key", "off"):
+            raise ConfigError(f"PAGE={self.PAGE} is not one of open, key, off")
+        if self.PAGE == "key" and not (self.API_KEYS or self.API_KEYS_FILE):
+            raise ConfigError("PAGE=key needs keys: set API_KEYS or API_KEYS_FILE")
         if unknown := set(self.NON_PUBLIC_MODELS) - set(self.MODELS):
             raise ConfigError(f"NON_PUBLIC_MODELS names {', '.join(sorted(unknown))}, which MODELS does not")
         try:
@@ -240,6 +255,11 @@ class Settings:
     @functools.cached_property
     def trusted_proxies(self) -> tuple[Network, ...]:
         return parse_networks(self.TRUSTED_PROXIES)
+
+    @property
+    def page(self) -> str:
+        """Who may use the chat page: open, key, off."""
+        return self.PAGE or ("key" if self.API_KEYS or self.API_KEYS_FILE else "open")
 
     @property
     def default_model(self) -> str:

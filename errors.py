@@ -4,11 +4,13 @@ ApiError                        a failure with a code, a status and a message fo
  ├── InvalidParameter           400
  ├── Unauthorized               401
  ├── ModelNotAllowed            403
+ ├── OriginNotAllowed           403
  ├── SessionNotFound            404
  ├── ModelNotFound              404
  ├── RequestTimeout             408
  ├── WrongModel                 409
  ├── RequestTooLarge            413
+ ├── HostNotAllowed             421
  ├── TooLong                    422
  ├── TooManySessions            429, with Retry-After
  ├── TooManyRequests            429, with Retry-After
@@ -66,6 +68,12 @@ class ModelNotAllowed(ApiError):
     status, code = 403, "model_not_allowed"
 
 
+class OriginNotAllowed(ApiError):
+    """The request was sent for a page of a site that may not use this app."""
+
+    status, code = 403, "origin_not_allowed"
+
+
 class SessionNotFound(ApiError):
     """No such inference session: never opened, closed or expired."""
 
@@ -94,6 +102,12 @@ class RequestTooLarge(ApiError):
     """The body is larger than the limit."""
 
     status, code = 413, "request_too_large"
+
+
+class HostNotAllowed(ApiError):
+    """The app was asked by a name that is not its own."""
+
+    status, code = 421, "host_not_allowed"
 
 
 class TooLong(ApiError):
@@ -162,13 +176,16 @@ def describe(error: BaseException) -> tuple[int, str, str, int | None]:
     return 500, "internal_error", f"{type(error).__name__}: {error}", None
 
 
-def error_body(error: BaseException, request_id: str) -> dict[str, Any]:
-    """Return the body that tells a client of a failure."""
+def error_body(error: BaseException, request_id: str, *, traced: bool = True) -> dict[str, Any]:
+    """Return the body that tells a client of a failure.
+
+    :param traced: whether the traceback has frames, or is only the line that names the error
+    """
     _, code, message, _ = describe(error)
     return {
         "ok": False,
         "error": {"code": code, "message": message},
-        "traceback": own_traceback(error),
+        "traceback": own_traceback(error) if traced else "".join(traceback.format_exception_only(error)),
         "request_id": request_id,
     }
 

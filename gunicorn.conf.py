@@ -44,7 +44,7 @@ def post_worker_init(worker: Any) -> None:
     from app import app, start
     from service import get_service
 
-    start(app)
+    start(app, [address[0] for address in worker.cfg.address if isinstance(address, tuple)])
     service = get_service(app)
     let_gunicorn_end = signal.getsignal(signal.SIGTERM)
 

@@ -9,6 +9,7 @@ from urllib.parse import parse_qsl
 from flask import Blueprint, Response, current_app, g, jsonify, request
 from werkzeug.exceptions import BadRequest
 
+from access import Usage, tokens_of
 from api_docs import documented
 from client_socket import client_gone
 from errors import InvalidParameter, WrongModel
@@ -29,15 +30,15 @@ def generate_text() -> Response:
     values = request_values()
     params = parse_generation(values)
     service = get_service(current_app)
-    g.caller.count_request()
     service.log_text("inputs", params.inputs)
     cancelled = client_gone(request.environ)
     with (
         g.caller.generating(cancelled=cancelled),
         _session(service, values, params, cancelled) as (session, params),
+        g.caller.reserving(*tokens_of(params, session.length, session.room)) as usage,
         service.generating(g.caller, cancelled),
     ):
-        outputs = _answer(session, params, cancelled)
+        outputs = _answer(session, params, cancelled, usage)
     service.log_text("outputs", outputs)
     return jsonify(ok=True, outputs=outputs)
 
@@ -93,9 +94,9 @@ def _session(
         yield session, params
 
 
-def _answer(session: InferenceSession, params: GenerationParams, cancelled: Callable[[], bool]) -> str:
+def _answer(session: InferenceSession, params: GenerationParams, cancelled: Callable[[], bool], usage: Usage) -> str:
     """Generate the whole answer; if that fails, or nobody is left to read it, the session is as it was."""
-    with session.undone_on_error(), session.counted(g.caller.count_tokens):
+    with session.undone_on_error(), session.counted(usage.spent):
         chunks = list(session.generate(params, cancelled))
         if chunks[-1].finish_reason == "cancelled":
             raise Cancelled("the client has hung up")

@@ -82,8 +82,9 @@ class ModelState(BaseModel):
 
 
 class Readiness(BaseModel):
-    ready: bool
+    ready: bool = Field(description="Whether all models are ready.")
     models: dict[str, ModelState]
+    others: int = Field(description="How many models there are that the caller may not use.")
 
 
 class ServerInfo(BaseModel):

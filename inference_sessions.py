@@ -88,6 +88,11 @@ class InferenceSession:
         self.released = True
         self.session.release_soon()
 
+    @property
+    def room(self) -> int:
+        """Tokens that it has left."""
+        return self.session.max_length - len(self.session.token_ids)
+
     def recall(self, token_ids: list[int]) -> list[int]:
         """If these tokens, or the first of them, were computed for a kept session, go on from there.
 

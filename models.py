@@ -97,7 +97,7 @@ class Models:
         """
         served = self.served.get(name)
         if served is None:
-            raise ModelNotFound(f"no model {name!r} is served here; there are: {', '.join(self.served)}")
+            raise ModelNotFound(f"no model {name!r} is served here")
         return served
 
     def get(self, name: str | None) -> "SwarmModel":

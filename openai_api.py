@@ -67,8 +67,7 @@ def get_model(model: str) -> Response:
     service = get_service(current_app)
     if model not in service.models.served and f"/{model}" in service.models.served:
         model = f"/{model}"  # a directory: two slashes in a row do not survive the way here
-    service.models.find(model)
-    g.caller.check_model(model)
+    service.find(g.caller, model)
     return jsonify(model_object(service, model))
 
 
@@ -101,12 +100,12 @@ def chat_completions() -> Response:
     length = chat_length(len(token_ids), wanted, min(config.session_length, model.max_length), model.max_length)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = sampling(body, config, model, chat.stop, logprobs)
-    wanted = wanted or length - len(token_ids)
+    open_ended, wanted = wanted is None, wanted or length - len(token_ids)
     choices = body.n or 1
     if choices > 1:
         length = len(token_ids) + wanted  # several rows are not gone on from
     check_work(len(token_ids) + wanted, choices, logprobs)
-    task = Task(token_ids, wanted, length, params, choices)
+    task = Task(token_ids, wanted, length, params, choices, open_ended=open_ended)
     return respond(ChatFormat(model, chat), service, model, body, [task])
 
 
@@ -175,10 +174,9 @@ def template() -> Response:
 
 
 def begin(body: Sampling) -> tuple[Service, Any, ModelConfig]:
-    """Return what every completion needs, and count it."""
+    """Return what every completion needs."""
     service = get_service(current_app)
     model = service.model(g.caller, body.model)
-    g.caller.count_request()
     return service, model, service.models.served[model.name].config
 
 

@@ -1,15 +1,30 @@
 """The pages for people, and the files that they load: all from this program, none from elsewhere."""
 
 import functools
+import secrets
 from pathlib import Path
 from typing import Any
 
 import rcssmin
 import rjsmin
-from flask import Blueprint, Response, abort, current_app, render_template, request, send_from_directory
+from flask import (
+    Blueprint,
+    Response,
+    abort,
+    current_app,
+    jsonify,
+    make_response,
+    render_template,
+    request,
+    send_from_directory,
+)
 from werkzeug.utils import safe_join
 
+from access import COOKIE_AGE, PAGE_TOKEN_AGE, Caller, find_address
+from browsers import BROWSER_COOKIE, KEY_COOKIE, browser_id, is_foreign, is_secure, page_cookie
 from config import ModelConfig
+from errors import InvalidParameter, OriginNotAllowed, Unauthorized
+from parameters import require_text
 from service import Service, get_service
 
 blueprint = Blueprint("page", __name__)
@@ -41,24 +56,109 @@ PACKAGES = {
     "katex": "katex/dist",
     "highlight": "@highlightjs/cdn-assets/es",
 }
+KEY_PATH = "/page/key"
 VENDOR_AGE = 3600  # seconds that a browser need not ask again; the packages change with a release
 
 
 @blueprint.get("/")
-def index() -> str:
+def index() -> Response:
     """The chat."""
-    return render_template("index.html", page_config=page_config(get_service(current_app)))
+    service = get_service(current_app)
+    caller = visitor(service)
+    models = [model for model in service.settings.models() if caller and caller.may_use(model.name)]
+    if not models:
+        return private_page("sign_in.html", service, caller)
+    names = [model.name for model in models]
+    default = service.settings.default_model
+    return private_page(
+        "index.html",
+        service,
+        caller,
+        models=[describe(model) for model in models],
+        default_model=default if default in names else names[0],
+    )
 
 
 @blueprint.get("/swarm")
-def swarm() -> str:
+def swarm() -> Response:
     """Who holds which blocks, and how to add a machine."""
     service = get_service(current_app)
-    config = {
-        "page_token": service.access.page_token(),
-        "own_swarm": not service.settings.INITIAL_PEERS,  # founded here, and not somebody else's
-    }
-    return render_template("swarm.html", page_config=config)
+    caller = visitor(service)
+    if caller is None:
+        return private_page("sign_in.html", service, None)
+    own_swarm = not service.settings.INITIAL_PEERS  # founded here, and not somebody else's
+    return private_page("swarm.html", service, caller, own_swarm=own_swarm)
+
+
+@blueprint.post(KEY_PATH)
+def sign_in() -> Response:
+    """Take a key, and keep in a cookie whose it is."""
+    service = get_service(current_app)
+    check_own(service)
+    body = request.get_json(force=True, silent=True)
+    if not isinstance(body, dict):
+        raise InvalidParameter("the body must be a JSON object")
+    key = require_text(body, "key").strip()
+    cookie = service.access.sign_in(key, find_address(request, service.settings))
+    response = jsonify(ok=True)
+    set_cookie(response, service, KEY_COOKIE, cookie, COOKIE_AGE)
+    return response
+
+
+@blueprint.delete(KEY_PATH)
+def sign_out() -> Response:
+    """Forget the key."""
+    check_own(get_service(current_app))
+    response = jsonify(ok=True)
+    response.delete_cookie(KEY_COOKIE, path="/", httponly=True, samesite="Strict")
+    return response
+
+
+def check_own(service: Service) -> None:
+    """Refuse what is sent for another page, which might try keys here or sign people out.
+
+    :raises OriginNotAllowed:
+    """
+    if service.access.page_mode != "key":
+        abort(404)
+    if is_foreign(request, service.settings):
+        raise OriginNotAllowed("only this app's own page may do this")
+
+
+def visitor(service: Service) -> Caller | None:
+    """Return whom the page is shown to; None if a key is to be asked for."""
+    mode = service.access.page_mode
+    if mode == "off":
+        abort(404, "There is no page here. Programs find the APIs described at /docs.")
+    address = find_address(request, service.settings)
+    if mode == "open":
+        browser = browser_id(request) or secrets.token_urlsafe(16)
+        return service.access.page(service.access.page_token(browser), address)
+    cookie = page_cookie(request, service.settings)
+    try:
+        return service.access.caller(cookie, address) if cookie else None
+    except Unauthorized:
+        return None
+
+
+def private_page(template: str, service: Service, caller: Caller | None, **config: Any) -> Response:
+    """Return a page that is for one browser only; it is known by a token, or by the cookie of a key."""
+    if caller is not None and caller.browser:
+        config["page_token"] = service.access.page_token(caller.browser)
+    elif caller is not None:
+        config["key"] = caller.name
+    response = make_response(render_template(template, page_config=config))
+    response.headers["Cache-Control"] = "no-store"
+    if caller is not None and caller.browser:
+        # So that a page that is loaded again finds its sessions again, and nobody else's.
+        set_cookie(response, service, BROWSER_COOKIE, caller.browser, PAGE_TOKEN_AGE)
+    return response
+
+
+def set_cookie(response: Response, service: Service, name: str, value: str, age: int) -> None:
+    """Keep something in the browser that no script reads and no other site's request carries."""
+    secure = is_secure(request, service.settings)
+    response.set_cookie(name, value, max_age=age, path="/", secure=secure, httponly=True, samesite="Strict")
 
 
 def static_file(filename: str) -> Response:
@@ -87,16 +187,6 @@ def vendor_file(package: str, name: str) -> Response:
     if package not in PACKAGES:
         abort(404)
     return send_from_directory(NODE_MODULES / PACKAGES[package], name, max_age=VENDOR_AGE)
-
-
-def page_config(service: Service) -> dict[str, Any]:
-    """Return what a page has to know from the beginning."""
-    settings = service.settings
-    return {
-        "models": [describe(model) for model in settings.models()],
-        "default_model": settings.default_model,
-        "page_token": service.access.page_token(),
-    }
 
 
 def describe(model: ModelConfig) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from access import Access, Caller
 from admission import FairQueue, QueueFull, WaitedTooLong
 from config import Settings
-from errors import TooManyRequests
+from errors import ModelNotFound, TooManyRequests
 from inference_sessions import InferenceSessions
-from models import Models
+from models import Models, ServedModel
 from session_memory import SessionMemory
 
 if TYPE_CHECKING:
@@ -104,10 +104,18 @@ class Service:
 
         :raises ModelNotFound, ModelNotAllowed, ModelUnavailable, ModelNotReady: if there is none
         """
-        name = name or self.settings.default_model
-        if name in self.models.served:
-            caller.check_model(name)
-        return self.models.get(name)
+        return self.models.get(self.find(caller, name or self.settings.default_model).config.name)
+
+    def find(self, caller: Caller, name: str) -> ServedModel:
+        """Return a model in whatever state it is. Others than the caller's are not told of.
+
+        :raises ModelNotFound, ModelNotAllowed: if there is none
+        """
+        if name not in self.models.served:
+            names = ", ".join(filter(caller.may_use, self.models.served)) or "none for you"
+            raise ModelNotFound(f"no model {name!r} is served here; there are: {names}")
+        caller.check_model(name)
+        return self.models.find(name)
 
     def log_text(self, kind: str, text: str) -> None:
         """Log a prompt or an answer, if the operator wants that."""

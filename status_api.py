@@ -4,12 +4,14 @@ import dataclasses
 import time
 from typing import TYPE_CHECKING, Any
 
-from flask import Blueprint, Response, current_app, g, jsonify
+from flask import Blueprint, Response, current_app, g, jsonify, request
 
+from access import Caller, find_caller
 from api_docs import documented
+from errors import ApiError
 from http_schemas import Failure, Health, Readiness, SwarmReport
 from models import ServedModel
-from service import get_service
+from service import Service, get_service
 
 if TYPE_CHECKING:
     from swarm.state import ServerView
@@ -29,13 +31,28 @@ def healthz() -> Response:
 @blueprint.get("/readyz")
 @documented(TAG, Readiness, failure=None, also=(503,))
 def readyz() -> tuple[Response, int]:
-    """200 when all models are ready, else 503; the state of each either way."""
+    """200 when all models are ready, else 503; either way the state of each that the caller may use.
+
+    Who has no key where one is needed is told no more than the states of the public ones.
+    """
     service = get_service(current_app)
+    caller = known_caller(service)
+    statuses = service.models.status
+    told = {name: status for name, status in statuses.items() if (caller or service.access.stranger).may_use(name)}
     models = {
-        name: {"state": status.state, "message": status.message} for name, status in service.models.status.items()
+        name: {"state": status.state, "message": status.message if caller else status.state}
+        for name, status in told.items()
     }
-    ready = not service.ending.is_set() and all(model["state"] == "ready" for model in models.values())
-    return jsonify(ready=ready, models=models), 200 if ready else 503
+    ready = not service.ending.is_set() and all(status.state == "ready" for status in statuses.values())
+    return jsonify(ready=ready, models=models, others=len(statuses) - len(told)), 200 if ready else 503
+
+
+def known_caller(service: Service) -> Caller | None:
+    """Return who asks; None for somebody who should have a key."""
+    try:
+        return find_caller(request, service.access, service.settings, of_page=True)
+    except ApiError:
+        return None
 
 
 @blueprint.get("/api/v1/state")

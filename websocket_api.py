@@ -9,12 +9,12 @@ import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
-from urllib.parse import urlsplit
 
 from flask import Flask, Response, current_app, g, jsonify, request
 from flask.typing import ResponseReturnValue
 
-from access import Caller, find_address, presented_key
+from access import Caller, find_address, presented_key, tokens_of
+from browsers import origin_host, page_cookie
 from client_socket import take_socket
 from config import Settings
 from errors import ApiError, InvalidParameter, SessionNotFound, ShuttingDown, TooManyRequests, describe, error_body
@@ -142,7 +142,8 @@ def generate_stream() -> ResponseReturnValue:
         accepted = accept_handshake(request.environ)
     except BadHandshake as error:
         return refuse(error)
-    key, address = presented_key(request.headers.get("Authorization")), find_address(request, service.settings)
+    key = presented_key(request.headers.get("Authorization")) or page_cookie(request, service.settings)
+    address = find_address(request, service.settings)
     websocket = websockets.adopt(request.environ, address, accepted)
     if not origin_allowed(request.headers.get("Origin"), request.host, service.settings.WEBSOCKET_ORIGINS):
         websocket.close(POLICY_VIOLATION, "pages of this origin may not use this API")
@@ -165,12 +166,7 @@ def refuse(error: BadHandshake) -> ResponseReturnValue:
 
 def origin_allowed(origin: str | None, host: str, allowed: Sequence[str]) -> bool:
     """Whether a browser's page of this origin may connect; programs send none."""
-    if origin is None or "*" in allowed or origin in allowed:
-        return True
-    try:
-        return urlsplit(origin).netloc == host
-    except ValueError:  # as of "http://["
-        return False
+    return origin is None or "*" in allowed or origin in allowed or origin_host(origin) == host.lower()
 
 
 class Connection:
@@ -266,6 +262,7 @@ class Connection:
         max_length = require_int(request, "max_length", minimum=1)
         resumable = get_bool(request, "resumable")
         self._caller = caller = self._begin(request)
+        caller.count_request()
         model = self.service.model(caller, get_text(request, "model"))
         self._stopped = False
         session_id = self.service.sessions.open(
@@ -328,6 +325,8 @@ class Connection:
         self.deliver({"ok": True})
 
     def _generate(self, request: dict[str, Any]) -> None:
+        if self._caller is not None:
+            self._caller.count_request()
         if self._entry is not None and get_bool(request, "model_defaults"):
             defaults = self.service.models.served[self._entry.model.name].config.generation
             request = with_defaults(request, defaults)
@@ -346,14 +345,14 @@ class Connection:
                 self._outbox.send(self._failure(error))
 
     def _answer(self, params: GenerationParams, entry: InferenceSession, outbox: Outbox, caller: Caller) -> None:
-        caller.count_request()
         self.service.log_text("inputs", params.inputs)
         wait = self.service.settings.REQUEST_TIMEOUT
         with (
             caller.generating(cancelled=outbox.cancelled),
             self.service.sessions.use(entry.session_id, wait=wait, cancelled=outbox.cancelled) as session,
+            caller.reserving(*tokens_of(params, session.length, session.room)) as usage,
             self.service.generating(caller, outbox.cancelled, outbox.tell_place, present=lambda: outbox.attended),
-            session.counted(caller.count_tokens),
+            session.counted(usage.spent),
         ):
             outbox.compute()
             for chunks in rounds(outbox.follow(session.generate(params, outbox.cancelled)), params):
@@ -421,7 +420,7 @@ class Connection:
             log.exception("WebSocket request failed")
         else:
             log.info("WebSocket request refused: %s", error if isinstance(error, (ApiError, SwarmError)) else status)
-        return error_body(error, self.request_id)
+        return error_body(error, self.request_id, traced=self.service.settings.TRACEBACKS)
 
 
 def parse_message(message: str | bytes) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from flask import Flask, Response, request, send_file
-from flask_sock import Sock
 from werkzeug.wrappers.response import Response as WerkzeugResponse
 
 from client_socket import client_gone, client_socket, limit_sends
@@ -20,7 +19,6 @@ WAIT = 20.0  # seconds; a test that needs more has failed
 settings = Settings.from_environment()
 app = Flask(__name__)
 app.config["MAX_CONTENT_LENGTH"] = settings.MAX_BODY_BYTES
-websockets = Sock(app)
 lock = threading.Lock()
 seen: dict[str, int] = {"busy": 0, "gone": 0, "streams_ended": 0}
 events = {name: threading.Event() for name in ("release", "go")}
@@ -120,12 +118,6 @@ def fails_midway() -> Response:
     return Response(steps())
 
 
-@websockets.route("/websocket")
-def websocket(connection: Any) -> None:
-    while True:
-        connection.send(connection.receive(WAIT))
-
-
 @app.get("/detach")
 def detach() -> WerkzeugResponse:
     raw, unread = request.environ["front.detach"]()
@@ -135,7 +127,7 @@ def detach() -> WerkzeugResponse:
 
 class HandedOver(Response):
     def __call__(self, *args: Any) -> Any:
-        raise StopIteration  # as flask-sock does
+        raise StopIteration  # as WebSockets do
 
 
 def echo_bytes(raw: socket.socket, unread: bytes) -> None:

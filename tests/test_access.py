@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from websockets.sync.client import connect
 
 from access import Access
 from config import Settings
-from errors import ConfigError, Unauthorized
+from errors import ConfigError, TooManyRequests, Unauthorized
+from rates import Rates
 from tests.client import call, websocket
 from tests.conftest import LiveApp, serve
 from tests.test_openai_api import ENDLESS
@@ -26,6 +28,9 @@ KEYS = [
     {"key": "secret-slow", "name": "slow", "models": ["*"], "requests_per_minute": 2},
     {"key": "secret-small", "name": "small", "models": ["*"], "tokens_per_minute": 10},
     {"key": "secret-one", "name": "one", "models": ["*"], "concurrent": 1},
+    {"key": "secret-hundred", "name": "hundred", "models": ["*"], "tokens_per_minute": 100},
+    {"key": "secret-list", "name": "list", "models": ["*"], "tokens_per_minute": 100},
+    {"key": "secret-open", "name": "open", "models": ["*"], "tokens_per_minute": 100},
 ]
 
 
@@ -109,12 +114,6 @@ def test_websocket(locked: LiveApp) -> None:
     assert open_session(locked, headers={"Authorization": "Bearer secret-all"}) == {"ok": True}
 
 
-def test_the_page_needs_no_key(locked: LiveApp) -> None:
-    _, _, page = call(locked.url, "/")
-    config = json.loads(page.split('id="config">')[1].split("</script>")[0])
-    assert open_session(locked, page_token=config["page_token"]) == {"ok": True}
-
-
 def test_websocket_origins(locked: LiveApp) -> None:
     for origin in ("https://friend.example", locked.url):
         assert open_session(locked, headers={"Origin": origin}, api_key="secret-all") == {"ok": True}
@@ -163,14 +162,93 @@ def test_requests_a_minute(locked: LiveApp) -> None:
 
 
 def test_tokens_a_minute(locked: LiveApp) -> None:
-    assert ask(locked, "secret-small").usage.total_tokens > 10  # known only afterwards
-    with pytest.raises(openai.RateLimitError, match="10 tokens a minute"):
+    # More than a minute's worth, which can be asked for only when nothing has been used.
+    assert ask(locked, "secret-small").usage.total_tokens > 10
+    with pytest.raises(openai.RateLimitError, match="10 tokens a minute") as refused:
         ask(locked, "secret-small")
+    assert int(refused.value.response.headers["retry-after"]) > 60  # it counts for as many minutes
     with websocket(locked.websocket_url) as ws:
         ws.send({"type": "open_inference_session", "max_length": 16, "api_key": "secret-small"})
         assert ws.receive()["ok"]
         ws.send({"type": "generate", "inputs": "a", "max_new_tokens": 1})
         assert ws.receive()["error"]["code"] == "too_many_requests"
+    headers = {"Authorization": "Bearer secret-small"}
+    status, _, answer = call(locked.url, "/api/v1/generate", body={"inputs": "a", "max_new_tokens": 1}, headers=headers)
+    assert (status, answer["error"]["code"]) == (429, "too_many_requests")
+
+
+def test_tokens_are_reserved_before_they_are_used(locked: LiveApp) -> None:
+    """Of requests at the same time only those begin whose tokens are there; what was not used comes back."""
+    body = {"inputs": "a", "max_new_tokens": 40}
+    headers = {"Authorization": "Bearer secret-hundred"}
+
+    def request(_: int) -> int:
+        return call(locked.url, "/api/v1/generate", body=body, headers=headers)[0]
+
+    with ThreadPoolExecutor(12) as pool:
+        statuses = list(pool.map(request, range(12)))
+    assert sorted(set(statuses)) == [200, 429] and statuses.count(200) == 2  # 41 or 42 tokens each, of 100
+    caller = locked.service.access.caller("secret-hundred", "elsewhere")
+    with pytest.raises(TooManyRequests):
+        caller.reserve(100)
+    left = 100 - 2 * 41  # a prompt of one token
+    caller.reserve(left).close()
+
+
+def test_a_list_of_prompts_reserves_all_of_them(locked: LiveApp) -> None:
+    prompts = [[5, 6, 7]] * 16
+    completions = client(locked, "secret-list").completions
+    completions.create(model=locked.model_name, prompt=prompts, max_tokens=2)  # 80 of 100
+    with pytest.raises(openai.RateLimitError, match="100 tokens a minute"):
+        completions.create(model=locked.model_name, prompt=prompts, max_tokens=2)
+
+
+def test_open_ended_answers_take_what_is_left(locked: LiveApp) -> None:
+    """As those of the page: they ask for no number of tokens, and may have what is left."""
+    caller = locked.service.access.caller("secret-open", "")
+    caller.reserve(60)
+    taken = caller.reserve(2000, least=20)
+    with pytest.raises(TooManyRequests):
+        caller.reserve(1)
+    taken.spent(140)  # ten times what was left: it counts in full
+    taken.close()
+    with pytest.raises(TooManyRequests) as refused:
+        caller.reserve(1)
+    assert 60 < (refused.value.retry_after or 0) <= 120  # 200 tokens of 100 a minute
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": "malformed"}),
+        ("/v1/completions", {"prompt": "a", "model": "missing"}),
+        ("/v1/nothing/here", {}),
+        ("/tokenize", {"content": "a"}),
+        ("/detokenize", {"tokens": [1]}),
+        ("/apply-template", {"messages": CHAT}),
+        ("/api/v1/generate", {"inputs": ["malformed"]}),
+        ("/api/v1/open_inference_session", {"max_length": "malformed"}),
+        ("/api/v1/open_inference_session?max_length=malformed", None),
+    ],
+)
+def test_every_request_that_costs_is_counted(locked: LiveApp, path: str, body: Any) -> None:
+    locked.service.access.rates = Rates()
+    headers = {"Authorization": "Bearer secret-slow"}
+    for _ in range(2):
+        assert call(locked.url, path, body=body, headers=headers)[0] != 429
+    assert call(locked.url, path, body=body, headers=headers)[0] == 429
+    # What costs nothing, and closing, which gives something back, go on.
+    assert call(locked.url, "/v1/models", headers=headers)[0] == 200
+    assert call(locked.url, "/api/v1/close_inference_session", body={"session_id": "x"}, headers=headers)[0] == 404
+
+
+def test_malformed_messages_are_counted(locked: LiveApp) -> None:
+    locked.service.access.rates = Rates()
+    with websocket(locked.websocket_url) as ws:
+        ws.open(api_key="secret-slow")
+        assert ws.ask({"type": "generate", "inputs": 5})["error"]["code"] == "invalid_parameter"
+        assert ws.ask({"type": "generate", "inputs": 5})["error"]["code"] == "too_many_requests"
+    assert open_session(locked, api_key="secret-slow")["error"]["code"] == "too_many_requests"
 
 
 def test_answers_at_a_time(locked: LiveApp) -> None:
@@ -215,6 +293,8 @@ def test_page_tokens_of_another_program_and_of_yesterday(monkeypatch: pytest.Mon
         ("[]", "holds no key"),
         ('["x"]', 'with a "key"'),
         ('[{"name": "x"}]', 'with a "key"'),
+        ('[{"key": "  "}]', "a space"),
+        ('[{"key": "x "}]', "a space"),
         ('[{"key": 5}]', "key must be of type str"),
         ('[{"key": "x", "colour": 1}]', "'colour'"),
         ('[{"key": "x", "concurrent": true}]', "concurrent must be of type int"),

@@ -9,12 +9,13 @@ import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Locator, Page, expect
 
 import config
+from access import hash_key
 from config import DIALOGUE, ModelConfig
 from swarm.local import LocalSwarm
 from tests.browser import axe_violations, open_browser
@@ -27,6 +28,7 @@ QUESTION = "Who said that?"
 TIMEOUT = 30_000  # milliseconds; a tiny model answers in less than one second on an idle machine
 LONG_ANSWER = 440  # tokens; goes on after a page has come back, and fits into the session that a chat begins with
 XSS = json.loads((ROOT / "tests/xss.json").read_text())
+PAGE_KEY = "the long secret of the page"
 ANSWER = "article[data-role=assistant]"
 # Everything that the page has kept.
 KEPT = """
@@ -957,3 +959,99 @@ def test_content_security_policy(chat_app: LiveApp) -> None:
         assert directives["default-src"] == "'none'"
         assert directives["script-src"] == directives["style-src"] == directives["connect-src"] == "'self'"
         assert "unsafe" not in policy
+
+
+# A key
+
+
+@pytest.fixture(scope="module")
+def keyed_app(live_app: LiveApp, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveApp]:
+    """The app with API keys, for which its page asks."""
+    name = live_app.model_name
+    keys = tmp_path_factory.mktemp("keys") / "keys.json"
+    keys.write_text(json.dumps([{"key": PAGE_KEY, "name": "page", "models": ["*"]}]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(config.KNOWN_MODELS, name, ModelConfig(name, DIALOGUE, title="Tiny", session_length=640))
+        settings = dataclasses.replace(
+            live_app.service.settings, MODELS=(name,), NON_PUBLIC_MODELS=(name,), API_KEYS_FILE=str(keys)
+        )
+        with serve(settings) as live:
+            yield live
+
+
+def sign_in(page: Page, key: str) -> None:
+    page.fill("#key", key)
+    page.press("#key", "Enter")
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1100, "light"), (360, "dark")])
+def test_the_page_asks_for_a_key(
+    context: BrowserContext, keyed_app: LiveApp, width: int, scheme: Literal["light", "dark"]
+) -> None:
+    page = context.new_page()
+    page.set_viewport_size({"width": width, "height": 640})
+    page.emulate_media(color_scheme=scheme)
+    page.goto(keyed_app.url)
+    expect(page.locator("#key")).to_be_focused()
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert axe_violations(page) == []
+    sign_in(page, "wrong")
+    expect(page.get_by_role("alert")).to_have_text("This key is not known here.")
+    expect(page.locator("#key")).to_have_attribute("aria-invalid", "true")
+    expect(page.locator("#key")).to_be_focused()
+    assert axe_violations(page) == []
+    sign_in(page, f" {PAGE_KEY} ")
+    chat = Chat(page)
+    chat.ready()
+    assert page.evaluate("document.cookie") == ""  # no script reads it
+    chat.ask()
+    assert not any("page_token" in message for message in chat.sent)
+    page.reload()  # once is enough
+    chat.ready()
+    page.goto(f"{keyed_app.url}/swarm")
+    expect(page.locator(".model")).to_have_count(1)
+    page.goto(keyed_app.url)
+    chat.ready()
+    if width == 360:
+        page.click("#toggle-sidebar")
+    page.click("#sign-out")
+    expect(page.locator("#key")).to_be_visible()
+    page.goto(f"{keyed_app.url}/swarm")
+    expect(page.locator("#key")).to_be_visible()
+    assert chat.errors == []
+
+
+def test_a_key_that_is_revoked_in_mid_use_loses_nothing(context: BrowserContext, keyed_app: LiveApp) -> None:
+    access = keyed_app.service.access
+    page = context.new_page()
+    page.goto(keyed_app.url)
+    sign_in(page, PAGE_KEY)
+    chat = Chat(page)
+    chat.ready()
+    chat.settle(temperature=0, max_answer_tokens=8)
+    keys = access._keys
+    try:
+        access._keys = [dataclasses.replace(keys[0], digest=hash_key("another long secret"))]
+        chat.ask(wait=False)
+        dialog = page.locator("#key-dialog")
+        expect(dialog).to_be_visible()
+        expect(page.locator("#key")).to_be_focused()
+        assert axe_violations(page) == []
+        page.click("#key-later")  # and again when it is tried again
+        expect(dialog).to_be_hidden()
+        page.get_by_role("button", name="Retry").click()
+        expect(dialog).to_be_visible()
+        sign_in(page, PAGE_KEY)
+        expect(page.locator("#key-trouble")).to_have_text("This key is not known here.")
+        sign_in(page, "another long secret")
+        expect(dialog).to_be_hidden()
+        expect(chat.answers.last.locator(".meta")).to_have_text(re.compile("^8 tokens"))
+        chat.ready()
+        assert (len(chat.texts("user")), len(chat.texts())) == (1, 1)
+    finally:
+        access._keys = keys
+    assert [error for error in chat.errors if "401" not in error] == []
+
+
+def test_an_open_page_never_asks_for_a_key(chat: Chat) -> None:
+    assert chat.page.locator("#key-form, #key-dialog, #sign-out").count() == 0

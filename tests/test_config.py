@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from config import DIALOGUE, KNOWN_MODELS, ChatFormat, ModelConfig, Settings
+from config import DIALOGUE, KEY_SETTINGS, KNOWN_MODELS, ChatFormat, ModelConfig, Settings
 from errors import ConfigError
 from parameters import parse_generation
 from swarm import weights
@@ -33,9 +33,26 @@ def test_defaults() -> None:
     assert [model.name for model in settings.models()] == [DEFAULT]
 
 
-@pytest.mark.parametrize("name", [field.name for field in FIELDS])
+@pytest.mark.parametrize("name", [field.name for field in FIELDS if field.name not in KEY_SETTINGS])
 def test_empty_is_as_if_not_set(name: str) -> None:
     assert Settings.from_environment({name: ""}) == Settings.from_environment({name: "  "}) == Settings()
+
+
+@pytest.mark.parametrize("name", KEY_SETTINGS)
+@pytest.mark.parametrize("text", ["", " ", ",", " , ,", "\n"])
+def test_keys_that_are_none(name: str, text: str) -> None:
+    """As of a secret that was not there: everybody would be let in."""
+    if "," not in text or name == "API_KEYS":
+        assert "names no key" in refusal(**{name: text})
+
+
+def test_page() -> None:
+    assert Settings().page == "open"
+    assert Settings(API_KEYS=("x",)).page == Settings(API_KEYS_FILE="x").page == "key"
+    assert Settings(API_KEYS=("x",), PAGE="open").page == "open"
+    assert Settings(PAGE="off").page == "off"
+    assert "is not one of open, key, off" in refusal(PAGE="closed")
+    assert "needs keys" in refusal(PAGE="key")
 
 
 def test_other_variables_do_not_matter() -> None:
@@ -59,6 +76,7 @@ def test_each_setting_can_be_set(field: dataclasses.Field) -> None:
         "TORCH_DTYPE": ("bfloat16", "bfloat16"),
         "LOG_LEVEL": ("DEBUG", "DEBUG"),
         "NON_PUBLIC_MODELS": (DEFAULT, (DEFAULT,)),
+        "PAGE": ("off", "off"),
         "TRUSTED_PROXIES": ("127.0.0.1, 10.0.0.0/8", ("127.0.0.1", "10.0.0.0/8")),
     }
     text, value = special.get(field.name, (text, value))

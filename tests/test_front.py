@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import websockets.sync.client
 from gunicorn.config import Config
 from gunicorn.http.errors import ParseException
 
@@ -373,12 +372,6 @@ class TestAnswers:
         assert seen(door)["gone"] == before
         sock.close()
         wait_for(lambda: seen(door)["gone"] == before + 1)
-
-    def test_websockets(self, door: Program) -> None:
-        with websockets.sync.client.connect(f"ws://127.0.0.1:{door.port}/websocket") as websocket:
-            for text in ("one", "x" * 70_000):
-                websocket.send(text)
-                assert websocket.recv(WAIT) == text
 
     def test_detached_connections_are_left_alone(self, connect: Callable[..., socket.socket]) -> None:
         sock = connect()

@@ -79,6 +79,7 @@ def keyed(live_app: LiveApp, grown: Path, tmp_path_factory: pytest.TempPathFacto
             MODELS=models,
             NON_PUBLIC_MODELS=models[1:],
             API_KEYS_FILE=str(keys),
+            PAGE="open",
             UPDATE_PERIOD=0.5,
         )
     ) as live:

@@ -34,7 +34,7 @@ export class ChatSession {
 
   /**
    * @param {{name: string, max_length: number}} model `max_length`: tokens of a session to begin with
-   * @param {{limit: () => number, pageToken: string}} options `limit`: tokens that a session of this model may have at most
+   * @param {{limit: () => number, pageToken?: string}} options `limit`: tokens that a session of this model may have at most
    */
   constructor(model, { limit, pageToken }) {
     this.#model = model;
@@ -233,7 +233,7 @@ export class ChatSession {
 
   async *#ready(signal) {
     const patientUntil = performance.now() + PATIENCE_MS;
-    for await (const { state, words } of readiness(this.#model.name, signal)) {
+    for await (const { state, words } of readiness(this.#model.name, this.#pageToken, signal)) {
       if (DOWN.has(state) && performance.now() > patientUntil) throw new ConnectionLost(`${words}.`);
       if (state !== "ready") yield { status: words };
     }

@@ -6,7 +6,7 @@ const LIMIT_MS = 5_000;
 export class StateRefused extends Error {
   name = this.constructor.name;
 
-  /** @param {number} status 401: the page is older than the program, or than a day @param {string} message */
+  /** @param {number} status 401: the page is older than the program, or than a day, or its key is gone @param {string} message */
   constructor(status, message) {
     super(message);
     this.status = status;
@@ -14,13 +14,22 @@ export class StateRefused extends Error {
 }
 
 /**
- * @param {string} pageToken shows the app that it is its page that asks
+ * Headers by which the app knows its page.
+ *
+ * @param {string | undefined} pageToken undefined: the cookie of a key does it
+ */
+export function identity(pageToken) {
+  return pageToken ? { "X-Page-Token": pageToken } : {};
+}
+
+/**
+ * @param {string | undefined} pageToken see `identity`
  * @returns {Promise<object>} the body of the answer; see /docs for its schema
  * @throws {StateRefused} or whatever fetch throws when the app cannot be reached in time
  */
 export async function fetchState(pageToken) {
   const response = await fetch("api/v1/state", {
-    headers: { "X-Page-Token": pageToken },
+    headers: identity(pageToken),
     signal: AbortSignal.timeout(LIMIT_MS),
     cache: "no-store",
   });
