@@ -14,6 +14,7 @@ from errors import TooManyRequests
 from inference_sessions import InferenceSessions
 from models import Models
 from session_memory import SessionMemory
+from swarm.background import Loop
 
 if TYPE_CHECKING:
     from flask import Flask
@@ -98,6 +99,11 @@ class Service:
             yield
         finally:
             self._generations.give_back()
+
+    @property
+    def loops(self) -> list[Loop]:
+        """What runs in the background for as long as the program does."""
+        return [*self.sessions.loops, *self.models.loops]
 
     def others_wait(self) -> bool:
         """Whether somebody who is there waits for a session, or for an answer's turn."""

@@ -29,13 +29,23 @@ def healthz() -> Response:
 @blueprint.get("/readyz")
 @documented(TAG, Readiness, failure=None, also=(503,))
 def readyz() -> tuple[Response, int]:
-    """200 when all models are ready, else 503; the state of each either way."""
+    """200 when all models are ready, else 503; the state of each either way, and of what runs in the background."""
     service = get_service(current_app)
-    models = {
-        name: {"state": status.state, "message": status.message} for name, status in service.models.status.items()
-    }
+    models = {name: readiness(served) for name, served in service.models.served.items()}
     ready = not service.ending.is_set() and all(model["state"] == "ready" for model in models.values())
-    return jsonify(ready=ready, models=models), 200 if ready else 503
+    loops = {loop.name: round(loop.age, 3) for loop in service.loops}
+    return jsonify(ready=ready, models=models, loops=loops), 200 if ready else 503
+
+
+def readiness(served: ServedModel) -> dict[str, Any]:
+    """Return a model's state and what it rests on. Takes no lock: load balancers ask while things hang."""
+    status, state = served.status, served.model.state if served.model else None
+    return {
+        "state": status.state,
+        "message": status.message,
+        "view_age": round(state.view_age, 3) if state and state.view_age is not None else None,
+        "answer_age": round(state.answer_age, 3) if state and state.answer_age is not None else None,
+    }
 
 
 @blueprint.get("/api/v1/state")

@@ -29,7 +29,7 @@ class Loop:
     def __init__(
         self,
         name: str,
-        step: Callable[[], None],
+        step: Callable[[], object],
         period: float,
         *,
         first_delay: float = FIRST_DELAY,
@@ -121,6 +121,6 @@ class Loop:
         )
 
 
-def forever(name: str, step: Callable[[], None], period: float, **options: Any) -> Loop:
+def forever(name: str, step: Callable[[], object], period: float, **options: Any) -> Loop:
     """Start a ``Loop``, which takes the same arguments, and return it."""
     return Loop(name, step, period, **options).start()

@@ -1,6 +1,7 @@
 """A model whose blocks are computed by a swarm: tokenizer, embeddings and head here, sessions over the servers."""
 
 import logging
+import multiprocessing.util
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 from swarm.compat import shared_dht
 
 import torch
+from hivemind.dht.routing import DHTID
 from petals import AutoDistributedModelForCausalLM
 from petals.constants import PUBLIC_INITIAL_PEERS
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
@@ -48,7 +50,8 @@ class Swarm:
         # Multiaddrs by which others join: through this program, or as it joined itself. Changed in place.
         self.initial_peers = list(initial_peers)
         self._host_maddrs = list(host_maddrs)
-        self._identity = make_identity() if host_maddrs else None
+        self._identity = make_identity() if host_maddrs else b""
+        self._node_id = DHTID.generate()  # another one would look for itself at its own address
         self._bound: list[str] = []  # host_maddrs with the ports that were free when it was founded
         self._known: dict[str, None] = {}  # multiaddrs of peers, those seen last at the end
         self._failures = 0  # to be there again, in a row
@@ -109,13 +112,14 @@ class Swarm:
         host_maddrs = self._bound if self._failures < SAME_PORT_TRIES and self._bound else self._host_maddrs
         # p2pd refuses to start when it is given peers of whom none answers.
         known = [] if self._failures % 2 else list(self._known)
-        with identity_file(self._identity or b"") as path:
+        with identity_file(self._identity) as path:
             node = Node(
                 f"cannot listen on {', '.join(host_maddrs)}",
                 self._closing.is_set,
                 host_maddrs=host_maddrs,
                 use_auto_relay=False,
                 identity_path=str(path),
+                node_id=self._node_id,
                 initial_peers=known or None,
                 check_if_identity_free=False,  # by whom? It takes another p2pd to ask
                 ensure_bootstrap_success=False,
@@ -134,6 +138,9 @@ class Swarm:
             reason = node.look(WATCH_PERIOD)
             self._remember(node.peers)
             if reason is None or self._closing.is_set():
+                return
+            if multiprocessing.util.is_exiting():  # and ends the child processes that are left
+                self._watch.stop()
                 return
             log.warning("%s; this program joins its swarm again", reason)
             self._leave(node)

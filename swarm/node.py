@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import logging
 import multiprocessing.connection
 import re
 import tempfile
@@ -19,15 +18,14 @@ from hivemind.p2p import P2P
 
 from swarm.errors import SwarmUnreachable
 
-log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 # A swarm's DHT answers within milliseconds on a local network and within seconds over the internet.
 DHT_TIMEOUT = 30.0  # seconds
 DHT_WORKERS = 32  # keys looked up at a time: as many as a large model has blocks, within a factor
-# Every fourth look asks p2pd for its peers. On loopback this is answered within milliseconds, and on a machine that is
-# short of memory within seconds; what is silent for sixty looks will not answer any more.
-QUESTION_LOOKS, SILENT_LOOKS = 4, 60  # looks; of half a second each these are 2 s and 30 s
+# Each look asks p2pd for its peers. On loopback this is answered within milliseconds, and on a machine that is short of
+# memory within seconds; what is silent for so many looks will not answer any more.
+SILENT_LOOKS = 60  # of half a second each: 30 s
 KILL_TIMEOUT = 5.0  # seconds; a process that is killed ends when it comes back from its system call
 
 
@@ -46,7 +44,6 @@ class Node:
         self.maddrs: list[str] = []  # by which others reach it
         self.peers: list[str] = []  # multiaddrs of those connected to, as was told last
         self._question: Any = None  # that the DHT process has not answered yet
-        self._looks = 0
         self._silent_looks = 0  # since it answered last
         try:
             self.dht.start()
@@ -64,25 +61,21 @@ class Node:
 
     def look(self, seconds: float) -> str | None:
         """Wait for so long, or until the DHT process ends. Return what is wrong, or None."""
-        multiprocessing.connection.wait([self.dht.sentinel], timeout=seconds)
-        if not self.dht.is_alive():
+        if multiprocessing.connection.wait([self.dht.sentinel], timeout=seconds):
+            self.dht.join(KILL_TIMEOUT)
             return f"the DHT process or its p2pd has ended with {self.dht.exitcode}"
         if self._question is not None and self._question.done():
             self._hear()
-        if self._question is None and self._looks % QUESTION_LOOKS == 0:
+        if self._question is None:
             self._question = self.dht.run_coroutine(list_peers, return_future=True)
-        self._looks += 1
         # Looks and not seconds: this process may have been stopped as well.
         self._silent_looks += 1
         return "the DHT process or its p2pd does not answer" if self._silent_looks > SILENT_LOOKS else None
 
     def _hear(self) -> None:
         question, self._question = self._question, None
-        if (error := question.exception()) is not None:
-            log.warning("p2pd does not answer the DHT process: %s", str(error) or type(error).__name__)
-            return
-        self.peers = question.result()
-        self._silent_looks = 0
+        if (peers := question.result()) is not None:
+            self.peers, self._silent_looks = peers, 0
 
     def kill(self) -> None:
         """End at once what is left of it."""
@@ -122,9 +115,12 @@ async def describe_daemon(dht: Any, node: Any) -> tuple[int, Any]:
     return node.p2p._child.pid, node.p2p.daemon_listen_maddr
 
 
-async def list_peers(dht: Any, node: Any) -> list[str]:
-    """In the DHT process: return the multiaddrs of the peers that p2pd is connected to."""
-    peers = await asyncio.wait_for(node.p2p.list_peers(), DHT_TIMEOUT)
+async def list_peers(dht: Any, node: Any) -> list[str] | None:
+    """In the DHT process: return the multiaddrs of the peers that p2pd is connected to; None if it does not answer."""
+    try:
+        peers = await asyncio.wait_for(node.p2p.list_peers(), DHT_TIMEOUT)
+    except Exception:  # whatever it is, p2pd has not answered
+        return None
     return [f"{maddr}/p2p/{peer.peer_id.to_base58()}" for peer in peers for maddr in peer.addrs]
 
 

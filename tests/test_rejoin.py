@@ -1,4 +1,4 @@
-"""The program's own DHT process or p2pd dies: it is in its swarm again, and answers go on as if nothing had happened."""
+"""The program's own DHT process or p2pd dies: it is in its swarm again, and answers go on undisturbed."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
