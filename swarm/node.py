@@ -13,8 +13,10 @@ from swarm.compat import await_dht, kill_descendants, repair_futures
 
 import hivemind
 import psutil
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hivemind.moe.client.remote_expert_worker import RemoteExpertWorker
 from hivemind.p2p import P2P
+from hivemind.proto import crypto_pb2
 
 from swarm.errors import SwarmUnreachable
 
@@ -134,11 +136,13 @@ def on_loop(coroutine: Coroutine[Any, Any, Result]) -> Result:
 
 
 def make_identity() -> bytes:
-    """Return a new private key, as p2pd reads it."""
-    with tempfile.TemporaryDirectory(prefix="petals-chat-") as directory:
-        path = Path(directory, "identity")
-        P2P.generate_identity(str(path))
-        return path.read_bytes()
+    """Return a new private key as p2pd reads it, of the kind that p2pd makes for itself: RSA takes long to make.
+
+    The format: https://github.com/libp2p/specs/blob/master/peer-ids/peer-ids.md#ed25519
+    """
+    key = Ed25519PrivateKey.generate()
+    data = key.private_bytes_raw() + key.public_key().public_bytes_raw()
+    return crypto_pb2.PrivateKey(key_type=crypto_pb2.KeyType.Ed25519, data=data).SerializeToString()
 
 
 @contextlib.contextmanager
