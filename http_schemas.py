@@ -90,7 +90,7 @@ class Readiness(BaseModel):
     ready: bool
     models: dict[str, ModelState]
     loops: dict[str, float] = Field(
-        description="What runs in the background, and the seconds since it last ended a turn well."
+        description="What runs in the background, and the seconds since its last good turn; of several, the most."
     )
 
 

@@ -207,7 +207,7 @@ class Models:
     def _keeper(self, served: ServedModel, started: float) -> Loop:
         """Return a loop that brings a model up and looks after it."""
         keeper = Loop(
-            f"keep {served.config.name}",
+            f"keep-model {served.config.name}",
             lambda: self._keep(served, started),
             KEEP_PERIOD,
             first_delay=FIRST_RETRY,

@@ -12,6 +12,7 @@ from models import ServedModel
 from service import get_service
 
 if TYPE_CHECKING:
+    from swarm.background import Loop
     from swarm.state import ServerView
 
 blueprint = Blueprint("status_api", __name__)
@@ -33,8 +34,16 @@ def readyz() -> tuple[Response, int]:
     service = get_service(current_app)
     models = {name: readiness(served) for name, served in service.models.served.items()}
     ready = not service.ending.is_set() and all(model["state"] == "ready" for model in models.values())
-    loops = {loop.name: round(loop.age, 3) for loop in service.loops}
-    return jsonify(ready=ready, models=models, loops=loops), 200 if ready else 503
+    return jsonify(ready=ready, models=models, loops=ages(service.loops)), 200 if ready else 503
+
+
+def ages(loops: list["Loop"]) -> dict[str, float]:
+    """Return for each kind of loop the largest age; names of models, which not everybody is told, are left out."""
+    found: dict[str, float] = {}
+    for loop in loops:
+        kind = loop.name.partition(" ")[0]
+        found[kind] = round(max(loop.age, found.get(kind, 0.0)), 3)
+    return found
 
 
 def readiness(served: ServedModel) -> dict[str, Any]:

@@ -165,6 +165,9 @@ class Swarm:
         node.kill()
 
     def _enter(self, node: "Node") -> None:
+        if self._closing.is_set():
+            node.kill()
+            return
         with self._lock:
             self._node, states = node, list(self._states)
         for state in states:

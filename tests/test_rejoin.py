@@ -98,7 +98,7 @@ def test_a_session_goes_on(
     kill: Callable[[Swarm], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(swarm.node, "SILENT_LOOKS", 20 if kill is stop_dht else swarm.node.SILENT_LOOKS)
+    monkeypatch.setattr(swarm.node, "SILENT_LOOKS", 8 if kill is stop_dht else swarm.node.SILENT_LOOKS)
     peers, servers = list(local.swarm.initial_peers), [view.peer_id for view in own_model.state.servers()]
     threads, token_ids = threading.active_count(), own_model.tokenizer.encode(PROMPTS[0])
     expected = greedy(reference, token_ids, TOKENS)
@@ -137,7 +137,13 @@ def test_what_is_told_meanwhile(
         assert answer.result(READY_TIMEOUT) == (200, {"ok": True, "outputs": expected_text})
     wait_until(lambda: state() == (200, "ready"), "not ready again", READY_TIMEOUT)
     body = call(own_app.url, "/readyz")[2]
-    assert {"watch-swarm", "expire-sessions", f"read-swarm {own_app.model_name}"} <= set(body["loops"])
+    assert set(body["loops"]) == {
+        "watch-swarm",
+        "read-swarm",
+        "keep-model",
+        "expire-sessions",
+        "expire-kept-sessions",
+    }
     assert all(age < READY_TIMEOUT for age in body["loops"].values())
     model = body["models"][own_app.model_name]
     assert 0 <= model["view_age"] < READY_TIMEOUT and 0 <= model["answer_age"] < READY_TIMEOUT
@@ -169,6 +175,7 @@ def test_the_port_is_taken(
     wait_until(lambda: bool(local.swarm._known), "no peer is known")
     start = local.swarm._start
     with socket.socket() as other, rejoined(local.swarm, own_model):
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
 
         def start_elsewhere() -> Any:
             with contextlib.suppress(OSError):  # it has the port already
