@@ -160,6 +160,9 @@ class Models:
                 break
             except Exception as error:  # whatever it was, the models' states must tell it
                 self._wait_unconnected(error, next(delays))
+        if self._stop.is_set():  # the program has ended meanwhile, and could not leave what it was not in yet
+            self._leave_swarm()
+            return
         self._keepers = [self._keeper(served, started) for served in self.served.values()]
         for keeper in self._keepers:
             keeper.start()
@@ -325,6 +328,9 @@ class Models:
         for served in self.served.values():
             if served.model is not None:
                 served.model.close()
+        self._leave_swarm()
+
+    def _leave_swarm(self) -> None:
         if self._local is not None:
             self._local.close()
         elif self._swarm is not None:

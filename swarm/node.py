@@ -58,6 +58,7 @@ class Node:
             self.p2p = on_loop(P2P.replicate(maddr))
         except Exception as error:  # hivemind raises whatever its child process met
             self._end_process()
+            self._close_pipes()
             raise SwarmUnreachable(f"{failure}: {str(error) or type(error).__name__}") from error
         self.dht._p2p_replica = self.p2p  # or hivemind would make it on the event loop, and hold that up meanwhile
 

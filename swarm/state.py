@@ -197,4 +197,5 @@ class SwarmState:
 
     def close(self) -> None:
         """End the background thread; does not wait for it."""
+        self.manager._thread.should_shutdown = True  # it runs if petals' own sessions were used
         self.reader.stop()
