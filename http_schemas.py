@@ -73,18 +73,26 @@ class Health(BaseModel):
     sessions: SessionCount
 
 
-State = Literal["loading", "ready", "blocks_missing", "failed"]
+State = Literal["loading", "ready", "blocks_missing", "stale", "rejoining", "failed"]
 
 
 class ModelState(BaseModel):
-    state: State
+    state: State = Field(
+        description="rejoining: this program has lost its swarm; stale: it has not read it for long; "
+        "failed: it could not be loaded, or does not answer, and is tried again."
+    )
     message: str
+    view_age: float | None = Field(description="Seconds since it was read which servers there are; null: not yet.")
+    answer_age: float | None = Field(description="Seconds since servers last computed a step; null: not yet.")
 
 
 class Readiness(BaseModel):
     ready: bool = Field(description="Whether all models are ready.")
     models: dict[str, ModelState]
     others: int = Field(description="How many models there are that the caller may not use.")
+    loops: dict[str, float] = Field(
+        description="What runs in the background, and the seconds since its last good turn; of several, the most."
+    )
 
 
 class ServerInfo(BaseModel):

@@ -19,6 +19,7 @@ from errors import SessionNotFound, ShuttingDown, TimedOut, TooManyRequests, Too
 from generation import Chunk, Detokenizer, encode_inputs, generate, token_budget
 from parameters import GenerationParams
 from session_memory import SessionMemory
+from swarm.background import Loop, forever
 from swarm.errors import Cancelled
 
 log = logging.getLogger(__name__)
@@ -167,7 +168,7 @@ class InferenceSessions:
         self._sessions: dict[str, InferenceSession] = {}
         self._places = FairQueue(max_sessions, max_waiting=max_waiting, timeout=queue_timeout)
         self._refusing = False
-        self._stop = threading.Event()
+        self.loops: list[Loop] = []  # what runs in the background
         self._idle = threading.Condition(self._lock)
 
     def __len__(self) -> int:
@@ -509,21 +510,22 @@ class InferenceSessions:
         return len(expired)
 
     def start(self) -> None:
-        """Expire sessions from a background thread until ``shut_down``."""
-        threading.Thread(target=self._expire_forever, name="expire-sessions", daemon=True).start()
-
-    def _expire_forever(self) -> None:
+        """Expire sessions from background threads until ``shut_down``."""
         # A session lives at most a tenth longer than its timeout; a look every tenth of a second would be waste.
         timeout = min(
             self.timeout, self.memory.timeout or self.timeout, *([self.resume_timeout] if self.resume_timeout else [])
         )
-        while not self._stop.wait(max(0.1, timeout / 10)):
-            self.expire()
-            self.memory.expire()
+        period = max(0.1, timeout / 10)
+        # Each by itself: what keeps one from going on must not keep the other.
+        self.loops = [
+            forever("expire-sessions", self.expire, period),
+            forever("expire-kept-sessions", self.memory.expire, period),
+        ]
 
     def shut_down(self, timeout: float) -> None:
         """Open no new sessions, let those in use finish for up to ``timeout`` seconds, then close all."""
-        self._stop.set()
+        for loop in self.loops:
+            loop.stop()
         with self._lock:
             self._refusing = True
             self._idle.wait_for(lambda: not any(e.users for e in self._sessions.values()), timeout)

@@ -285,7 +285,7 @@ class Model(BaseModel):
     object: Literal["model"]
     created: int
     owned_by: str
-    state: Literal["loading", "ready", "blocks_missing", "failed"]
+    state: Literal["loading", "ready", "blocks_missing", "stale", "rejoining", "failed"]
     max_model_len: int | None = Field(description="Longest prompt and answer together, in tokens; null while it loads.")
 
 

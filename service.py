@@ -14,6 +14,7 @@ from errors import ModelNotFound, TooManyRequests
 from inference_sessions import InferenceSessions
 from models import Models, ServedModel
 from session_memory import SessionMemory
+from swarm.background import Loop
 
 if TYPE_CHECKING:
     from flask import Flask
@@ -94,6 +95,11 @@ class Service:
             yield
         finally:
             self._generations.give_back(client)
+
+    @property
+    def loops(self) -> list[Loop]:
+        """What runs in the background for as long as the program does."""
+        return [*self.sessions.loops, *self.models.loops]
 
     def others_wait(self) -> bool:
         """Whether somebody who is there waits for a session, or for an answer's turn."""

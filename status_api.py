@@ -14,6 +14,7 @@ from models import ServedModel
 from service import Service, get_service
 
 if TYPE_CHECKING:
+    from swarm.background import Loop
     from swarm.state import ServerView
 
 blueprint = Blueprint("status_api", __name__)
@@ -31,20 +32,18 @@ def healthz() -> Response:
 @blueprint.get("/readyz")
 @documented(TAG, Readiness, failure=None, also=(503,))
 def readyz() -> tuple[Response, int]:
-    """200 when all models are ready, else 503; either way the state of each that the caller may use.
+    """200 when all models are ready, else 503; either way the state of each that the caller may use, and the loops' ages.
 
     Who has no key where one is needed is told no more than the states of the public ones.
     """
     service = get_service(current_app)
     caller = known_caller(service)
-    statuses = service.models.status
-    told = {name: status for name, status in statuses.items() if (caller or service.access.stranger).may_use(name)}
-    models = {
-        name: {"state": status.state, "message": status.message if caller else status.state}
-        for name, status in told.items()
-    }
-    ready = not service.ending.is_set() and all(status.state == "ready" for status in statuses.values())
-    return jsonify(ready=ready, models=models, others=len(statuses) - len(told)), 200 if ready else 503
+    served = service.models.served
+    told = [name for name in served if (caller or service.access.stranger).may_use(name)]
+    models = {name: readiness(served[name], messages=caller is not None) for name in told}
+    ready = not service.ending.is_set() and all(model.status.state == "ready" for model in served.values())
+    report = {"ready": ready, "models": models, "others": len(served) - len(told), "loops": ages(service.loops)}
+    return jsonify(report), 200 if ready else 503
 
 
 def known_caller(service: Service) -> Caller | None:
@@ -53,6 +52,29 @@ def known_caller(service: Service) -> Caller | None:
         return find_caller(request, service.access, service.settings, of_page=True)
     except ApiError:
         return None
+
+
+def ages(loops: list["Loop"]) -> dict[str, float]:
+    """Return for each kind of loop the largest age; names of models, which not everybody is told, are left out."""
+    found: dict[str, float] = {}
+    for loop in loops:
+        kind = loop.name.partition(" ")[0]
+        found[kind] = round(max(loop.age, found.get(kind, 0.0)), 3)
+    return found
+
+
+def readiness(served: ServedModel, *, messages: bool) -> dict[str, Any]:
+    """Return a model's state and what it rests on. Takes no lock: load balancers ask while things hang.
+
+    :param messages: whether to tell more of the state than its name
+    """
+    status, state = served.status, served.model.state if served.model else None
+    return {
+        "state": status.state,
+        "message": status.message if messages else status.state,
+        "view_age": round(state.view_age, 3) if state and state.view_age is not None else None,
+        "answer_age": round(state.answer_age, 3) if state and state.answer_age is not None else None,
+    }
 
 
 @blueprint.get("/api/v1/state")

@@ -4,13 +4,17 @@ Each patch is here for a fault that was seen to happen; the comment beside it sa
 """
 
 import asyncio
+import concurrent.futures
 import contextlib
 import gc
 import logging
 import multiprocessing
 import os
 import signal
+import socket
+import stat
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from types import SimpleNamespace
@@ -24,6 +28,7 @@ import hivemind.moe.server.connection_handler
 import hivemind.p2p
 import hivemind.utils.asyncio
 import hivemind.utils.logging
+import hivemind.utils.mpfuture
 import hivemind.utils.nested
 import hivemind.utils.tensor_descr
 import hivemind.utils.timed_storage
@@ -31,6 +36,13 @@ import psutil
 import torch
 
 log = logging.getLogger(__name__)
+
+# The longest wait for an answer of the DHT process. Over the internet a large model's blocks take it many seconds.
+CALL_TIMEOUT = 60.0  # seconds
+# How often who waits for the DHT process looks whether it still lives: a person waits behind it.
+LIFE_PERIOD = 0.25  # seconds
+# hivemind's locks between processes are held for as long as it takes to write to a pipe.
+LOCK_TIMEOUT = 1.0  # seconds
 
 
 def _restore_hivemind_names() -> None:
@@ -75,10 +87,112 @@ def _end_with_parent(process_class: type) -> None:
     def run_watched(self: Any) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the parent's handlers are inherited, but are not meant for us
         os.setpgrp()  # Ctrl-C in a terminal is for the parent, which then ends its processes in order
+        _let_go_of_connections()
         threading.Thread(target=watch, name="watch-parent", daemon=True).start()
         run(self)
 
     process_class.run = run_watched  # type: ignore[attr-defined]
+
+
+def _let_go_of_connections() -> None:
+    """In a forked process: close what it has inherited of the program's network sockets.
+
+    The app forks while clients are connected, when it joins the swarm again; and a connection ends for its client only
+    when nobody holds it any more. The numbers stay taken, since objects that are inherited too may still close them.
+    """
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for number in map(int, os.listdir("/dev/fd")):
+        with contextlib.suppress(OSError):  # the listing's own number is closed already
+            if stat.S_ISSOCK(os.fstat(number).st_mode) and _family(number) in (socket.AF_INET, socket.AF_INET6):
+                os.dup2(nowhere, number, inheritable=False)
+    os.close(nowhere)
+
+
+def _family(number: int) -> int:
+    """Return the address family of the socket with this file descriptor."""
+    with socket.socket(fileno=os.dup(number)) as copy:
+        return copy.family
+
+
+def _end_with_daemon() -> None:
+    """A DHT process whose `p2pd` has died goes on and answers everything with errors; hivemind never starts another.
+
+    Here it ends as well, so that whoever watches the DHT process watches both.
+    """
+    from hivemind.p2p import P2P
+
+    create = P2P.create.__func__
+
+    async def create_watched(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        p2p = await create(cls, *args, **kwargs)
+        if isinstance(multiprocessing.current_process(), hivemind.DHT):
+            p2p._watch = asyncio.create_task(watch(p2p))
+        return p2p
+
+    async def watch(p2p: Any) -> None:
+        status = await p2p._child.wait()
+        if p2p.is_alive:  # nobody has shut it down
+            log.warning("p2pd has ended with %s, and the DHT process ends with it", status)
+            os._exit(1)
+
+    P2P.create = classmethod(create_watched)
+
+
+def _limit_waits_for_dht() -> None:
+    """hivemind waits without a limit for its DHT process, which may have died, or hang: petals' routing and a server's
+    announcements would wait for ever. And what is written to a process that has died would be kept for it for ever.
+    """
+
+    def limited(call: Callable[..., Any]) -> Callable[..., Any]:
+        def method(self: Any, *args: Any, return_future: bool = False, **kwargs: Any) -> Any:
+            check_dht(self)
+            future = call(self, *args, return_future=True, **kwargs)
+            return future if return_future else await_dht(self, future)
+
+        return method
+
+    for name in ("get", "store", "run_coroutine"):
+        setattr(hivemind.DHT, name, limited(getattr(hivemind.DHT, name)))
+
+
+def check_dht(dht: Any) -> None:
+    """Raise ConnectionError if a DHT process of this process has ended. A fork's parents' are not known to it."""
+    if dht._parent_pid == os.getpid() and not dht.is_alive():
+        raise ConnectionError("the DHT process has ended")
+
+
+def await_dht(
+    dht: Any, future: Any, timeout: float = CALL_TIMEOUT, given_up: Callable[[], bool] = lambda: False
+) -> Any:
+    """Return the result of a future that a DHT process sets.
+
+    :param given_up: looked at often; ends the wait when it returns true
+    :raises TimeoutError: if it does not come within ``timeout`` seconds, or the wait was ended
+    :raises ConnectionError: if the process ends
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            return future.result(timeout=max(0.0, min(LIFE_PERIOD, deadline - time.monotonic())))
+        except concurrent.futures.TimeoutError:
+            if future.done():  # in the moment since; or the time-out was the call's own
+                return future.result()
+        check_dht(dht)
+        if given_up() or time.monotonic() >= deadline:
+            raise TimeoutError(f"the DHT process has not answered for {timeout:.0f} s")
+
+
+def repair_futures() -> None:
+    """After the death of a process: make hivemind's futures usable again, if it has died while it used them.
+
+    It may have held one of the locks that all processes share, and have written half a message.
+    """
+    futures = hivemind.utils.mpfuture
+    for lock in (futures.MPFuture._initialization_lock, futures.MPFuture._update_lock, futures.SharedBytes._lock):
+        if not lock.acquire(timeout=LOCK_TIMEOUT):
+            futures.MPFuture.reset_backend()
+            return
+        lock.release()
 
 
 def _close_sessions_without_waiting() -> None:
@@ -203,6 +317,8 @@ def _accept_shared_dht() -> None:
 _restore_hivemind_names()
 _end_with_parent(hivemind.DHT)
 _end_with_parent(hivemind.moe.server.connection_handler.ConnectionHandler)
+_end_with_daemon()
+_limit_waits_for_dht()
 
 # Importing petals replaces the root logger's handlers, and so the program's own log, by hivemind's.
 _handlers, _level = logging.root.handlers[:], logging.root.level

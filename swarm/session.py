@@ -433,6 +433,7 @@ class _Chain:
             except _ServerFailed as failure:
                 failing_since = failing_since or time.monotonic()
                 if time.monotonic() - failing_since > failure.patience:
+                    self.state.note_failure(failure.error)
                     raise failure.error from failure
                 # A server that is full of what can be freed has not failed.
                 full = isinstance(failure.error, CacheFull)
@@ -451,6 +452,7 @@ class _Chain:
                 failing_since, delays = None, _retry_delays()
                 index += 1
         self.position = end
+        self.state.note_answer()
         self._account_history()
         return hidden[:, -inputs.shape[1] :]
 

@@ -287,8 +287,11 @@ def _prepared(model: str, source: Bundled, cache_dir: Path, progress: Progress, 
 
 
 def _is_whole(model: str, directory: Path) -> bool:
+    """Whether all files of a prepared model are there and can be read, as far as that is found out quickly."""
     try:
         _check_directory(model, directory)
+        for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+            _read_json(model, directory / name)
     except ModelUnavailable:
         return False
     return True
@@ -312,9 +315,11 @@ def _prepare(model: str, source: Bundled, target: Path, progress: Progress, frac
     try:
         partial.mkdir()
         _convert(gguf_file, partial, lambda line: progress(f"{_short_name(model)}: {line}"), fraction)
+        _sync(partial)
         if target.exists():
             shutil.rmtree(target)
         partial.rename(target)
+        _sync_file(target.parent)
     except ImportError as error:
         raise ModelUnavailable(f"{model}: the Python package {error.name} is needed to prepare it") from error
     except SafetensorError as error:
@@ -325,6 +330,21 @@ def _prepare(model: str, source: Bundled, target: Path, progress: Progress, frac
         raise ModelUnavailable(f"{model}: cannot convert {gguf_file}: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _sync(directory: Path) -> None:
+    """Wait until a directory's files are on disk: most of their content is never checked again."""
+    for file in directory.iterdir():
+        _sync_file(file)
+    _sync_file(directory)
+
+
+def _sync_file(path: Path) -> None:
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def _bundled_file(model: str, source: Bundled) -> Path:
@@ -472,9 +492,6 @@ def _write_weights(weights: "Mapping[str, np.ndarray[Any, Any]]", file: Path) ->
 
     save_file({name: np.ascontiguousarray(weight) for name, weight in weights.items()}, file, metadata={"format": "pt"})
     shutil.copymode(file.with_name("config.json"), file)  # safetensors lets nobody but the owner read it
-    # On disk before the directory gets its name: the file's length is checked later, its content never again.
-    with file.open("rb") as written:
-        os.fsync(written.fileno())
 
 
 def _write_tokenizer(metadata: Mapping[str, Any], directory: Path) -> None:

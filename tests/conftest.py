@@ -141,7 +141,7 @@ def serve(settings: Settings) -> Iterator[LiveApp]:
             served = service.models.served[name]
             ready = threading.Event()
             deadline = READY_TIMEOUT
-            while not served.ready and served.error is None and deadline > 0:
+            while not served.ready and deadline > 0:  # one that failed is tried again
                 ready.wait(0.1)
                 deadline -= 0.1
             assert served.ready, served.status

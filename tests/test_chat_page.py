@@ -699,7 +699,7 @@ def test_models(chat: Chat) -> None:
     expect(rows.nth(1).locator(".state")).to_contain_text("Failed: ")
     rows.nth(1).locator("input").check()
     picker.get_by_role("button", name="Done").click()
-    expect(page.locator("body[data-state=error] #status")).to_contain_text("The model could not be loaded")
+    expect(page.locator("body[data-state=error] #status")).to_contain_text("The model does not answer")
     expect(page.locator("#send")).to_be_disabled()
     page.click("#model-button")
     rows.first.locator("input").check()

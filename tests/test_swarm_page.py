@@ -90,7 +90,7 @@ def test_the_swarm_as_it_is(page: Page, watching_app: LiveApp, lonely: Path) -> 
 
     expect(waiting.locator(".state")).to_have_text("Blocks missing", timeout=SOON)
     expect(waiting.locator(".detail")).to_have_text("No server holds blocks 0–3. Answers wait until one does.")
-    expect(failed.locator(".state")).to_have_text("Could not be loaded")
+    expect(failed.locator(".state")).to_have_text("Does not answer")
     expect(failed.locator(".detail")).to_contain_text("no such directory")
     expect(failed.locator(".map")).to_be_hidden()
     expect(page.locator("#ready-count")).to_have_text("1 of 3")

@@ -158,6 +158,46 @@ def test_prepared_model_is_found_at_once(preparation: Preparation, monkeypatch: 
     assert weights.dht_prefix(place) == weights.dht_prefix(MODEL)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json"])
+@pytest.mark.parametrize(
+    "content", [b"", b'{"version": "1.0", "model": {"ty', b"\0" * 4096], ids=["empty", "cut", "zeros"]
+)
+def test_half_written_file_is_prepared_anew(
+    preparation: Preparation, name: str, content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut may leave a file with its name, and without its content."""
+    place = tmp_path / preparation.place.name
+    shutil.copytree(preparation.place, place, copy_function=os.link)
+    (place / name).unlink()
+    (place / name).write_bytes(content)
+
+    def convert(file: Path, directory: Path, *_: object) -> None:
+        shutil.copytree(preparation.place, directory, copy_function=os.link, dirs_exist_ok=True)
+
+    monkeypatch.setattr(weights, "_convert", convert)
+    assert weights.locate(MODEL, cache_dir=tmp_path) == str(place)
+    assert (place / name).read_bytes() == (preparation.place / name).read_bytes()
+
+
+def test_all_files_are_on_disk_before_the_directory_has_its_name(
+    preparation: Preparation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+
+    def convert(file: Path, directory: Path, *_: object) -> None:
+        shutil.copytree(preparation.place, directory, copy_function=os.link, dirs_exist_ok=True)
+
+    def fsync(number: int) -> None:
+        written.append(os.readlink(f"/proc/self/fd/{number}"))
+
+    monkeypatch.setattr(weights, "_convert", convert)
+    monkeypatch.setattr(os, "fsync", fsync)
+    place = Path(weights.locate(MODEL, cache_dir=tmp_path))
+    partial = f"{place}.partial"
+    assert sorted(written[:-2]) == sorted(f"{partial}/{file.name}" for file in place.iterdir())
+    assert written[-2:] == [partial, str(tmp_path)]
+
+
 def test_all_may_read_the_prepared_files(preparation: Preparation) -> None:
     modes = {path.stat().st_mode for path in preparation.place.iterdir()}
     assert len(modes) == 1

@@ -5,7 +5,14 @@ import { StateRefused, fetchState } from "./state.js";
 import { number } from "./words.js";
 
 const REFRESH_MS = 2_000; // while the list is open
-const WORDS = { loading: "Loading", ready: "Ready", failed: "Failed", blocks_missing: "Parts are missing" };
+const WORDS = {
+  loading: "Loading",
+  ready: "Ready",
+  failed: "Failed",
+  blocks_missing: "Parts are missing",
+  stale: "No news",
+  rejoining: "Connecting again",
+};
 
 export class Picker {
   #models;

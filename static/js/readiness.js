@@ -12,8 +12,10 @@ export const DOWN = new Set(["failed", "unreachable"]);
 const WORDS = {
   loading: "Loading",
   ready: "Ready",
-  failed: "The model could not be loaded",
+  failed: "The model does not answer",
   blocks_missing: "Waiting for parts of the model",
+  stale: "Waiting for news of the servers",
+  rejoining: "Connecting to the servers again",
   unreachable: "The server cannot be reached",
 };
 
@@ -23,7 +25,7 @@ const WORDS = {
  * @param {string} model
  * @param {string | undefined} pageToken see `identity`
  * @param {AbortSignal} signal ends the asking; the iteration then throws an AbortError
- * @yields {{state: "loading" | "ready" | "failed" | "blocks_missing" | "unreachable", words: string}} "ready" is last
+ * @yields {{state: string, words: string}} a state of /readyz, or "unreachable"; "ready" is last
  */
 export async function* readiness(model, pageToken, signal) {
   for (;;) {
@@ -40,7 +42,8 @@ async function probe(model, pageToken, signal) {
     const response = await fetch("readyz", { headers: identity(pageToken), signal: limited, cache: "no-store" });
     const { ready, models } = await response.json(); // 503 has the same body as 200
     const { state, message } = models?.[model] ?? { state: ready ? "ready" : "loading" };
-    return { state, words: message && state !== "ready" ? `${WORDS[state]}: ${message}` : WORDS[state] };
+    const words = WORDS[state] ?? state;
+    return { state, words: message && state !== "ready" ? `${words}: ${message}` : words };
   } catch {
     signal.throwIfAborted();
     return { state: "unreachable", words: WORDS.unreachable };

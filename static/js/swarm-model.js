@@ -9,7 +9,14 @@ const DENSE = 60; // blocks, from which on there is little room between them
 const TICK_STEPS = [1, 2, 5, 10, 20, 50, 100];
 const MOST_TICKS = 8; // for which there is room on a phone
 
-const STATES = { ready: "Ready", loading: "Loading", blocks_missing: "Blocks missing", failed: "Could not be loaded" };
+const STATES = {
+  ready: "Ready",
+  loading: "Loading",
+  blocks_missing: "Blocks missing",
+  stale: "No news",
+  rejoining: "Joining again",
+  failed: "Does not answer",
+};
 
 const precise = new Intl.NumberFormat("en", { maximumSignificantDigits: 3 });
 
@@ -71,7 +78,7 @@ export class ModelCard {
   show(model) {
     setText(this.#title, model.title);
     this.#title.title = model.name;
-    setText(this.#state, STATES[model.state]);
+    setText(this.#state, STATES[model.state] ?? model.state);
     this.node.dataset.state = model.state;
     setText(this.#detail, explain(model));
     this.#showProgress(model);
@@ -133,7 +140,7 @@ export class ModelCard {
     const before = this.#model;
     if (!before) return;
     if (before.state !== model.state) {
-      this.#announce(`${model.title}: ${STATES[model.state]}. ${model.state === "ready" ? "" : explain(model)}`);
+      this.#announce(`${model.title}: ${STATES[model.state] ?? model.state}. ${model.state === "ready" ? "" : explain(model)}`);
       return;
     }
     const news = [
