@@ -45,6 +45,7 @@ MAX_MEMBERS = 2**14
 MAX_LEVELS = 16
 # Petals' servers send NONE, unless they are told otherwise; its 8-bit compressions read where the sender says.
 COMPRESSIONS = ("NONE", "FLOAT16", "MEANSTD_16BIT")
+COMPRESSION_NAMES = {number: name for name, number in runtime_pb2.CompressionType.items()}
 FLOATING = {"float32": 4, "float16": 2, "bfloat16": 2}  # bytes of a value
 DTYPES = {**FLOATING, "int64": 8}
 MAX_DIMENSIONS = 4  # deep prompts: [blocks, sequences, tokens, hidden size]
@@ -288,7 +289,7 @@ def check_tensor(tensor: runtime_pb2.Tensor) -> None:
         if dtype == "bfloat16":
             expected.append(4 * values)  # some of hivemind's versions send it as float32
     elif kind not in (runtime_pb2.FLOAT16, runtime_pb2.MEANSTD_16BIT):
-        raise Malformed(f"the compression {quoted(kind)} is not accepted")
+        raise Malformed(f"the compression {COMPRESSION_NAMES.get(kind, kind)} is not accepted")
     elif dtype not in ("float32", "float16"):
         raise Malformed(f"{dtype} cannot have been compressed to 16 bits")
     elif kind == runtime_pb2.FLOAT16:

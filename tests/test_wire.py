@@ -92,8 +92,8 @@ ANSWERS = {
     "huge sizes": (evil.tensor(size=[2**32 - 1] * 3), "shape"),
     "NaN": (evil.filled(math.nan), "not finite"),
     "infinity": (evil.filled(-math.inf), "not finite"),
-    "8-bit compression": (evil.tensor(compression=runtime_pb2.BLOCKWISE_8BIT), "BLOCKWISE_8BIT|compression"),
-    "a compression of 200": (evil.tensor(compression=200), "compression"),
+    "8-bit compression": (evil.tensor(compression=runtime_pb2.BLOCKWISE_8BIT), "the compression BLOCKWISE_8BIT is not"),
+    "a compression of 200": (evil.tensor(compression=200), "CompressionType"),
     "no tensor": (evil.tensors(0), "0 tensors"),
     "two tensors": (evil.tensors(2), "2 tensors"),
     "a huge length": (evil.raw(framed(b"", size=2**60)), "is larger than"),
@@ -161,6 +161,7 @@ def test_more_servers_refuse_than_patience_lasts(
     sequence_info = tempted.state.manager.state.sequence_info
     monkeypatch.setattr(sequence_info, "_sort_spans", lambda infos: ([*spans, *honest], ()))
     sequence_info.spans_by_priority = [*spans, *honest]
+    monkeypatch.setattr(tempted.state.manager.ping_aggregator, "to_dict", dict)  # nobody is near
     exchange, refused = _Span._exchange, []
 
     async def refuse(self: _Span, inputs: torch.Tensor) -> torch.Tensor:
@@ -318,7 +319,7 @@ def requests(uids: list[str]) -> dict[str, tuple[list[bytes], str]]:
         "a huge message": ([framed(b"", size=2**60)], "closed"),
         "no protobuf": ([framed(b"\xff" * 20)], "closed"),
         "no message": ([framed(b"", marker=b"\x09")], "closed"),
-        "8-bit compression": ([evil.request(uids, evil.blockwise(HIDDEN))], "compression"),
+        "8-bit compression": ([evil.request(uids, evil.blockwise(HIDDEN))], "compression BLOCKWISE_8BIT"),
         "NaN": ([evil.request(uids, torch.full((1, 1, HIDDEN), math.nan))], "finite"),
         "whole numbers": ([evil.request(uids, torch.zeros(1, 1, HIDDEN, dtype=torch.int64))], "finite"),
         "nonsense dtype": ([evil.request(uids, runtime_pb2.Tensor(size=[1, 1, HIDDEN], dtype="\n"))], "dtype"),
@@ -593,7 +594,7 @@ def random_swarm(seed: int) -> tuple[list[RemoteModuleInfo], dict[PeerID, float]
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_routes_cost_what_petals_find(model: SwarmModel, seed: int) -> None:
+def test_routes_cost_what_petals_find(seed: int) -> None:
     """The same graph, and the same shortest path through it, as petals' own router finds."""
     infos, pings = random_swarm(seed)
     spans = list(compute_spans(infos, min_state=ServerState.ONLINE).values())
@@ -813,8 +814,8 @@ def test_what_is_packed_honestly_is_read() -> None:
     assert MSGPackSerializer.loads(MSGPackSerializer.dumps(value)) == value
     with DictionaryDHTValue().freeze() as dictionary:
         dictionary.store("peer", MSGPackSerializer.dumps((2, 1.0)), get_dht_time() + 5)
-    (read,) = MSGPackSerializer.loads(MSGPackSerializer.dumps([dictionary])).items()
-    assert read == next(iter(dictionary.items()))
+    (read,) = MSGPackSerializer.loads(MSGPackSerializer.dumps([dictionary]))
+    assert list(read.items()) == list(dictionary.items())
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         hidden = torch.randn(1, 3, 8).to(dtype)
         assert torch.equal(wire.read_hidden([serialize_torch_tensor(hidden)], hidden.shape), hidden)
