@@ -32,7 +32,7 @@ def healthz() -> Response:
 @blueprint.get("/readyz")
 @documented(TAG, Readiness, failure=None, also=(503,))
 def readyz() -> tuple[Response, int]:
-    """200 when all models are ready, else 503; either way the state of each that the caller may use, and the loops' ages.
+    """200 when all models are ready, else 503; either way the states that the caller may know, and the loops' ages.
 
     Who has no key where one is needed is told no more than the states of the public ones.
     """

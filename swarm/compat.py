@@ -314,6 +314,47 @@ def _accept_shared_dht() -> None:
     RemoteSequenceManager.__init__ = __init__
 
 
+def _read_peers_carefully() -> None:
+    """hivemind and petals read what peers send without bounds: 1 kB of nested tuples ends a process with SIGSEGV, a
+    tensor with 8-bit compression reads memory beyond its own, a length of 2**60 is waited for, one record of the DHT
+    hides all others. Here ``swarm.wire`` reads it; the processes that are forked from this one inherit that.
+    """
+    import hivemind.dht.storage
+    import petals.utils.dht
+    from hivemind.p2p import P2P
+    from hivemind.utils import MSGPackSerializer
+
+    from swarm import wire
+
+    MSGPackSerializer.loads = staticmethod(wire.unpack)
+    MSGPackSerializer._decode_ext_types = staticmethod(wire.unpack_extension)
+    wire.check_compressions()
+    P2P.receive_protobuf = staticmethod(wire.receive)
+    add_handler = P2P.add_binary_stream_handler
+
+    async def add_bounded_handler(self: Any, name: str, handler: Callable[..., Any], balanced: bool = False) -> None:
+        await add_handler(self, name, wire.bound_streams(handler), balanced)
+
+    P2P.add_binary_stream_handler = add_bounded_handler
+    storage = hivemind.dht.storage
+    storage.DictionaryDHTValue.unpackb = staticmethod(wire.unpack_dictionary)
+    storage.DHTLocalStorage.store_subkey = wire.bound_subkeys(storage.DHTLocalStorage.store_subkey)
+    init = hivemind.DHT.__init__
+
+    def __init__(self: Any, *args: Any, record_validators: Any = (), **kwargs: Any) -> None:
+        init(self, *args, record_validators=(*record_validators, wire.SaneRecords()), **kwargs)
+
+    hivemind.DHT.__init__ = __init__
+    petals.utils.dht._get_remote_module_infos = wire.read_module_infos
+
+
+def use_view_reader(read: Callable[[Any], None]) -> None:
+    """Let petals' sequence managers read the swarm by ``read(manager)``: theirs has no bound for how many servers."""
+    from petals.client.routing import RemoteSequenceManager
+
+    RemoteSequenceManager._update = read
+
+
 _restore_hivemind_names()
 _end_with_parent(hivemind.DHT)
 _end_with_parent(hivemind.moe.server.connection_handler.ConnectionHandler)
@@ -333,6 +374,7 @@ _close_sessions_without_waiting()
 _close_connections_that_fail()
 _send_messages_whole()
 _accept_shared_dht()
+_read_peers_carefully()
 
 
 def spare_collector() -> None:

@@ -7,26 +7,29 @@ its metadata. ``rewind``: a step may carry ``start_from_position``, as of petals
 
 import asyncio
 import contextlib
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any, AsyncIterator  # noqa: UP035  hivemind knows streams by this type only
 
 import swarm.compat  # noqa: F401
 
 import torch
 from async_timeout import timeout
-from hivemind import MSGPackSerializer, deserialize_torch_tensor, serialize_torch_tensor
+from hivemind import MSGPackSerializer, serialize_torch_tensor
 from hivemind.proto import runtime_pb2
 from hivemind.utils.asyncio import achain, anext, as_aiter
 from petals.data_structures import CHAIN_DELIMITER
 from petals.server import handler as petals_handler
 from petals.utils.misc import is_dummy
-from petals.utils.packaging import unpack_args_kwargs
 
+from swarm import wire
 from swarm.batching import HandlerLine
 
 # What the first answer of a session says of the server; see the module's docstring.
 ABILITIES = MSGPackSerializer.dumps({"rewind": True, "spread": True})
+# A server pushes a step when it has answered its own, so that one is waited for and one may be on its way.
+MAX_PUSHED = 4
 
 
 class TransformerConnectionHandler(petals_handler.TransformerConnectionHandler):
@@ -41,6 +44,9 @@ class TransformerConnectionHandler(petals_handler.TransformerConnectionHandler):
     batches: Any  # batches computed
 
     async def add_p2p_handlers(self, *args: Any, **kwargs: Any) -> None:
+        hidden_size = next(iter(self.module_backends.values())).outputs_schema[0].shape[-1]
+        # A step may bring all the tokens of a session, and deep prompts besides.
+        wire.limit_messages(wire.MAX_MESSAGE + 4 * hidden_size * self.inference_max_length)
         if self.line is not None:
             await self.line.connect()
         await super().add_p2p_handlers(*args, **kwargs)
@@ -51,11 +57,14 @@ class TransformerConnectionHandler(petals_handler.TransformerConnectionHandler):
         """Serve one inference session: in batches, or by petals if it wants an adapter."""
         async with timeout(self.session_timeout):
             request = await asyncio.wait_for(anext(requests), self.step_timeout)
-            metadata = MSGPackSerializer.loads(request.metadata) if request.metadata else {}
+            session = wire.read_session(request, self.inference_max_length)
             responses: Any
-            if self.line is not None and not metadata.get("active_adapter") and self._follow_each_other(request.uid):
-                responses = self._serve_session(self.line, request, metadata, requests, context)
+            if self.line is not None and not session.adapter and self._follow_each_other(request.uid):
+                responses = self._serve_session(self.line, request, session, requests, context)
             else:
+                request.metadata = MSGPackSerializer.dumps(
+                    {**wire.read_metadata(request.metadata), "alloc_timeout": session.alloc_timeout}
+                )
                 responses = super().rpc_inference(achain(as_aiter(request), requests), context)
             async with contextlib.aclosing(responses):  # at once when the client is gone, not when it is collected
                 async for response in responses:
@@ -65,32 +74,28 @@ class TransformerConnectionHandler(petals_handler.TransformerConnectionHandler):
         """Whether blocks are served here one after the other, as a session of any sane client needs them."""
         return f"{CHAIN_DELIMITER}{uids}{CHAIN_DELIMITER}" in CHAIN_DELIMITER.join(["", *self.module_backends, ""])
 
+    def _check_uids(self, uids: str) -> tuple[str, ...]:
+        return wire.split_uids(uids, self.module_backends, CHAIN_DELIMITER)
+
     async def _serve_session(
         self,
         line: HandlerLine,
         request: runtime_pb2.ExpertRequest,
-        metadata: dict[str, Any],
+        wanted: wire.SessionRequest,
         requests: AsyncIterator[runtime_pb2.ExpertRequest],
         context: petals_handler.P2PContext,
     ) -> AsyncIterator[runtime_pb2.ExpertResponse]:
         uids = self._check_uids(request.uid)
         self._log_request("rpc_inference.open", uids, context)
-        max_length = metadata.get("max_length")
-        if not isinstance(max_length, int) or not 0 <= max_length <= self.inference_max_length:
-            # The words are petals': clients tell from them what is wrong.
-            raise ValueError(f"Cannot allocate KV cache for {max_length} tokens, max = {self.inference_max_length}")
         first = list(self.module_backends).index(uids[0])
         memory_cache = self.module_backends[uids[0]].memory_cache
-        batch_size = request.tensors[0].size[0] if request.tensors else 1
         session = None
         try:
-            descriptor = self.cache_descriptor(len(uids), batch_size, max_length)
-            patience = float(metadata.get("alloc_timeout", 0.0))
-            async with memory_cache.allocate_cache(descriptor, timeout=patience) as (handle,):
+            descriptor = self.cache_descriptor(len(uids), wanted.batch_size, wanted.max_length)
+            async with memory_cache.allocate_cache(descriptor, timeout=wanted.alloc_timeout) as (handle,):
                 session = await line.open(handle, first, first + len(uids))
-                steps: Any = self._iterate_inference_steps(request, requests, metadata.get("session_id"), uids, context)
-                sizes = len(uids), batch_size
-                responses: Any = self._compute_steps(line, session, steps, metadata, max_length, sizes)
+                steps: Any = self._iterate_inference_steps(request, requests, wanted.session_id, uids, context)
+                responses: Any = self._compute_steps(line, session, steps, wanted, len(uids))
                 async with contextlib.aclosing(steps), contextlib.aclosing(responses):
                     async for response in responses:
                         yield response
@@ -104,41 +109,68 @@ class TransformerConnectionHandler(petals_handler.TransformerConnectionHandler):
         line: HandlerLine,
         session: int,
         steps: AsyncIterator[tuple[runtime_pb2.ExpertRequest, dict[str, Any]]],
-        metadata: dict[str, Any],
-        max_length: int,
-        sizes: tuple[int, int],
+        wanted: wire.SessionRequest,
+        num_blocks: int,
     ) -> AsyncIterator[runtime_pb2.ExpertResponse]:
         position, abilities = 0, ABILITIES
-        num_blocks, batch_size = sizes
         schema = next(iter(self.module_backends.values())).outputs_schema[0]
-        async for request, step in steps:
-            tensors: Sequence[Any] = [deserialize_torch_tensor(tensor) for tensor in request.tensors]
-            if (structure := metadata.get("args_structure")) is not None:
-                tensors, _ = unpack_args_kwargs(tensors, structure)
-            hidden, prompts, hypotheses, *_ = tensors
-            check_inputs(hidden, prompts, hypotheses, (num_blocks, batch_size, schema.shape[-1]))
-            position = rewound(position, step.get("start_from_position"))
-            length = hidden.shape[1]
-            check_room(position, length, max_length)
+        async for request, metadata in steps:
+            step = wire.read_step(
+                request, metadata, wanted, position=position, num_blocks=num_blocks, hidden_size=schema.shape[-1]
+            )
+            hidden = step.hidden
             if hidden.numel() > 0:  # a client may send no tokens, only to see whether there is room for the session
                 hidden = await line.step(
                     session,
-                    position,
+                    step.start,
                     hidden.to(line.dtype),
-                    None if prompts is None or is_dummy(prompts) else split_prompts(prompts.to(line.dtype)),
-                    None if is_dummy(hypotheses) else hypotheses.tolist(),
+                    None if step.prompts is None else split_prompts(step.prompts.to(line.dtype)),
+                    step.hypotheses,
                 )
-            position += length
+            position = step.start + hidden.shape[1]
             output = serialize_torch_tensor(hidden.to(schema.dtype), schema.compression, allow_inplace=True)
             yield runtime_pb2.ExpertResponse(tensors=[output], metadata=abilities)
             abilities = b""
 
     async def _iterate_inference_steps(self, *args: Any) -> AsyncIterator[tuple[Any, dict]]:
         async for request, metadata in super()._iterate_inference_steps(*args):
+            wire.check_call(request)
             batch_size, length = (*request.tensors[0].size, 0, 0)[:2]
             with self.inference_tokens.get_lock():
                 self.inference_tokens.value += batch_size * length
             yield request, metadata
+
+    @contextlib.contextmanager
+    def _managed_session(self, session_id: str) -> Iterator[None]:
+        with super()._managed_session(session_id):
+            self._session_queues[session_id] = Pushes()
+            yield
+
+    async def rpc_push(
+        self, request: runtime_pb2.ExpertRequest, context: petals_handler.P2PContext
+    ) -> runtime_pb2.ExpertResponse:
+        wire.check_call(request)
+        return await super().rpc_push(request, context)
+
+    async def rpc_forward(
+        self, request: runtime_pb2.ExpertRequest, context: petals_handler.P2PContext
+    ) -> runtime_pb2.ExpertResponse:
+        wire.check_call(request)
+        return await super().rpc_forward(request, context)
+
+    async def rpc_backward(
+        self, request: runtime_pb2.ExpertRequest, context: petals_handler.P2PContext
+    ) -> runtime_pb2.ExpertResponse:
+        wire.check_call(request)
+        return await super().rpc_backward(request, context)
+
+    async def _gather_inputs(
+        self, requests: AsyncIterator[runtime_pb2.ExpertRequest], context: petals_handler.P2PContext
+    ) -> tuple[str, list[torch.Tensor], dict]:
+        bounded = wire.bound_total(requests)
+        uids, tensors, metadata = await super()._gather_inputs(bounded, context)
+        wire.read_arguments(metadata.get("args_structure"), len(tensors))
+        return uids, tensors, metadata
 
     async def rpc_info(
         self, request: runtime_pb2.ExpertUID, context: petals_handler.P2PContext
@@ -153,47 +185,24 @@ class TransformerConnectionHandler(petals_handler.TransformerConnectionHandler):
         return runtime_pb2.ExpertInfo(serialized_info=MSGPackSerializer.dumps(info))
 
 
-def rewound(position: int, wanted: int | None) -> int:
-    """Return where a step begins.
+class Pushes(asyncio.Queue):
+    """What other servers have sent to a session. More than a few are dropped: the client sends the same itself."""
 
-    :raises ValueError: if the session has not come so far
-    """
-    if wanted is None:
-        return position
-    if not 0 <= wanted <= position:
-        raise ValueError(f"cannot start from position {wanted}: the session has {position} tokens")
-    return wanted
+    def put_nowait(self, item: Any) -> None:
+        if item is None or self.qsize() < MAX_PUSHED:  # None is the end
+            super().put_nowait(item)
 
 
-def check_room(position: int, length: int, max_length: int) -> None:
-    """Refuse tokens for which there is no attention cache.
-
-    :raises ValueError: telling the numbers
-    """
-    if position + length > max_length:
-        raise ValueError(
-            f"Maximum length exceeded: {position} tokens and {length} more exceed the session's {max_length}"
-        )
+def shorten_malformed(record: logging.LogRecord) -> bool:
+    """Leave the traceback out of a record that tells of a request which cannot be used: its sender was told."""
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, wire.Malformed):
+        record.msg, record.args, record.exc_info = "a request was refused: %s", (error,), None
+    return True
 
 
-def check_inputs(hidden: torch.Tensor, prompts: Any, hypotheses: torch.Tensor, sizes: tuple[int, int, int]) -> None:
-    """Refuse what does not fit the session: in a batch it would be others' failure too.
-
-    :param sizes: blocks and sequences of the session, hidden size
-    :raises ValueError: naming what does not fit
-    """
-    num_blocks, batch_size, hidden_size = sizes
-    if hidden.ndim != 3 or hidden.shape[0] not in (1, batch_size) or hidden.shape[2] != hidden_size:
-        raise ValueError(f"hidden states of shape {list(hidden.shape)} are not [{batch_size}, tokens, {hidden_size}]")
-    if prompts is not None and not is_dummy(prompts):
-        wanted = (num_blocks, batch_size, hidden_size)
-        if prompts.ndim != 4 or (*prompts.shape[:2], prompts.shape[3]) != wanted:
-            sizes_wanted = f"[{num_blocks}, {batch_size}, tokens, {hidden_size}]"
-            raise ValueError(f"deep prompts of shape {list(prompts.shape)} are not {sizes_wanted}")
-    if not is_dummy(hypotheses):
-        numbers = hypotheses.tolist() if hypotheses.ndim == 1 and hypotheses.dtype == torch.int64 else []
-        if len(numbers) != batch_size or not all(0 <= number < batch_size for number in numbers):
-            raise ValueError(f"hypotheses must be {batch_size} numbers of the session's sequences")
+for _name in ("hivemind.p2p.p2p_daemon", "petals.server.handler"):
+    logging.getLogger(_name).addFilter(shorten_malformed)
 
 
 def split_prompts(prompts: torch.Tensor) -> list[torch.Tensor | None]:

@@ -10,6 +10,7 @@ import swarm.compat  # noqa: F401
 
 import torch
 
+from swarm.errors import ModelMismatch
 from swarm.projection import Projection, can_pack
 
 # Of memory for a second copy of the head's weights, where the embeddings need the first one. BLOOM's would be 7 GB.
@@ -38,6 +39,7 @@ class Head:
         self._lm_head = faster(model.lm_head, self._transformer.word_embeddings.weight)
         self.device: torch.device = self._transformer.word_embeddings.weight.device
         self.vocab_size: int = self._transformer.word_embeddings.weight.shape[0]
+        self._hidden_shape: torch.Size = self._transformer.word_embeddings.weight.shape[1:]
         self._waiting: deque[tuple[torch.Tensor, Future[torch.Tensor]]] = deque()
         self._computing = threading.Lock()
 
@@ -64,9 +66,12 @@ class Head:
         hardly longer than one. Whoever finds the head free computes for all who wait (flat combining, Hendler et al.,
         SPAA 2010); nobody waits for company.
 
-        :param hidden: [hidden size]
+        :param hidden: [hidden size], floating
         :returns: [vocabulary], float32 on the CPU
+        :raises ModelMismatch: if ``hidden`` is something else
         """
+        if hidden.shape != self._hidden_shape or not hidden.is_floating_point():
+            raise ModelMismatch(f"hidden states are {hidden.dtype} of shape {list(hidden.shape)}")
         mine: Future[torch.Tensor] = Future()
         self._waiting.append((hidden, mine))
         with self._computing:
@@ -78,9 +83,19 @@ class Head:
         waiting = [self._waiting.popleft() for _ in range(len(self._waiting))]
         try:
             rows = self.logits(torch.stack([hidden for hidden, _ in waiting])).unbind(0)
+        except Exception:  # out of memory, or one of them cannot be computed: which is seen when each is alone
+            for hidden, future in waiting:
+                self._compute_alone(hidden, future)
         except BaseException as error:
             for _, future in waiting:
                 future.set_exception(error)
             raise
-        for (_, future), row in zip(waiting, rows, strict=True):
-            future.set_result(row)
+        else:
+            for (_, future), row in zip(waiting, rows, strict=True):
+                future.set_result(row)
+
+    def _compute_alone(self, hidden: torch.Tensor, future: "Future[torch.Tensor]") -> None:
+        try:
+            future.set_result(self.logits(hidden[None])[0])
+        except BaseException as error:  # raised by whoever waits for it
+            future.set_exception(error)

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import swarm.compat  # noqa: F401
 
 import torch
-from hivemind import MSGPackSerializer, deserialize_torch_tensor, serialize_torch_tensor
+from hivemind import MSGPackSerializer, serialize_torch_tensor
 from hivemind.moe.client.remote_expert_worker import RemoteExpertWorker
 from hivemind.p2p import P2P
 from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure, P2PDaemonError, P2PHandlerError
@@ -32,6 +32,7 @@ from petals.server.handler import TransformerConnectionHandler
 from petals.utils.misc import DUMMY, DUMMY_INT64
 from petals.utils.packaging import pack_args_kwargs
 
+from swarm import wire
 from swarm.errors import (
     BlocksMissing,
     CacheFull,
@@ -44,7 +45,7 @@ from swarm.errors import (
     format_blocks,
 )
 from swarm.head import Head
-from swarm.state import SwarmState
+from swarm.state import MAX_SERVERS_OF_BLOCK, SwarmState
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -60,8 +61,11 @@ LOGIT_ROWS = 32
 
 # The event loop never computes and never waits, so that it answers within milliseconds even on a busy machine.
 LOOP_TIMEOUT = 10.0  # seconds
-# A server that answers with an error will answer the same again; this long the chain looks for another one.
+# A server that answers with an error will answer the same again. When all have been tried the chain asks again for so
+# long, for the swarm may change.
 REFUSAL_PATIENCE = 3.0  # seconds
+# Servers that one step tries without a look at the clock: as often as the view has filled up with fresh ones.
+MAX_TRIED = 8 * MAX_SERVERS_OF_BLOCK
 LOSSES_KEPT = 32  # newest ones, for whoever follows a session
 # A server frees the attention cache of a session that was closed within a few milliseconds.
 FREEING_TIME = 0.05  # seconds
@@ -224,8 +228,10 @@ class SwarmSession:
         done = len(self.token_ids)
         self.append(token_ids)
         for start, hidden in self._process(cancelled):
-            for piece in hidden[0, max(0, done - start) :].split(LOGIT_ROWS):
-                yield self._head.logits(piece)
+            new = hidden[0, max(0, done - start) :]
+            if len(new):  # after a loss what was there already comes again
+                for piece in new.split(LOGIT_ROWS):
+                    yield self._head.logits(piece)
             done = max(done, start + hidden.shape[1])
 
     def _process(self, cancelled: Callable[[], bool] | None) -> Iterator[tuple[int, torch.Tensor]]:
@@ -237,10 +243,12 @@ class SwarmSession:
             raise ValueError("there is no token to step from")
         if self.position == self._length:  # the last token's logits once more
             self._rewind(self.position - 1)
-        lost_since = None
+        lost_since, furthest = None, 0
         while (start := self.position) < self._length:
             hidden = self._run(self._chain.forward(self._inputs(start), start), cancelled)
             if hidden is not None:
+                if self.position > furthest:  # what was lost is there again, and more
+                    lost_since, furthest = None, self.position
                 yield start, hidden
                 continue
             lost_since = lost_since or time.monotonic()
@@ -330,10 +338,15 @@ class SwarmSession:
 class _ServerFailed(Exception):
     """A server did not do its part of a step. Internal: it leads to a recovery, or becomes ``error`` for the caller."""
 
-    def __init__(self, error: SwarmError, patience: float) -> None:
+    def __init__(self, error: SwarmError, patience: float, *, offence: bool = False) -> None:
         super().__init__(str(error))
         self.error = error
-        self.patience = patience  # seconds for which trying elsewhere, or again, makes sense
+        self.patience = patience  # seconds for which trying again makes sense, when all servers have been tried
+        self.offence = offence  # whether it did what no sound server does
+
+
+class _StepTooSlow(asyncio.TimeoutError):
+    """A server that lives has not answered within the time that one has for a step."""
 
 
 class _Chain:
@@ -401,71 +414,108 @@ class _Chain:
         if self._task is not None:
             # A cancelled step is still on its way out, and with it its half of the streams.
             await asyncio.wait({self._task}, timeout=self.limits.connect_timeout)
+        if self.closed:
+            raise SessionClosed("the session is closed")
         if self.position != start:
             return None
-        self._task = asyncio.current_task()
+        self._task = task = asyncio.current_task()
         try:
             return await self._forward(inputs, start + inputs.shape[1])
-        except BaseException:
-            # Some spans may have processed the step and others not: the next step starts with clean caches.
-            self._drop()
-            raise
         finally:
-            self._task = None
+            if self._task is task:  # a step that was let go may end after the next one has begun
+                self._task = None
 
     async def _forward(self, inputs: torch.Tensor, end: int) -> torch.Tensor | None:
         turn = _Turn(self.state.cache_turn, self.limits.cache_timeout)
+        new = not self.spans
+        if new:
+            self.spans = [_Span.vacancy(0, self.state.num_blocks)]
+        spans = self.spans
         try:
-            if not self.spans:
-                self.spans = [_Span.vacancy(0, self.state.num_blocks)]
+            if new:
                 await turn.wait_behind_others()
             return await self._pass_through(inputs, end, turn)
+        except BaseException:
+            # Some spans may have processed the step and others not: the next step starts with clean caches.
+            if self.spans is spans:
+                self._drop()
+            raise
         finally:
             turn.end()
 
     async def _pass_through(self, inputs: torch.Tensor, end: int, turn: "_Turn") -> torch.Tensor | None:
-        hidden, index = inputs, 0
-        failing_since, delays = None, _retry_delays()
-        while index < len(self.spans):
+        spans, hidden, index = self.spans, inputs, 0
+        search = _Search()
+        while index < len(spans):
+            self._check_not_dropped(spans)
             try:
-                self._fill(index)
-                hidden = await self.spans[index].step(hidden, end)
+                self._fill(index, search)
+                hidden = await spans[index].step(hidden, end)
             except _ServerFailed as failure:
-                failing_since = failing_since or time.monotonic()
-                if time.monotonic() - failing_since > failure.patience:
-                    self.state.note_failure(failure.error)
-                    raise failure.error from failure
-                # A server that is full of what can be freed has not failed.
-                full = isinstance(failure.error, CacheFull)
-                freed = full and self.state.make_room(self.max_length * self.rows)
-                if not self._vacate(index, failure, ban=not freed):
-                    self._drop()
+                self._check_not_dropped(spans)
+                if not await self._look_elsewhere(index, failure, search, turn):
                     return None
-                if full:
-                    await turn.take()
-                if freed:
-                    await asyncio.sleep(FREEING_TIME)
-                delay = next(delays)
-                await asyncio.sleep(min(delay, LOOK_PERIOD) if isinstance(failure.error, BlocksMissing) else delay)
             else:
-                self.state.unban(self.spans[index].peer_id)
-                failing_since, delays = None, _retry_delays()
+                self._check_not_dropped(spans)
+                self.state.unban(spans[index].peer_id)
+                search = _Search()
                 index += 1
         self.position = end
         self.state.note_answer()
         self._account_history()
         return hidden[:, -inputs.shape[1] :]
 
-    def _fill(self, index: int) -> None:
+    def _check_not_dropped(self, spans: "list[_Span]") -> None:
+        """End a step that was cancelled without its noticing: asyncio's waits may lose that in Python before 3.12.
+
+        :raises asyncio.CancelledError: if these are no longer the spans of the session
+        """
+        if self.spans is not spans:
+            raise asyncio.CancelledError
+
+    async def _look_elsewhere(self, index: int, failure: _ServerFailed, search: "_Search", turn: "_Turn") -> bool:
+        """After a failure, let go of the server and wait until it makes sense to go on.
+
+        :returns: whether the step can go on; if not, all spans were dropped
+        :raises SwarmError: if patience is at its end
+        """
+        span = self.spans[index]
+        untried = search.note(span, failure, self.state)
+        if not untried and search.is_over():
+            self.state.note_failure(failure.error)
+            raise failure.error from failure
+        full = isinstance(failure.error, CacheFull)
+        # A server that is full of what can be freed has not failed; but others may have room as it is.
+        freed = full and not untried and self.state.make_room(self.max_length * self.rows)
+        if not self._vacate(index, failure, ban=not freed):
+            self._drop()
+            return False
+        if untried:
+            return True
+        spans = self.spans
+        if full:
+            await turn.take()
+        if freed:
+            await asyncio.sleep(FREEING_TIME)
+        delay = next(search.delays)
+        await asyncio.sleep(min(delay, LOOK_PERIOD) if isinstance(failure.error, BlocksMissing) else delay)
+        self._check_not_dropped(spans)
+        return True
+
+    def _fill(self, index: int, search: "_Search") -> None:
         """If the span at ``index`` is vacant, put servers for its blocks in its place; the first gets its history."""
         vacant = self.spans[index]
         if vacant.peer_id is not None:
             return
         try:
-            route = self.state.route(vacant.start, vacant.end, self.max_length * self.rows)
+            route = self.state.route(vacant.start, vacant.end, self.max_length * self.rows, search.tried)
         except BlocksMissing as error:
             self.state.refresh()
             raise _ServerFailed(error, self.limits.recovery_timeout) from error
+        except Exception as error:  # whatever is wrong with the view, it is no server's fault and no caller's
+            log.exception("no route could be found")
+            missing = BlocksMissing(self.state.model, range(vacant.start, vacant.end))
+            raise _ServerFailed(missing, self.limits.recovery_timeout) from error
         histories = [vacant.history] + [_History() for _ in route[1:]]
         self.spans[index : index + 1] = [
             _Span(info.start, info.end, history, info.peer_id, self)
@@ -487,7 +537,7 @@ class _Chain:
             self.losses = (*self.losses, loss)[-LOSSES_KEPT:]
         span.close()
         if ban:
-            self.state.ban(span.peer_id)
+            self.state.ban(span.peer_id, offence=failure.offence)
         self.spans[index] = _Span.vacancy(span.start, span.end, span.history)
         return span.history.complete
 
@@ -507,6 +557,33 @@ class _Chain:
             self.budget.used -= size
             size = 0
         self._history_bytes = size
+
+
+class _Search:
+    """The search for a server that does its part of a step, from the first failure on."""
+
+    def __init__(self) -> None:
+        self.tried: set[Any] = set()  # ids of peers that have failed; others are asked first
+        self.delays = _retry_delays()
+        self._since: float | None = None
+        self._patience = 0.0  # seconds, the longest of the failures'
+
+    def note(self, span: "_Span", failure: _ServerFailed, state: SwarmState) -> bool:
+        """Take note of a failure; return whether there are servers for its blocks that were not tried.
+
+        So however many refuse, each once, an answer that another can compute is computed. There is an end to that,
+        since somebody may announce new servers faster than they are tried.
+        """
+        self._since = self._since or time.monotonic()
+        self._patience = max(self._patience, failure.patience)
+        if span.peer_id is None:  # there was no server to begin with
+            return False
+        self.tried.add(span.peer_id)
+        return len(self.tried) <= MAX_TRIED and state.has_others(span.start, span.end, self.tried)
+
+    def is_over(self) -> bool:
+        """Whether it has lasted for as long as makes sense."""
+        return self._since is not None and time.monotonic() - self._since > self._patience
 
 
 class _Turn:
@@ -667,55 +744,67 @@ class _Span:
         self.processed, self._rewound = length, True
 
     async def _exchange(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Send inputs to the server and wait for its outputs."""
-        reply = asyncio.ensure_future(self._call(inputs))
+        """Send inputs to the server and wait for its outputs.
+
+        :raises _ServerFailed: whatever is wrong with what comes back, or does not come
+        """
+        request = self._request(inputs)
+        reply = asyncio.ensure_future(self._call(request, wire.reply_limit(inputs.shape)))
         try:
             await self._wait_while_alive(reply)
             response, error = reply.result()
+            if error is not None:
+                raise self._refusal(wire.clean(error.message))
+            return self._read(response, inputs.shape)
+        except _ServerFailed:
+            raise
         except (OSError, EOFError, P2PDaemonError, ControlFailure, P2PHandlerError, asyncio.TimeoutError) as failure:
-            reason = str(failure) or type(failure).__name__
+            reason = wire.clean(str(failure)) or type(failure).__name__
             error_ = SwarmTimeout(f"the server of {format_blocks(range(self.start, self.end))} was lost: {reason}")
-            raise _ServerFailed(error_, self._limits.recovery_timeout) from failure
+            late = isinstance(failure, _StepTooSlow)
+            raise _ServerFailed(error_, self._limits.recovery_timeout, offence=late) from failure
+        except wire.Malformed as failure:
+            raise self._offence(f"sends what cannot be used: {failure}") from failure
+        except Exception as failure:  # a way to fail that was not thought of; it came with this server's reply
+            log.exception("the reply of the server %s cannot be read", self.peer_id)
+            raise self._offence(f"sends what cannot be read: {wire.quoted(failure)}") from failure
         finally:
             reply.cancel()
-        if error is not None:
-            raise self._refusal(error.message)
-        if response.metadata:
-            abilities = MSGPackSerializer.loads(response.metadata)
-            self.rewinds, self.spreads = bool(abilities.get("rewind")), bool(abilities.get("spread"))
-        output = deserialize_torch_tensor(response.tensors[0]) if response.tensors else torch.empty(0)
-        if output.shape != inputs.shape:
-            mismatch = ModelMismatch(
-                f"the server {self.peer_id} answers with shape {list(output.shape)} to {list(inputs.shape)}"
-            )
-            raise _ServerFailed(mismatch, REFUSAL_PATIENCE)
-        return output
 
-    async def _call(self, inputs: torch.Tensor) -> tuple[Any, Any]:
+    def _read(self, response: runtime_pb2.ExpertResponse, shape: torch.Size) -> torch.Tensor:
+        if response.metadata:
+            abilities = wire.read_abilities(response.metadata)
+            self.rewinds, self.spreads = abilities.rewind, abilities.spread
+        return wire.read_hidden(response.tensors, shape)
+
+    def _offence(self, what: str) -> _ServerFailed:
+        return _ServerFailed(ModelMismatch(f"the server {self.peer_id} {what}"), REFUSAL_PATIENCE, offence=True)
+
+    def _request(self, inputs: torch.Tensor) -> runtime_pb2.ExpertRequest:
         metadata: dict[str, Any] = {}
+        if self._streams is None:
+            metadata = {"max_length": self._max_length, "args_structure": ARGS_STRUCTURE}
+        if self._rewound:
+            metadata["start_from_position"] = self.processed
+            self._rewound = False
+        return runtime_pb2.ExpertRequest(
+            uid=self._uid,
+            tensors=[serialize_torch_tensor(inputs), *NO_PROMPTS_AND_HYPOTHESES],
+            metadata=MSGPackSerializer.dumps(metadata),
+        )
+
+    async def _call(self, request: runtime_pb2.ExpertRequest, limit: int) -> tuple[Any, Any]:
         if self._streams is None:
             handle = TransformerConnectionHandler._get_handle_name(None, "rpc_inference")
             _, *streams = await asyncio.wait_for(
                 self._p2p.call_binary_stream_handler(self.peer_id, handle), self._limits.connect_timeout
             )
             self._streams = (streams[0], streams[1])
-            metadata = {
-                "max_length": self._max_length,
-                "args_structure": ARGS_STRUCTURE,
-            }
-        if self._rewound:
-            metadata["start_from_position"] = self.processed
-            self._rewound = False
         reader, writer = self._streams
         if writer.is_closing():  # uvloop would raise a RuntimeError for it
             raise ConnectionResetError("the connection is closed")
-        request = runtime_pb2.ExpertRequest(
-            uid=self._uid,
-            tensors=[serialize_torch_tensor(inputs), *NO_PROMPTS_AND_HYPOTHESES],
-            metadata=MSGPackSerializer.dumps(metadata),
-        )
         await P2P.send_protobuf(request, writer)
-        return await P2P.receive_protobuf(runtime_pb2.ExpertResponse, reader)
+        return await wire.receive(runtime_pb2.ExpertResponse, reader, limit)
 
     async def _wait_while_alive(self, reply: asyncio.Future) -> None:
         """Wait for a reply; when it is late, ask the server whether it lives.
@@ -727,7 +816,7 @@ class _Span:
         deadline = time.monotonic() + self._limits.step_timeout
         while not (await asyncio.wait({reply}, timeout=self._limits.probe_after))[0]:
             if time.monotonic() > deadline:
-                raise asyncio.TimeoutError(f"no answer within {self._limits.step_timeout:.0f} s")
+                raise _StepTooSlow(f"no answer within {self._limits.step_timeout:.0f} s")
             await self._probe()
 
     async def _probe(self) -> None:
@@ -741,12 +830,15 @@ class _Span:
             reply = await stub.rpc_info(runtime_pb2.ExpertUID(uid=uid), timeout=self._limits.probe_timeout)
         except asyncio.TimeoutError:
             raise asyncio.TimeoutError(f"silent for {self._limits.probe_timeout:.1f} s") from None
-        silent_for = MSGPackSerializer.loads(reply.serialized_info).get("silent_for", 0.0)
+        silent_for = wire.read_silence(reply.serialized_info)
         if silent_for > self._limits.probe_timeout:
             raise asyncio.TimeoutError(f"its process has been silent for {silent_for:.1f} s")
 
     def _refusal(self, message: str) -> _ServerFailed:
-        """Turn the error that a server answered with into ours. The texts are those of petals 2.2.0."""
+        """Turn the error that a server answered with into ours. The texts are those of petals 2.2.0.
+
+        :param message: of any peer, as ``wire.clean`` returns it
+        """
         if "allocate" in message and "max =" in message:
             error: SwarmError = SessionLengthExceeded(f"the server takes no session so long: {message}")
             return _ServerFailed(error, REFUSAL_PATIENCE)
@@ -754,7 +846,7 @@ class _Span:
             blocks = format_blocks(range(self.start, self.end))
             error = CacheFull(f"no attention cache is free for {self._max_length} tokens on the servers of {blocks}")
             return _ServerFailed(error, self._limits.cache_timeout)
-        return _ServerFailed(ModelMismatch(f"the server {self.peer_id} refuses: {message}"), REFUSAL_PATIENCE)
+        return self._offence(f"refuses: {message}")
 
     def close(self) -> None:
         """Close the stream, upon which the server frees the attention cache. Does not wait."""

@@ -38,10 +38,10 @@ from swarm.batching import (
 from swarm.blocks import BloomBlocks, LlamaBlocks, Part, RaggedBlocks, make_ragged_blocks
 from swarm.client import SwarmModel
 from swarm.errors import SessionLengthExceeded
-from swarm.handler import check_inputs, check_room, rewound
 from swarm.local import LocalSwarm
 from swarm.server import TRAINING_TOKENS
 from swarm.session import HistoryBudget, SwarmSession
+from swarm.wire import check_inputs, check_room, rewound
 from tests.conftest import greedy, load_model, tiny_server
 from tests.test_session import PROMPTS, in_threads, infos, lose, run_greedy
 from tests.tiny import make_tiny_bloom, make_tiny_falcon, make_tiny_llama
