@@ -6,6 +6,7 @@ from typing import Any
 
 import front.worker
 from config import Settings
+from front.request_reader import RequestReader
 
 bind = f"127.0.0.1:{os.environ.get('PORT', '0')}"
 worker_class = "front.worker.Worker"
@@ -15,6 +16,17 @@ keepalive = 15
 control_socket_disable = True
 # Tests need not fill as much memory as there may be filled.
 front.worker.MAX_HELD = int(os.environ.get("MAX_HELD", front.worker.MAX_HELD))
+feed = RequestReader.feed
+
+
+def feed_or_fail(self: RequestReader, data: bytes) -> None:
+    """Make the loop fail when somebody asks for it, as a fault in it would."""
+    if data == b"fail":
+        raise ValueError("on purpose")
+    feed(self, data)
+
+
+RequestReader.feed = feed_or_fail  # type: ignore[method-assign]
 
 
 def post_worker_init(worker: Any) -> None:

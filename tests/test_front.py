@@ -346,6 +346,14 @@ class TestRequests:
         sock.sendall(wrong)
         assert everything(sock).startswith(f"HTTP/1.1 {status} ".encode())
 
+    def test_a_fault_of_the_loop_is_the_end_of_one_connection(self, connect: Callable[..., socket.socket]) -> None:
+        harmed, other = connect(), connect()
+        other.sendall(b"GET /echo HTTP/1.1\r\n")
+        harmed.sendall(b"fail")  # see front_conf.py
+        assert everything(harmed) == b""
+        other.sendall(b"Host: x\r\n\r\n")
+        assert answer(other)[0] == 200
+
     def test_failure_midway_cuts_the_answer(self, connect: Callable[..., socket.socket]) -> None:
         sock = connect()
         sock.sendall(request("/fails_midway"))
