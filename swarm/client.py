@@ -12,13 +12,14 @@ import torch
 from hivemind.moe.client.remote_expert_worker import RemoteExpertWorker
 from petals import AutoDistributedModelForCausalLM
 from petals.constants import PUBLIC_INITIAL_PEERS
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig
 
 from swarm import weights
 from swarm.errors import ModelUnavailable, SessionLengthExceeded, SwarmUnreachable
 from swarm.head import Head
 from swarm.session import HistoryBudget, SessionLimits, SwarmSession
 from swarm.state import SwarmState
+from swarm.tokenization import TextTokenizer
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ class SwarmModel:
         self,
         name: str,
         model: Any,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: TextTokenizer,
         limits: SessionLimits,
         budget: HistoryBudget,
     ) -> None:
@@ -128,7 +129,7 @@ class SwarmModel:
         """
         path = weights.locate(name, cache_dir=cache_dir, progress=log.info)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path)
+            tokenizer = TextTokenizer(AutoTokenizer.from_pretrained(path))
             with shared_dht(swarm.dht):
                 model = AutoDistributedModelForCausalLM.from_pretrained(
                     path,
