@@ -50,10 +50,10 @@ blueprint = Blueprint("openai_api", __name__)
 TAG, TOKENIZER_TAG = "OpenAI API", "Tokenizer"
 # Of a completion without max_tokens, as at OpenAI.
 DEFAULT_MAX_TOKENS = 16
-# Tokens and log-probabilities that one request may ask for: 100 MB while they are written as JSON.
+# Tokens and log-probabilities that one request may ask for: 200 MB while they are written as JSON, of chats 400 MB.
 MAX_TOLD = 1_000_000
 # The same, of all requests at a time that are not streamed; those that ask for few do not count.
-TOLD, FEW_TOLD = Budget(4 * MAX_TOLD), 10_000
+TOLD, FEW_TOLD = Budget(2 * MAX_TOLD), 10_000
 
 
 @blueprint.get("/v1/models")
@@ -305,6 +305,7 @@ class ChatFormat:
     object = "chat.completion"
     prefix = "chatcmpl"
     begun: set[int] = field(default_factory=set)  # answers that have some text
+    spelled: dict[int, dict[str, Any]] = field(default_factory=dict)  # tokens that were told: the same ones come again
 
     def text(self, index: int, text: str) -> str:
         """Return what to send of a piece of text."""
@@ -334,8 +335,10 @@ class ChatFormat:
 
     def logprobs(self, found: Sequence[TokenLogprob]) -> dict[str, Any]:
         def entry(token_id: int, logprob: float) -> dict[str, Any]:
-            spelled = self.model.tokenizer.bytes_of(token_id)
-            return {"token": spelled.decode(errors="replace"), "logprob": finite(logprob), "bytes": list(spelled)}
+            if token_id not in self.spelled:
+                spelled = self.model.tokenizer.bytes_of(token_id)
+                self.spelled[token_id] = {"token": spelled.decode(errors="replace"), "bytes": list(spelled)}
+            return self.spelled[token_id] | {"logprob": finite(logprob)}
 
         content = [
             entry(one.token_id, one.logprob) | {"top_logprobs": [entry(*likely) for likely in one.top]} for one in found
