@@ -1,13 +1,21 @@
 """Conversations to text: the model's own chat template, or a plain format for models that have none."""
 
+import functools
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
-from jinja2 import TemplateError
+from jinja2 import Template, TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from config import KNOWN_MODELS, ModelConfig
-from errors import InvalidParameter
+from errors import InvalidParameter, TooLong
+
+# Templates come with checkpoints. Sensible ones write a conversation once, within milliseconds, and the largest that a
+# request holds by default has 2**20 bytes. A loop without end is ended as well, but for one that writes nothing.
+MAX_RENDERED = 2**22  # characters
+RENDER_TIMEOUT = 5.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -28,20 +36,49 @@ def apply_template(
     :param messages: with ``role``, one of system, user and assistant, and ``content``
     :param add_generation_prompt: end with what an answer begins after
     :raises InvalidParameter: if the model's template does not take such a conversation
+    :raises TooLong: if it makes too much of it
     """
     if not messages:
         raise InvalidParameter("messages must not be empty")
     known = config.name in KNOWN_MODELS
     if getattr(tokenizer, "chat_template", None):
         try:
-            text = tokenizer.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except TemplateError as error:
+            text = render(tokenizer, messages, add_generation_prompt=add_generation_prompt)
+        except (TemplateError, TypeError, ArithmeticError) as error:  # what the template or its expressions raise
             raise InvalidParameter(f"messages do not fit the model's chat template: {error}") from None
         return ChatPrompt(text, False, config.chat.stop if known else (), False)
     text = plain_text(config, messages, add_generation_prompt=add_generation_prompt)
     return ChatPrompt(text, True, config.chat.stop, True)
+
+
+def render(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
+    """Write a conversation with the tokenizer's chat template, as Transformers does, but not for ever.
+
+    :raises TemplateError: if the template refuses it
+    :raises TooLong: if it becomes too long, or takes too long
+    """
+    pieces = compile_template(tokenizer.chat_template).generate(
+        messages=[dict(message) for message in messages],
+        add_generation_prompt=add_generation_prompt,
+        **tokenizer.special_tokens_map,
+    )
+    text, size, deadline = [], 0, time.monotonic() + RENDER_TIMEOUT
+    for piece in pieces:
+        text.append(piece)
+        size += len(piece)
+        if size > MAX_RENDERED or time.monotonic() > deadline:
+            raise TooLong(f"{len(messages)} messages are more than the model's chat template makes a prompt of")
+    return "".join(text)
+
+
+@functools.lru_cache(maxsize=16)  # of the models' templates, which no user sends
+def compile_template(template: str) -> Template:
+    def refuse(message: str) -> NoReturn:
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = refuse
+    return environment.from_string(template)
 
 
 def plain_text(config: ModelConfig, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:

@@ -161,6 +161,7 @@ SWARM_ERRORS: dict[type[Exception], tuple[int, str, int | None]] = {
     swarm_errors.CacheFull: (503, "cache_full", 10),
     swarm_errors.SwarmTimeout: (504, "swarm_timeout", None),
     swarm_errors.SessionLengthExceeded: (422, "too_long", None),
+    swarm_errors.TokenizerBusy: (429, "too_many_requests", 5),
     swarm_errors.SessionClosed: (404, "session_not_found", None),
     swarm_errors.Cancelled: (499, "cancelled", None),  # nginx's status for a client that has gone: nobody reads it
 }

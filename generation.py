@@ -5,20 +5,19 @@ text goes out. The loop is ours, not Transformers', so that it can stream, stop 
 """
 
 import codecs
-import functools
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
-from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
+from transformers import GenerationConfig
 
 from errors import InvalidParameter, TooLong
 from parameters import GenerationParams
 from sampling import Sampler
 from swarm.errors import Cancelled
+from swarm.tokenization import TextTokenizer
 
 FinishReason = Literal["stop", "length", "time", "cancelled"]
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -76,7 +75,7 @@ def logprobs_of(logits: torch.Tensor, token_ids: Sequence[int], count: int) -> l
     :param count: how many of the likeliest tokens to name beside each
     """
     logprobs = logits.log_softmax(dim=-1)
-    own = logprobs.gather(1, torch.tensor(token_ids)[:, None])[:, 0].tolist()
+    own = logprobs.gather(1, torch.tensor(token_ids, dtype=torch.int64)[:, None])[:, 0].tolist()  # there may be none
     values, indices = (found.tolist() for found in logprobs.topk(min(count, logits.shape[1])))
     return [
         TokenLogprob(token_id, logprob, tuple(zip(likely, likelihoods, strict=True)))
@@ -84,57 +83,15 @@ def logprobs_of(logits: torch.Tensor, token_ids: Sequence[int], count: int) -> l
     ]
 
 
-@functools.lru_cache(maxsize=16)  # a look at 258 tokens for each session would be waste
-def byte_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], dict[int, int]]:
-    """Return the tokens that are parts of characters: two that continue one; those that stand for a byte, and which."""
-
-    def ids(spellings: Iterable[str]) -> list[int]:
-        found = map(tokenizer.convert_tokens_to_ids, spellings)
-        return [token_id for token_id in found if token_id not in (None, tokenizer.unk_token_id)]
-
-    # Byte-level tokenizers: tokens of one byte that continue a UTF-8 character. Every character that can be continued
-    # at all can be continued with one of these two bytes (Unicode Standard, table 3-7).
-    continuations = ids(bytes_to_unicode()[byte] for byte in (0x80, 0xA0))
-    # Sentence-piece tokenizers: tokens that stand for one byte. Their own decoder turns a run of them into text all or
-    # not at all, so that these are decoded here.
-    return tuple(continuations), {token_id: byte for byte in range(256) for token_id in ids([f"<0x{byte:02X}>"])}
-
-
-BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
-
-
-@functools.lru_cache(maxsize=16)  # Transformers puts the list together anew each time
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Return the ids of tokens that are spelled as they are, by any tokenizer."""
-    return frozenset(tokenizer.all_special_ids)
-
-
-def token_bytes(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bytes:
-    """Return the bytes that a token stands for, be they text or a part of a character; none if there is no such one."""
-    continuations, bytes_of = byte_tokens(tokenizer)
-    if token_id in bytes_of:
-        return bytes([bytes_of[token_id]])
-    spelled = tokenizer.convert_ids_to_tokens(token_id)
-    if spelled is None:  # a model may have more rows than its tokenizer has tokens
-        return b""
-    if token_id in special_tokens(tokenizer):
-        return spelled.encode()
-    if bytes_of:  # a sentence-piece tokenizer, whose decoder would drop a blank at the beginning
-        return spelled.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
-    if continuations and all(character in BYTES for character in spelled):
-        return bytes(BYTES[character] for character in spelled)
-    return tokenizer.decode([token_id], clean_up_tokenization_spaces=False).encode()
-
-
 class Detokenizer:
     """Turns tokens into text piece by piece; what it has returned never changes and never ends inside a character."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: TextTokenizer) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
         self._start = 0  # ids before this are context, whose text was returned or was input
         self._sent = 0  # characters of the ids from `_start` on that were returned
-        self._continuations, self._bytes = byte_tokens(tokenizer)
+        self._continuations, self._bytes = tokenizer.continuations, tokenizer.byte_tokens
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     @property
@@ -177,14 +134,11 @@ class Detokenizer:
 
     def spell(self, token_id: int) -> str:
         """Return a single token's text."""
-        return self._decode([token_id])
+        return self._tokenizer.decode([token_id])
 
     def _new_text(self, more: Sequence[int] = ()) -> str:
-        context = self._decode(self._ids[: self._start])
-        return self._decode([*self._ids, *more])[len(context) :]
-
-    def _decode(self, token_ids: list[int]) -> str:
-        return self._tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        context = self._tokenizer.decode(self._ids[: self._start])
+        return self._tokenizer.decode([*self._ids, *more])[len(context) :]
 
     def _can_be_continued(self, text: str) -> bool:
         """Whether the last character is the beginning of one, and not broken for good.
@@ -231,13 +185,26 @@ class StopMatcher:
         return held
 
 
-def encode_inputs(text: str, session: Session, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def encode_inputs(text: str, session: Session, tokenizer: TextTokenizer) -> list[int]:
     """Turn input text into tokens that go on from the session; a new session begins as the model's texts begin.
 
     :raises InvalidParameter: if there is nothing to go on from
+    :raises SessionLengthExceeded: if the text cannot fit the session
     """
-    token_ids = tokenizer.encode(text, add_special_tokens=not session.token_ids) if text else []
-    if not token_ids and not session.token_ids:
+    if session.token_ids:
+        return tokenizer.encode(text, add_special_tokens=False, room=session.max_length) if text else []
+    return encode_beginning(text, tokenizer, session.max_length)
+
+
+def encode_beginning(text: str, tokenizer: TextTokenizer, room: int) -> list[int]:
+    """Turn text that a new session begins with into tokens.
+
+    :param room: tokens of the session
+    :raises InvalidParameter: if there is nothing to begin with
+    :raises SessionLengthExceeded: if the text cannot fit the session
+    """
+    token_ids = tokenizer.encode(text, room=room) if text else []
+    if not token_ids:
         raise InvalidParameter("inputs are required, and must not be empty, for a new session")
     return token_ids
 
@@ -317,7 +284,7 @@ def generate_rows(
     *,
     rows: int,
     budget: int,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: TextTokenizer,
     defaults: GenerationConfig,
     cancelled: Callable[[], bool] | None = None,
 ) -> Iterator[tuple[int, Chunk]]:

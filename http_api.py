@@ -13,9 +13,10 @@ from access import Usage, tokens_of
 from api_docs import documented
 from client_socket import client_gone
 from errors import InvalidParameter, WrongModel
+from generation import encode_beginning
 from http_schemas import Closed, CloseRequest, Failure, GenerateRequest, OpenRequest, Outputs, SessionId
 from inference_sessions import InferenceSession
-from parameters import GenerationParams, get_text, parse_generation, require_int, require_text
+from parameters import MAX_NAME, GenerationParams, get_text, parse_generation, require_int, require_text
 from service import Service, get_service
 from swarm.errors import Cancelled
 
@@ -34,11 +35,11 @@ def generate_text() -> Response:
     cancelled = client_gone(request.environ)
     with (
         g.caller.generating(cancelled=cancelled),
-        _session(service, values, params, cancelled) as (session, params),
+        _session(service, values, params, cancelled) as (session, params, input_ids),
         g.caller.reserving(*tokens_of(params, session.length, session.room)) as usage,
         service.generating(g.caller, cancelled),
     ):
-        outputs = _answer(session, params, cancelled, usage)
+        outputs = _answer(session, params, input_ids, cancelled, usage)
     service.log_text("outputs", outputs)
     return jsonify(ok=True, outputs=outputs)
 
@@ -50,7 +51,7 @@ def open_inference_session() -> Response:
     values = request_values()
     max_length = require_int(values, "max_length", minimum=1)
     service = get_service(current_app)
-    model = service.model(g.caller, get_text(values, "model"))
+    model = service.model(g.caller, get_text(values, "model", maximum=MAX_NAME))
     g.caller.count_request()
     session_id = service.sessions.open(
         model, max_length, owner=g.caller.owner, client=g.caller.client, cancelled=client_gone(request.environ)
@@ -70,13 +71,14 @@ def close_inference_session() -> Response:
 @contextlib.contextmanager
 def _session(
     service: Service, values: Mapping[str, Any], params: GenerationParams, cancelled: Callable[[], bool]
-) -> Iterator[tuple[InferenceSession, GenerationParams]]:
-    """The session that the request names, or one of its own; and the parameters for it."""
-    model_name, session_id = get_text(values, "model"), get_text(values, "session_id")
+) -> Iterator[tuple[InferenceSession, GenerationParams, list[int] | None]]:
+    """The session that the request names, or one of its own; the parameters for it; its inputs, if they are tokens."""
+    model_name, session_id = (get_text(values, name, maximum=MAX_NAME) for name in ("model", "session_id"))
     if not session_id:
         model = service.model(g.caller, model_name)
         # The session is as long as the request: known once its inputs are tokens.
-        length = len(model.tokenizer.encode(params.inputs))
+        input_ids = encode_beginning(params.inputs, model.tokenizer, model.max_length)
+        length = len(input_ids)
         wanted = params.max_length or length + (params.max_new_tokens or 0)
         needed = max(wanted, length)
         if params.stop_sequence is not None:
@@ -85,19 +87,25 @@ def _session(
         length = stateless_length(needed, model.max_length)
         owner, client = g.caller.owner, g.caller.client
         with service.sessions.temporary(model, length, owner=owner, client=client, cancelled=cancelled) as session:
-            yield session, params
+            yield session, params, input_ids
         return
     wait = service.settings.REQUEST_TIMEOUT
     with service.sessions.use(session_id, wait=wait, owner=g.caller.owner, cancelled=cancelled) as session:
         if model_name and model_name != session.model.name:
             raise WrongModel(f"session {session_id} was opened for {session.model.name}, not for {model_name}")
-        yield session, params
+        yield session, params, None
 
 
-def _answer(session: InferenceSession, params: GenerationParams, cancelled: Callable[[], bool], usage: Usage) -> str:
+def _answer(
+    session: InferenceSession,
+    params: GenerationParams,
+    input_ids: list[int] | None,
+    cancelled: Callable[[], bool],
+    usage: Usage,
+) -> str:
     """Generate the whole answer; if that fails, or nobody is left to read it, the session is as it was."""
     with session.undone_on_error(), session.counted(usage.spent):
-        chunks = list(session.generate(params, cancelled))
+        chunks = list(session.generate(params, cancelled, input_ids))
         if chunks[-1].finish_reason == "cancelled":
             raise Cancelled("the client has hung up")
         return "".join(chunk.text for chunk in chunks)

@@ -7,17 +7,18 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
-from parameters import MAX_SEED, MAX_STOP_LENGTH, MAX_STOP_SEQUENCES, MAX_TOKENS, SMALLEST_FACTOR
+from parameters import MAX_NAME, MAX_SEED, MAX_STOP_LENGTH, MAX_STOP_SEQUENCES, MAX_TOKENS, SMALLEST_FACTOR
 
 Stop = Annotated[str, Field(max_length=MAX_STOP_LENGTH)]
+Name = Annotated[str, Field(max_length=MAX_NAME)]
 Flag = bool | Literal[0, 1]
 
 
 class GenerateRequest(BaseModel):
     """Exactly one of max_length and max_new_tokens is required; inputs are, but to go on with a session."""
 
-    model: str | None = Field(None, description="Default: the default model of the server.")
-    session_id: str | None = Field(None, description="A session that was opened: go on from its tokens.")
+    model: Name | None = Field(None, description="Default: the default model of the server.")
+    session_id: Name | None = Field(None, description="A session that was opened: go on from its tokens.")
     inputs: str | None = None
     max_length: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = Field(None, description="Tokens, prefix included.")
     max_new_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
@@ -32,7 +33,7 @@ class GenerateRequest(BaseModel):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
     max_time: Annotated[float, Field(gt=0)] | None = Field(None, description="Seconds.")
-    stop_sequence: str | None = Field(None, description="Generate until this text.")
+    stop_sequence: Stop | None = Field(None, description="Generate until this text.")
     extra_stop_sequences: Stop | Annotated[list[Stop], Field(max_length=MAX_STOP_SEQUENCES)] | None = None
 
 
@@ -40,13 +41,13 @@ class OpenRequest(BaseModel):
     """Open an inference session."""
 
     max_length: Annotated[int, Field(ge=1)] = Field(description="Tokens, prefix included.")
-    model: str | None = None
+    model: Name | None = None
 
 
 class CloseRequest(BaseModel):
     """Close an inference session."""
 
-    session_id: Annotated[str, Field(min_length=1)]
+    session_id: Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
 
 
 class Outputs(BaseModel):

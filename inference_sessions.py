@@ -51,12 +51,16 @@ class InferenceSession:
     detached_since: float | None = None  # since when it is without one, registry's clock; guarded by its lock
     closing: bool = False  # to be closed by its last user; guarded by the registry's lock
 
-    def generate(self, params: GenerationParams, cancelled: Callable[[], bool]) -> Iterator[Chunk]:
+    def generate(
+        self, params: GenerationParams, cancelled: Callable[[], bool], input_ids: list[int] | None = None
+    ) -> Iterator[Chunk]:
         """Generate an answer; see ``generation.generate``.
 
+        :param input_ids: the inputs' tokens, if they are known already
         :raises InvalidParameter, TooLong: at once, if the request does not fit the session, which is then unchanged
         """
-        input_ids = encode_inputs(params.inputs, self.session, self.model.tokenizer)
+        if input_ids is None:
+            input_ids = encode_inputs(params.inputs, self.session, self.model.tokenizer)
         budget = token_budget(params, self.session, len(input_ids))
         if not self.session.token_ids:
             input_ids = self.recall(input_ids)

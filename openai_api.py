@@ -3,12 +3,13 @@
 What it takes and gives stands in ``openai_schemas``; what is computed, in ``answers``.
 """
 
+import contextlib
 import itertools
 import json
 import logging
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,13 +17,15 @@ from flask import Blueprint, Response, current_app, g, jsonify, request, stream_
 
 from answers import Answers, Done, Piece, Scores, Task
 from api_docs import documented
-from chat_template import ChatPrompt, apply_template
+from budgets import Budget, Exhausted
+from chat_template import apply_template
 from client_socket import client_gone, client_socket, limit_sends
 from config import ModelConfig
-from errors import InvalidParameter, TooLong, describe, openai_error
-from generation import Chunk, TokenLogprob, token_bytes
+from errors import InvalidParameter, TooLong, TooManyRequests, describe, openai_error
+from generation import Chunk, TokenLogprob
 from http_api import stateless_length
 from openai_schemas import (
+    MAX_TOKEN_IDS,
     ChatCompletion,
     ChatRequest,
     CompletionRequest,
@@ -47,8 +50,10 @@ blueprint = Blueprint("openai_api", __name__)
 TAG, TOKENIZER_TAG = "OpenAI API", "Tokenizer"
 # Of a completion without max_tokens, as at OpenAI.
 DEFAULT_MAX_TOKENS = 16
-# Tokens and log-probabilities that one request may ask for: 100 MB while they are written as JSON.
+# Tokens and log-probabilities that one request may ask for: 200 MB while they are written as JSON, of chats 400 MB.
 MAX_TOLD = 1_000_000
+# The same, of all requests at a time that are not streamed; those that ask for few do not count.
+TOLD, FEW_TOLD = Budget(2 * MAX_TOLD), 10_000
 
 
 @blueprint.get("/v1/models")
@@ -93,7 +98,9 @@ def chat_completions() -> Response:
         raise InvalidParameter("top_logprobs needs logprobs to be true", "top_logprobs")
     chat = apply_template(config, model.tokenizer, [message.plain() for message in body.messages])
     service.log_text("inputs", chat.text)
-    token_ids = encode(model, chat)
+    token_ids = model.tokenizer.encode(chat.text, chat.add_special_tokens, room=model.max_length)
+    if not token_ids:
+        raise InvalidParameter("the model's chat template makes no text of these messages", "messages")
     wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     if wanted == 0:
         raise InvalidParameter("max_tokens must be at least 1", "max_tokens")
@@ -104,9 +111,9 @@ def chat_completions() -> Response:
     choices = body.n or 1
     if choices > 1:
         length = len(token_ids) + wanted  # several rows are not gone on from
-    check_work(len(token_ids) + wanted, choices, logprobs)
+    told = check_work(len(token_ids) + wanted, choices, logprobs)
     task = Task(token_ids, wanted, length, params, choices, open_ended=open_ended)
-    return respond(ChatFormat(model, chat), service, model, body, [task])
+    return respond(ChatFormat(model, chat.strip), service, model, body, [task], told)
 
 
 @blueprint.post("/v1/completions")
@@ -120,8 +127,8 @@ def completions() -> Response:
         raise InvalidParameter("max_tokens must be at least 1, or echo be true", "max_tokens")
     params = sampling(body, config, model, (), body.logprobs)
     scored = bool(body.echo) and body.logprobs is not None
-    prompts = [encode_prompt(model, prompt) for prompt in prompts_of(body)]
-    check_work(sum(map(len, prompts)) + wanted * len(prompts), body.n or 1, body.logprobs)
+    prompts = encode_prompts(model, prompts_of(body))
+    told = check_work(sum(map(len, prompts)) + wanted * len(prompts), body.n or 1, body.logprobs)
     tasks = []
     for token_ids in prompts:
         check_length(len(token_ids), wanted, model.max_length)
@@ -130,7 +137,7 @@ def completions() -> Response:
         alone = len(prompts) == (body.n or 1) == 1 and not scored
         length = stateless_length(needed, model.max_length) if alone else needed
         tasks.append(Task(token_ids, wanted, length, params, body.n or 1, scored, remember=alone))
-    return respond(TextFormat(model, body, prompts), service, model, body, tasks)
+    return respond(TextFormat(model, body, prompts), service, model, body, tasks, told)
 
 
 @blueprint.post("/tokenize")
@@ -142,7 +149,10 @@ def tokenize() -> Response:
     tokens: list[Any] = model.tokenizer.encode(body.content, add_special_tokens=bool(body.add_special))
     count = len(tokens)
     if body.with_pieces:
-        tokens = [{"id": token_id, "piece": piece_of(model.tokenizer, token_id)} for token_id in tokens]
+        if count > MAX_TOKEN_IDS:
+            raise InvalidParameter(f"with_pieces tells {MAX_TOKEN_IDS} tokens, and these are {count}", "with_pieces")
+        bytes_of = model.tokenizer.bytes_of
+        tokens = [{"id": token_id, "piece": piece_of(bytes_of(token_id))} for token_id in tokens]
     return jsonify(tokens=tokens, count=count, max_model_len=model.max_length)
 
 
@@ -153,7 +163,7 @@ def detokenize() -> Response:
     body: DetokenizeRequest = DetokenizeRequest.read(request.get_data(cache=False))
     model = get_service(current_app).model(g.caller, body.model)
     check_tokens(model, body.tokens, "tokens")
-    return jsonify(content=model.tokenizer.decode(body.tokens, clean_up_tokenization_spaces=False))
+    return jsonify(content=model.tokenizer.decode(body.tokens))
 
 
 @blueprint.post("/apply-template")
@@ -205,13 +215,9 @@ def sampling(
 
 
 def logit_bias(body: Sampling, model: Any) -> tuple[tuple[int, float], ...]:
-    bias = []
-    for name, value in (body.logit_bias or {}).items():
-        if not (name.isascii() and name.isdigit()) or len(name) > 10:
-            raise InvalidParameter(f"logit_bias: {name[:20]!r} is no token id", "logit_bias")
-        check_tokens(model, [int(name)], "logit_bias")
-        bias.append((int(name), value))
-    return tuple(bias)
+    bias = {int(name): value for name, value in (body.logit_bias or {}).items()}
+    check_tokens(model, list(bias), "logit_bias")
+    return tuple(bias.items())
 
 
 def check_tokens(model: Any, token_ids: Sequence[int], param: str) -> None:
@@ -219,9 +225,10 @@ def check_tokens(model: Any, token_ids: Sequence[int], param: str) -> None:
 
     :raises InvalidParameter: naming one
     """
-    size = min(model.head.vocab_size, len(model.tokenizer))
-    if wrong := [token_id for token_id in token_ids if not 0 <= token_id < size]:
-        raise InvalidParameter(f"{param}: {wrong[0]} is no token of this model, which has {size}", param)
+    size = min(model.head.vocab_size, model.tokenizer.size)
+    if token_ids and not (0 <= min(token_ids) and max(token_ids) < size):
+        wrong = next(token_id for token_id in token_ids if not 0 <= token_id < size)
+        raise InvalidParameter(f"{param}: {wrong} is no token of this model, which has {size}", param)
 
 
 def check_length(prompt: int, wanted: int, longest: int) -> None:
@@ -245,8 +252,8 @@ def chat_length(prompt: int, wanted: int | None, usual: int, longest: int) -> in
     return longest
 
 
-def check_work(tokens: int, choices: int, logprobs: int | None) -> None:
-    """Refuse requests whose answer would take memory without end.
+def check_work(tokens: int, choices: int, logprobs: int | None) -> int:
+    """Return how many values an answer may tell; refuse what would take memory without end.
 
     :param tokens: of prompts and answers
     :raises InvalidParameter: telling the numbers
@@ -256,6 +263,7 @@ def check_work(tokens: int, choices: int, logprobs: int | None) -> None:
         raise InvalidParameter(
             f"{tokens} tokens, n={choices} and logprobs={logprobs} are {told} values in all, more than {MAX_TOLD}"
         )
+    return told
 
 
 def prompts_of(body: CompletionRequest) -> list[Any]:
@@ -266,23 +274,20 @@ def prompts_of(body: CompletionRequest) -> list[Any]:
     return list(prompt)
 
 
-def encode(model: Any, chat: ChatPrompt) -> list[int]:
-    return model.tokenizer.encode(chat.text, add_special_tokens=chat.add_special_tokens)
-
-
-def encode_prompt(model: Any, prompt: str | list[int]) -> list[int]:
-    if isinstance(prompt, str):
-        token_ids = model.tokenizer.encode(prompt)
-        if not token_ids:
+def encode_prompts(model: Any, prompts: Sequence[Any]) -> list[list[int]]:
+    """Return the tokens of prompts, all of them texts or all of them token ids."""
+    if isinstance(prompts[0], str):
+        encoded: list[list[int]] = model.tokenizer.encode_all(prompts, room=model.max_length)
+        if not all(encoded):
             raise InvalidParameter("prompt must not be empty", "prompt")
-        return token_ids
-    check_tokens(model, prompt, "prompt")
-    return prompt
+        return encoded
+    for token_ids in prompts:
+        check_tokens(model, token_ids, "prompt")
+    return list(prompts)
 
 
-def piece_of(tokenizer: Any, token_id: int) -> str | list[int]:
+def piece_of(spelled: bytes) -> str | list[int]:
     """Return a token's text, or its bytes if they are a part of a character."""
-    spelled = token_bytes(tokenizer, token_id)
     try:
         return spelled.decode()
     except UnicodeDecodeError:
@@ -294,14 +299,15 @@ class ChatFormat:
     """How a chat completion is written."""
 
     model: Any
-    chat: ChatPrompt
+    strip: bool  # whether an answer's blank beginning is part of the format
     object = "chat.completion"
     prefix = "chatcmpl"
     begun: set[int] = field(default_factory=set)  # answers that have some text
+    spelled: dict[int, dict[str, Any]] = field(default_factory=dict)  # tokens that were told: the same ones come again
 
     def text(self, index: int, text: str) -> str:
         """Return what to send of a piece of text."""
-        if self.chat.strip and index not in self.begun:
+        if self.strip and index not in self.begun:
             text = text.lstrip()
         if text:
             self.begun.add(index)
@@ -327,8 +333,10 @@ class ChatFormat:
 
     def logprobs(self, found: Sequence[TokenLogprob]) -> dict[str, Any]:
         def entry(token_id: int, logprob: float) -> dict[str, Any]:
-            spelled = token_bytes(self.model.tokenizer, token_id)
-            return {"token": spelled.decode(errors="replace"), "logprob": finite(logprob), "bytes": list(spelled)}
+            if token_id not in self.spelled:
+                spelled = self.model.tokenizer.bytes_of(token_id)
+                self.spelled[token_id] = {"token": spelled.decode(errors="replace"), "bytes": list(spelled)}
+            return self.spelled[token_id] | {"logprob": finite(logprob)}
 
         content = [
             entry(one.token_id, one.logprob) | {"top_logprobs": [entry(*likely) for likely in one.top]} for one in found
@@ -356,7 +364,7 @@ class TextFormat:
         given = prompts_of(self.body)[index // (self.body.n or 1)]
         if isinstance(given, str):
             return given
-        return self.model.tokenizer.decode(given, clean_up_tokenization_spaces=False)
+        return self.model.tokenizer.decode(given)
 
     def opening(self, index: int) -> dict[str, Any] | None:
         text = self.echoed(index)
@@ -384,7 +392,7 @@ class TextFormat:
 
     def logprobs(self, index: int, found: Sequence[TokenLogprob]) -> dict[str, Any]:
         def spell(token_id: int) -> str:
-            return token_bytes(self.model.tokenizer, token_id).decode(errors="replace")
+            return self.model.tokenizer.bytes_of(token_id).decode(errors="replace")
 
         tokens = [spell(one.token_id) for one in found]
         offset = self.offsets.get(index, 0)
@@ -430,9 +438,12 @@ class Tally:
 
 
 def respond(
-    form: ChatFormat | TextFormat, service: Service, model: Any, body: Sampling, tasks: Sequence[Task]
+    form: ChatFormat | TextFormat, service: Service, model: Any, body: Sampling, tasks: Sequence[Task], told: int
 ) -> Response:
-    """Compute the answers and send them, as they come or together."""
+    """Compute the answers and send them, as they come or together.
+
+    :param told: values that they may tell, see ``check_work``
+    """
     if body.stream and any(task.scored for task in tasks):
         raise InvalidParameter("echo with logprobs cannot be streamed", "stream")
     head = {
@@ -442,10 +453,16 @@ def respond(
         "model": model.name,
     }
     tally = Tally(sum(len(task.token_ids) for task in tasks))
-    answers = Answers(service, g.caller, model, tasks, client_gone(request.environ))
+    gone = client_gone(request.environ)
+    if not body.stream:
+        with room_to_tell(told, service.settings.QUEUE_TIMEOUT, gone):
+            answers = Answers(service, g.caller, model, tasks, gone)
+            try:
+                return jsonify(head | collect(form, answers, tasks, tally, service))
+            finally:
+                answers.close()
+    answers = Answers(service, g.caller, model, tasks, gone)
     try:
-        if not body.stream:
-            return jsonify(head | collect(form, answers, tasks, tally, service))
         if isinstance(form, ChatFormat):
             head["object"] = "chat.completion.chunk"
         wants_usage = bool(body.stream_options and body.stream_options.include_usage)
@@ -462,6 +479,19 @@ def respond(
     response.headers["X-Accel-Buffering"] = "no"  # nginx would hold the answer back
     response.call_on_close(answers.close)
     return response
+
+
+@contextlib.contextmanager
+def room_to_tell(told: int, timeout: float, gone: Callable[[], bool]) -> Iterator[None]:
+    """Have memory for an answer that is sent when it is whole.
+
+    :raises TooManyRequests: if others take it for longer than ``timeout`` seconds
+    """
+    try:
+        with TOLD.hold(told if told > FEW_TOLD else 0, timeout, gone):
+            yield
+    except Exhausted as error:
+        raise TooManyRequests(f"values that answers may tell: {error}; stream, or ask for fewer") from None
 
 
 def collect(

@@ -7,10 +7,21 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    ValidationError,
+)
+from pydantic_core import PydanticCustomError
 
 from errors import InvalidParameter
-from parameters import MAX_SEED, MAX_STOP_LENGTH, MAX_STOP_SEQUENCES, MAX_TOKENS, SMALLEST_FACTOR
+from parameters import MAX_NAME, MAX_SEED, MAX_STOP_LENGTH, MAX_STOP_SEQUENCES, MAX_TOKENS, SMALLEST_FACTOR
+from swarm.tokenization import MAX_TEXT
 
 # Each answer takes attention cache for the whole prompt.
 MAX_CHOICES = 16
@@ -18,6 +29,15 @@ MAX_CHOICES = 16
 MAX_PROMPTS = 256
 MAX_TOP_LOGPROBS = 20
 MAX_TOKEN_ID = 2**31 - 1
+# Ids in one list: 16 times the longest session, so that who sends more than fits is told how much that is, and few
+# enough to be decoded and written within a moment.
+MAX_TOKEN_IDS = 2**17
+# OpenAI's.
+MAX_BIAS = 300
+# Each takes some tokens of a session, and the longest has 8192.
+MAX_MESSAGES = 4096
+# Programs make a part of each file or paragraph; they are joined.
+MAX_PARTS = 1024
 
 # Parameters of this and of similar APIs that would change the answer and are not there: each with the values, beside
 # null, false, nothing and empty, that ask for what happens anyway.
@@ -57,11 +77,48 @@ REFUSED: Mapping[str, tuple[Any, ...]] = {
     "xtc_probability": (0,),
 }
 
-TYPE = re.compile(r"(str|int|constrained-str)$|(list|function)\b")
+# What a member of a union is called: a part of the place of an error that nobody wants to read.
+A_TEXT, TEXTS, IDS, LISTS_OF_IDS, A_LIST = "a text", "texts", "token ids", "lists of token ids", "a list"
+TAGS = frozenset((A_TEXT, TEXTS, IDS, LISTS_OF_IDS, A_LIST))
 
 Text = Annotated[str, Field(description="Valid Unicode.")]
+Name = Annotated[str, StringConstraints(max_length=MAX_NAME)]
 StopText = Annotated[str, StringConstraints(max_length=MAX_STOP_LENGTH)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
+# Of all lists the first wrong item is told, and no more are looked for.
+TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOKEN_IDS, fail_fast=True)]
+
+
+def text_or_list(value: Any) -> str | None:
+    """Return which of the two a value is meant to be."""
+    return A_TEXT if isinstance(value, str) else A_LIST if isinstance(value, list) else None
+
+
+def kind_of_prompt(value: Any) -> str | None:
+    """Return what a prompt is meant to be, by its first item."""
+    if not isinstance(value, list):
+        return A_TEXT if isinstance(value, str) else None
+    if not value:
+        return None
+    return TEXTS if isinstance(value[0], str) else LISTS_OF_IDS if isinstance(value[0], list) else IDS
+
+
+def choice_of(kind: Any, words: str) -> Any:
+    """Return what chooses the member of a union, so that an error is that of the one that was meant.
+
+    :param words: what is told if it is none
+    """
+    return Discriminator(kind, custom_error_type="union", custom_error_message=f"Input should be {words}")
+
+
+def check_bias(value: Any) -> Any:
+    """Refuse too many entries, and keys that are no token ids, before anything is done for each."""
+    if isinstance(value, dict):
+        if len(value) > MAX_BIAS:
+            raise PydanticCustomError("bias_too_long", f"at most {MAX_BIAS} tokens can have a bias, not {len(value)}")
+        if not all(re.fullmatch("[0-9]{1,10}", name) for name in value):
+            raise PydanticCustomError("bias_key", "keys should be token ids, which are whole numbers")
+    return value
 
 
 class Request(BaseModel):
@@ -89,8 +146,7 @@ class Request(BaseModel):
 def first_problem(error: ValidationError) -> InvalidParameter:
     """Turn pydantic's errors into ours, which tells the first."""
     problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    # Where the choices of a union are named after types these are part of the place; nobody wants to read them.
-    place = ".".join(str(part) for part in problem["loc"] if not TYPE.match(str(part)))
+    place = ".".join(str(part) for part in problem["loc"] if part not in TAGS)
     if not place:
         return InvalidParameter(f"the body must be a JSON object in UTF-8: {problem['msg']}")
     return InvalidParameter(f"{place}: {problem['msg']}", place.split(".")[0])
@@ -104,7 +160,7 @@ class StreamOptions(BaseModel):
 class Sampling(Request):
     """What chat and text completions have in common."""
 
-    model: Text | None = Field(None, description="Default: the default model of the server.")
+    model: Name | None = Field(None, description="Default: the default model of the server.")
     max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = Field(
         None, description="Longest answer, in tokens."
     )
@@ -121,15 +177,25 @@ class Sampling(Request):
     )
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = Field(None, description="Default 0.")
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = Field(None, description="Default 0.")
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
-        None, description="Numbers by token id, added to the logits."
-    )
+    logit_bias: (
+        Annotated[
+            dict[str, Annotated[float, Field(ge=-100, le=100)]],
+            Field(max_length=MAX_BIAS),
+            BeforeValidator(check_bias),
+        ]
+        | None
+    ) = Field(None, description="Numbers by token id, added to the logits.")
     seed: Annotated[int, Field(ge=-MAX_SEED - 1, le=MAX_SEED)] | None = Field(
         None, description="The same seed and request give the same answer. Choices get seeds that follow each other."
     )
-    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOP_SEQUENCES)] | None = Field(
-        None, description="Texts that end the answer; they are not part of it."
-    )
+    stop: (
+        Annotated[
+            Annotated[StopText, Tag(A_TEXT)]
+            | Annotated[list[StopText], Field(max_length=MAX_STOP_SEQUENCES, fail_fast=True), Tag(A_LIST)],
+            choice_of(text_or_list, "a text or a list of texts"),
+        ]
+        | None
+    ) = Field(None, description="Texts that end the answer; they are not part of it.")
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = Field(
         None, description="Answers to each prompt, which is computed once. Default 1."
     )
@@ -147,7 +213,14 @@ class ContentPart(BaseModel):
 class Message(BaseModel):
     model_config = ConfigDict(strict=True)
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[ContentPart] | None = None
+    content: (
+        Annotated[
+            Annotated[Text, Tag(A_TEXT)]
+            | Annotated[list[ContentPart], Field(max_length=MAX_PARTS, fail_fast=True), Tag(A_LIST)],
+            choice_of(text_or_list, "a text or a list of parts that are text"),
+        ]
+        | None
+    ) = None
     name: Text | None = Field(None, description="Ignored.")
 
     def plain(self) -> dict[str, str]:
@@ -157,10 +230,13 @@ class Message(BaseModel):
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+
+
 class ChatRequest(Sampling):
     """A chat completion."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Messages
     max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = Field(
         None, description="The newer name of max_tokens. Default: as many as there is room for."
     )
@@ -171,12 +247,13 @@ class ChatRequest(Sampling):
 class CompletionRequest(Sampling):
     """A completion of texts or token ids."""
 
-    prompt: (
-        Text
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)]
-    ) = Field(description="A text, a list of token ids, or a list of either.")
+    prompt: Annotated[
+        Annotated[Text, Tag(A_TEXT)]
+        | Annotated[TokenIds, Tag(IDS)]
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True), Tag(TEXTS)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True), Tag(LISTS_OF_IDS)],
+        choice_of(kind_of_prompt, "a text, a list of token ids or a list of either, and not an empty list"),
+    ] = Field(description="A text, a list of token ids, or a list of either.")
     echo: bool | None = Field(
         None, description="Begin the answer with the prompt; with logprobs, those of the prompt too."
     )
@@ -188,24 +265,26 @@ class CompletionRequest(Sampling):
 class TokenizeRequest(Request):
     """Text to tokens."""
 
-    model: Text | None = None
-    content: Text = Field(description="The text.")
+    model: Name | None = None
+    content: Annotated[Text, StringConstraints(max_length=MAX_TEXT)] = Field(description="The text.")
     add_special: bool | None = Field(None, description="Add the tokens that texts of the model begin with.")
-    with_pieces: bool | None = Field(None, description="Tell the text of each token.")
+    with_pieces: bool | None = Field(
+        None, description=f"Tell the text of each token, of which there may be {MAX_TOKEN_IDS}."
+    )
 
 
 class DetokenizeRequest(Request):
     """Tokens to text."""
 
-    model: Text | None = None
-    tokens: list[TokenId]
+    model: Name | None = None
+    tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKEN_IDS, fail_fast=True)]
 
 
 class TemplateRequest(Request):
     """A conversation to the text that the model reads."""
 
-    model: Text | None = None
-    messages: Annotated[list[Message], Field(min_length=1)]
+    model: Name | None = None
+    messages: Messages
     add_generation_prompt: bool | None = Field(None, description="End where the answer begins. Default true.")
 
 

@@ -9,6 +9,8 @@ from errors import InvalidParameter
 
 # More and longer ones than anybody needs, few and short enough to look for after every token.
 MAX_STOP_SEQUENCES, MAX_STOP_LENGTH = 64, 1024  # sequences, characters each
+# Of models, which may be paths, and of sessions.
+MAX_NAME = 4096  # characters
 # Logits are divided by these; smaller ones make them overflow.
 SMALLEST_FACTOR = 1e-6
 # Far more than any model takes, and few enough digits to be written into a message.
@@ -66,7 +68,7 @@ def parse_generation(values: Mapping[str, Any]) -> GenerationParams:
         frequency_penalty=get_float(values, "frequency_penalty", minimum=-2.0, maximum=2.0) or 0.0,
         seed=get_int(values, "seed", minimum=0, maximum=MAX_SEED),
         max_time=get_float(values, "max_time", above=0.0),
-        stop_sequence=get_text(values, "stop_sequence") or None,
+        stop_sequence=get_text(values, "stop_sequence", maximum=MAX_STOP_LENGTH) or None,
         extra_stop_sequences=get_texts(values, "extra_stop_sequences"),
     )
     if (params.max_length is None) == (params.max_new_tokens is None):
@@ -89,16 +91,21 @@ def require_int(values: Mapping[str, Any], name: str, *, minimum: int) -> int:
 
 def require_text(values: Mapping[str, Any], name: str) -> str:
     """Read a text that must be there."""
-    value = get_text(values, name)
+    value = get_text(values, name, maximum=MAX_NAME)
     if not value:
         raise InvalidParameter(f"{name} is required")
     return value
 
 
-def get_text(values: Mapping[str, Any], name: str) -> str | None:
-    """Read a text; None if it is not there."""
+def get_text(values: Mapping[str, Any], name: str, *, maximum: int | None = None) -> str | None:
+    """Read a text, of at most so many characters; None if it is not there."""
     value = values.get(name)
-    return None if value is None else _text(name, value)
+    if value is None:
+        return None
+    text = _text(name, value)
+    if maximum is not None and len(text) > maximum:
+        raise InvalidParameter(f"{name} takes at most {maximum} characters, not {len(text)}")
+    return text
 
 
 def get_texts(values: Mapping[str, Any], name: str) -> tuple[str, ...]:
@@ -106,8 +113,8 @@ def get_texts(values: Mapping[str, Any], name: str) -> tuple[str, ...]:
     value = values.get(name)
     if value is None:
         return ()
-    items = value if isinstance(value, list) else [value]
-    texts = tuple(text for item in items if (text := _text(name, item)))
+    items = [item for item in (value if isinstance(value, list) else [value]) if item != ""]
+    texts = tuple(_text(name, item) for item in items[: MAX_STOP_SEQUENCES + 1])
     if len(texts) > MAX_STOP_SEQUENCES or any(len(text) > MAX_STOP_LENGTH for text in texts):
         raise InvalidParameter(f"{name} takes at most {MAX_STOP_SEQUENCES} texts of {MAX_STOP_LENGTH} characters each")
     return texts
@@ -191,6 +198,10 @@ def _check_range(name: str, number: float, minimum: float | None, maximum: float
 
 
 def _describe(value: Any) -> str:
-    """Write a value for a message: whole if short, else its beginning."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    """Say what a value is, for a message. Only numbers are told: anything else may be what nobody else may read."""
+    if isinstance(value, str):
+        return f"a text of {len(value)} character{'s' * (len(value) != 1)}"
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        # Python refuses to write integers of thousands of digits.
+        return str(value) if isinstance(value, float) or value.bit_length() < 200 else "a number of that many digits"
+    return {bool: "true or false", list: "a list", dict: "an object", type(None): "null"}.get(type(value), "that")

@@ -49,10 +49,11 @@ class LogitBias(LogitsProcessor):
     """Adds numbers to the logits of some tokens."""
 
     def __init__(self, bias: Sequence[tuple[int, float]]) -> None:
-        self.token_ids, self.values = (list(column) for column in zip(*bias, strict=True))
+        self.token_ids = torch.tensor([token_id for token_id, _ in bias])
+        self.values = torch.tensor([value for _, value in bias], dtype=torch.float32)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        scores[:, self.token_ids] += torch.tensor(self.values, dtype=scores.dtype)
+        scores[:, self.token_ids] += self.values
         return scores
 
 

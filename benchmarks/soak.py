@@ -103,8 +103,9 @@ def expected_texts(path: Path) -> dict[str, list[str]]:
 def whole_text(tokenizer: Any, token_ids: list[int]) -> str:
     """Decode; what may become a character with the next token is left out."""
     from generation import Detokenizer
+    from swarm.tokenization import TextTokenizer
 
-    detokenizer = Detokenizer(tokenizer)
+    detokenizer = Detokenizer(TextTokenizer(tokenizer))
     text = ""
     for token_id in token_ids:
         text += detokenizer.flush() if token_id == tokenizer.eos_token_id else detokenizer.add(token_id)

@@ -13,7 +13,7 @@ import torch
 from hivemind.dht.routing import DHTID
 from petals import AutoDistributedModelForCausalLM
 from petals.constants import PUBLIC_INITIAL_PEERS
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig
 
 from swarm import weights
 from swarm.background import Loop
@@ -22,6 +22,7 @@ from swarm.head import Head
 from swarm.node import DHT_TIMEOUT, Node, identity_file, make_identity, with_port
 from swarm.session import HistoryBudget, SessionLimits, SwarmSession
 from swarm.state import SwarmState
+from swarm.tokenization import TextTokenizer
 
 log = logging.getLogger(__name__)
 
@@ -209,7 +210,7 @@ class SwarmModel:
         name: str,
         swarm: Swarm,
         model: Any,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: TextTokenizer,
         limits: SessionLimits,
         budget: HistoryBudget,
     ) -> None:
@@ -252,7 +253,7 @@ class SwarmModel:
         """
         path = weights.locate(name, cache_dir=cache_dir, progress=log.info)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path)
+            tokenizer = TextTokenizer(AutoTokenizer.from_pretrained(path))
             with shared_dht(swarm.dht):
                 model = AutoDistributedModelForCausalLM.from_pretrained(
                     path,

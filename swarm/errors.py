@@ -8,6 +8,7 @@ SwarmError
  ├── CacheFull              servers hold the blocks but have no attention cache left
  ├── SwarmTimeout           a step took longer than its limit
  ├── SessionLengthExceeded  more tokens than the session was opened for
+ ├── TokenizerBusy          too many long texts are being turned into tokens
  ├── SessionClosed          the session was closed, or lost beyond recovery
  └── Cancelled              the caller asked to stop
 """
@@ -49,6 +50,10 @@ class SwarmTimeout(SwarmError):
 
 class SessionLengthExceeded(SwarmError):
     """More tokens than the session was opened for."""
+
+
+class TokenizerBusy(SwarmError):
+    """Too many long texts are being turned into tokens."""
 
 
 class SessionClosed(SwarmError):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from flask import Flask
-from transformers import BloomForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BloomForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from app import create_app
 from config import Settings
@@ -85,8 +85,8 @@ def model(tiny_bloom: Path, swarm: LocalSwarm) -> Iterator[SwarmModel]:
 
 
 @pytest.fixture(scope="session")
-def tokenizer(model: SwarmModel) -> PreTrainedTokenizerBase:
-    return model.tokenizer
+def tokenizer(tiny_bloom: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(tiny_bloom)
 
 
 @dataclasses.dataclass(eq=False)

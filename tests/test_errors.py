@@ -44,6 +44,7 @@ ANSWERS: dict[str, tuple[int, str, int | None]] = {
     "CacheFull": (503, "cache_full", 10),
     "SwarmTimeout": (504, "swarm_timeout", None),
     "SessionLengthExceeded": (422, "too_long", None),
+    "TokenizerBusy": (429, "too_many_requests", 5),
     "SessionClosed": (404, "session_not_found", None),
     "Cancelled": (499, "cancelled", None),
 }
@@ -164,7 +165,7 @@ def test_traceback_has_own_frames_only() -> None:
     ]
     lines = trace.splitlines()
     assert lines[0] == "Traceback (most recent call last):"
-    assert lines[-1] == "errors.InvalidParameter: max_length must be a whole number, not 'x'"
+    assert lines[-1] == "errors.InvalidParameter: max_length must be a whole number, not a text of 1 character"
     assert "    action()" in lines  # the source line of each frame
 
 

@@ -30,10 +30,10 @@ from generation import (
     end_tokens,
     generate,
     token_budget,
-    token_bytes,
 )
 from parameters import GenerationParams, parse_generation
 from swarm.errors import BlocksMissing, Cancelled, SessionLengthExceeded
+from swarm.tokenization import TextTokenizer
 from tests.conftest import greedy
 from tests.tiny import make_tokenizer
 
@@ -49,6 +49,7 @@ PROMPTS = [
 ]
 NO_END = GenerationConfig(eos_token_id=None)
 TOKENIZER = make_tokenizer()  # for tests without a model
+TEXTS = TextTokenizer(TOKENIZER)
 BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
 # The beginning of a UTF-8 character at the end (Unicode Standard, table 3-7). Python's own incremental decoder does not
 # do: it takes the halves of surrogate pairs for characters until the third byte.
@@ -128,7 +129,7 @@ def run(
             input_ids,
             GenerationParams(max_new_tokens=budget, **params),
             budget=budget,
-            detokenizer=detokenizer or Detokenizer(tokenizer),
+            detokenizer=detokenizer or Detokenizer(TextTokenizer(tokenizer)),
             defaults=defaults,
             cancelled=cancelled,
         )
@@ -185,7 +186,7 @@ def next_tokens(reference: BloomForCausalLM, token_ids: list[int], count: int, *
 def test_greedy_equals_transformers(
     reference: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase, prompt: str
 ) -> None:
-    input_ids, detokenizer = tokenizer.encode(prompt), Detokenizer(tokenizer)
+    input_ids, detokenizer = tokenizer.encode(prompt), Detokenizer(TextTokenizer(tokenizer))
     expected = greedy(reference, input_ids, 40)
     session = ReferenceSession(reference)
     chunks = run(
@@ -266,7 +267,7 @@ def test_repetition_penalty_counts_the_whole_session(
 ) -> None:
     input_ids, session = tokenizer.encode(PROMPTS[0]), ReferenceSession(reference)
     expected = next_tokens(reference, input_ids, 20, do_sample=False, repetition_penalty=1.3)
-    detokenizer = Detokenizer(tokenizer)
+    detokenizer = Detokenizer(TextTokenizer(tokenizer))
     params: dict[str, Any] = {"repetition_penalty": 1.3, "detokenizer": detokenizer}
     parts = [run(session, ids, budget=n, **params) for ids, n in ((input_ids, 8), ([], 5), ([], 7))]
     assert [token_id for chunks in parts for token_id in tokens(chunks)] == expected
@@ -329,7 +330,7 @@ def test_end_of_sequence_decides_what_was_held_back() -> None:
 
 def test_answer_after_an_end_begins_anew() -> None:
     """Half a character before the end of an answer is not joined to the next answer."""
-    defaults, detokenizer = GenerationConfig(eos_token_id=TOKENIZER.eos_token_id), Detokenizer(TOKENIZER)
+    defaults, detokenizer = GenerationConfig(eos_token_id=TOKENIZER.eos_token_id), Detokenizer(TEXTS)
     bee = TOKENIZER.encode("🐝")
     session = ScriptedSession([*bee[:2], TOKENIZER.eos_token_id, *bee, TOKENIZER.eos_token_id])
     answers = [
@@ -462,7 +463,7 @@ def test_stops_of_random_answers(said: list[int], slices: list[tuple[int, int]])
 @given(any_tokens)
 def test_detokenizer_decides_each_character_as_soon_as_it_can(token_ids: list[int]) -> None:
     """Nothing ends inside a character that can still become whole, and nothing is held longer than that."""
-    detokenizer = Detokenizer(TOKENIZER)
+    detokenizer = Detokenizer(TEXTS)
     pieces = [*(detokenizer.add(token_id) for token_id in token_ids), detokenizer.flush()]
     assert pieces == decide(token_ids)
     assert "".join(pieces) == decode(token_ids)
@@ -472,7 +473,7 @@ def test_detokenizer_decides_each_character_as_soon_as_it_can(token_ids: list[in
 @examples
 @given(st.text(max_size=30), any_tokens)
 def test_detokenizer_goes_on_after_context(context: str, token_ids: list[int]) -> None:
-    detokenizer = Detokenizer(TOKENIZER)
+    detokenizer = Detokenizer(TEXTS)
     detokenizer.add(TOKENIZER.encode("é")[0])  # half a character, to be forgotten
     detokenizer.restart(TOKENIZER.encode(context))
     assert [*(detokenizer.add(token_id) for token_id in token_ids), detokenizer.flush()] == decide(token_ids)
@@ -480,7 +481,7 @@ def test_detokenizer_goes_on_after_context(context: str, token_ids: list[int]) -
 
 @pytest.mark.parametrize("said", ["🐝", "日本語", "👩‍👩‍👧 family", "é", "𝔘nicode", "a\u0301", "🐝🐝"])
 def test_split_characters_are_held_until_whole(said: str) -> None:
-    token_ids, detokenizer = TOKENIZER.encode(said), Detokenizer(TOKENIZER)
+    token_ids, detokenizer = TOKENIZER.encode(said), Detokenizer(TEXTS)
     sent = ""
     for count, token_id in enumerate(token_ids, start=1):
         sent += detokenizer.add(token_id)
@@ -490,7 +491,7 @@ def test_split_characters_are_held_until_whole(said: str) -> None:
 
 
 def test_genuine_replacement_character_is_not_held() -> None:
-    token_ids, detokenizer = TOKENIZER.encode("\ufffd"), Detokenizer(TOKENIZER)
+    token_ids, detokenizer = TOKENIZER.encode("\ufffd"), Detokenizer(TEXTS)
     assert len(token_ids) == 3
     assert [detokenizer.add(token_id) for token_id in [*token_ids, *token_ids]] == ["", "", "\ufffd"] * 2
 
@@ -498,24 +499,24 @@ def test_genuine_replacement_character_is_not_held() -> None:
 @pytest.mark.parametrize("byte", [0x80, 0xBF, 0xC0, 0xC1, 0xF5, 0xFF])
 def test_byte_that_begins_no_character_is_not_held(byte: int) -> None:
     token_id = TOKENIZER.convert_tokens_to_ids(bytes_to_unicode()[byte])
-    assert Detokenizer(TOKENIZER).add(token_id) == "\ufffd"
+    assert Detokenizer(TEXTS).add(token_id) == "\ufffd"
 
 
 def test_flush_then_go_on() -> None:
-    bee, detokenizer = TOKENIZER.encode("🐝"), Detokenizer(TOKENIZER)
+    bee, detokenizer = TOKENIZER.encode("🐝"), Detokenizer(TEXTS)
     assert [detokenizer.add(token_id) for token_id in bee[:2]] == ["", ""]
     assert detokenizer.flush() == "\ufffd"
     assert "".join(detokenizer.add(token_id) for token_id in bee) == "🐝"
 
 
 def test_special_tokens_are_spelled() -> None:
-    detokenizer = Detokenizer(TOKENIZER)
+    detokenizer = Detokenizer(TEXTS)
     assert detokenizer.add(TOKENIZER.bos_token_id) == detokenizer.spell(TOKENIZER.bos_token_id) == "<s>"
 
 
 def test_spaces_stay_as_they_are() -> None:
     token_ids = TOKENIZER.encode("Who said that ? Nobody , he did n't .")
-    detokenizer = Detokenizer(TOKENIZER)
+    detokenizer = Detokenizer(TEXTS)
     assert "".join(detokenizer.add(token_id) for token_id in token_ids) == "Who said that ? Nobody , he did n't ."
 
 
@@ -539,10 +540,11 @@ def make_sentence_piece() -> PreTrainedTokenizerFast:
 
 
 SENTENCE_PIECE = make_sentence_piece()
+SENTENCE_PIECE_TEXTS = TextTokenizer(SENTENCE_PIECE)
 
 
 def sentence_piece_chunks(said: str, context: str = "a") -> list[str]:
-    detokenizer = Detokenizer(SENTENCE_PIECE)
+    detokenizer = Detokenizer(SENTENCE_PIECE_TEXTS)
     detokenizer.restart(SENTENCE_PIECE.encode(context))
     token_ids = SENTENCE_PIECE.encode(said)
     return [*(detokenizer.add(token_id) for token_id in token_ids), detokenizer.flush()]
@@ -576,7 +578,7 @@ def test_continued_equals_uncut(
     for prompt in PROMPTS[2:6]:
         input_ids = tokenizer.encode(prompt)
         whole = run(ReferenceSession(reference), input_ids, tokenizer, budget=40)
-        session, detokenizer = ReferenceSession(reference), Detokenizer(tokenizer)
+        session, detokenizer = ReferenceSession(reference), Detokenizer(TextTokenizer(tokenizer))
         parts = [
             run(session, [] if i else input_ids, tokenizer, budget=size, detokenizer=detokenizer)
             for i, size in enumerate(sizes)
@@ -588,7 +590,7 @@ def test_continued_equals_uncut(
 @examples
 @given(any_tokens.filter(bool), st.integers(1, 7))
 def test_random_answer_continued_equals_uncut(said: list[int], size: int) -> None:
-    session, detokenizer = ScriptedSession(said), Detokenizer(TOKENIZER)
+    session, detokenizer = ScriptedSession(said), Detokenizer(TEXTS)
     session.append([5])
     answer = ""
     for start in range(0, len(said), size):
@@ -599,7 +601,7 @@ def test_random_answer_continued_equals_uncut(said: list[int], size: int) -> Non
 
 def test_new_inputs_begin_a_new_text() -> None:
     """Half a character at the end of an answer is not joined to what comes after the next inputs."""
-    bee, detokenizer = TOKENIZER.encode("🐝"), Detokenizer(TOKENIZER)
+    bee, detokenizer = TOKENIZER.encode("🐝"), Detokenizer(TEXTS)
     session = ScriptedSession([*bee[:2], *bee])
     assert text(run(session, [5], budget=2, detokenizer=detokenizer)) == ""
     assert text(run(session, TOKENIZER.encode("b"), budget=4, detokenizer=detokenizer)) == "🐝"
@@ -615,7 +617,7 @@ def test_cancelled_between_and_during_steps(
 ) -> None:
     """Every first look is between steps, every second one during a step."""
     input_ids, session = tokenizer.encode(PROMPTS[0]), ReferenceSession(reference)
-    detokenizer = Detokenizer(tokenizer)
+    detokenizer = Detokenizer(TextTokenizer(tokenizer))
     whole = run(ReferenceSession(reference), input_ids, tokenizer, budget=12)
     answers = iter([False] * looks + [True])
     first = run(
@@ -630,7 +632,7 @@ def test_cancelled_between_and_during_steps(
 
 def test_cancelled_answer_gives_out_what_may_have_become_a_stop_sequence() -> None:
     said = TOKENIZER.encode("fine\n\nHum")
-    session, detokenizer = ScriptedSession(said), Detokenizer(TOKENIZER)
+    session, detokenizer = ScriptedSession(said), Detokenizer(TEXTS)
     chunks = run(
         session,
         [5],
@@ -660,7 +662,7 @@ def test_failed_step_keeps_the_tokens() -> None:
                 raise BlocksMissing("tiny", [2, 3])
             return super().step(*args, **options)
 
-    session, detokenizer = FailingSession(said), Detokenizer(TOKENIZER)
+    session, detokenizer = FailingSession(said), Detokenizer(TEXTS)
     params = GenerationParams(max_new_tokens=99)
     chunks = []
     with pytest.raises(BlocksMissing):
@@ -740,13 +742,13 @@ def test_session_is_filled_to_its_end(reference: BloomForCausalLM, tokenizer: Pr
 
 
 def test_inputs_become_tokens() -> None:
-    tokenizer = make_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    begins = make_tokenizer()
+    begins.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", begins.bos_token_id)]
     )
-    session = ScriptedSession([])
+    session, tokenizer = ScriptedSession([]), TextTokenizer(begins)
     plain = TOKENIZER.encode("Who said")
-    assert encode_inputs("Who said", session, tokenizer) == [tokenizer.bos_token_id, *plain]
+    assert encode_inputs("Who said", session, tokenizer) == [begins.bos_token_id, *plain]
     with pytest.raises(InvalidParameter, match="inputs are required"):
         encode_inputs("", session, tokenizer)
     session.append([5])
@@ -759,10 +761,10 @@ def test_inputs_become_tokens() -> None:
 def test_bytes_of_sentence_pieces_join_to_the_text(text: str) -> None:
     """Blanks included, which the tokenizer's own decoder drops at the beginning of each piece."""
     token_ids = SENTENCE_PIECE.encode(text, add_special_tokens=False)
-    assert b"".join(token_bytes(SENTENCE_PIECE, token_id) for token_id in token_ids).decode() == f" {text}"
+    assert b"".join(SENTENCE_PIECE_TEXTS.bytes_of(token_id) for token_id in token_ids).decode() == f" {text}"
 
 
 @pytest.mark.parametrize("text", ["hello a", "abc 🐝 é"])
 def test_bytes_of_byte_level_tokens_join_to_the_text(text: str) -> None:
     token_ids = TOKENIZER.encode(text)
-    assert b"".join(token_bytes(TOKENIZER, token_id) for token_id in token_ids).decode() == text
+    assert b"".join(TEXTS.bytes_of(token_id) for token_id in token_ids).decode() == text

@@ -14,12 +14,13 @@ from errors import ApiError, SessionNotFound, ShuttingDown, TimedOut, TooManyReq
 from generation import Detokenizer
 from inference_sessions import InferenceSession, InferenceSessions
 from swarm.errors import Cancelled, SessionLengthExceeded
+from swarm.tokenization import TextTokenizer
 from tests.test_session import wait_until
 from tests.tiny import make_tokenizer
 
 TIMEOUT = 300.0  # seconds after which an unused session expires, on the test's clock
 LIMIT = 10.0  # seconds that a thread may take to do what needs milliseconds; only a failing test waits so long
-TOKENIZER = make_tokenizer()
+TOKENIZER = TextTokenizer(make_tokenizer())
 
 
 class Clock:

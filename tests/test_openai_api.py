@@ -13,7 +13,6 @@ from transformers import BloomForCausalLM, PreTrainedTokenizerBase
 from chat_template import apply_template
 from config import KNOWN_MODELS, ModelConfig
 from errors import TooLong
-from generation import token_bytes
 from openai_api import chat_length
 from swarm.client import SwarmModel
 from tests.client import call
@@ -448,9 +447,9 @@ def test_two_questions_in_a_row(live_app: LiveApp) -> None:
     assert post(live_app, "/apply-template", messages=messages)["prompt"].endswith("Human: a\n\nHuman: b\n\nAI:")
 
 
-def test_rows_of_the_model_without_a_token(tokenizer: PreTrainedTokenizerBase) -> None:
-    assert token_bytes(tokenizer, len(tokenizer) + 5) == b""
-    assert token_bytes(tokenizer, 1) == b"<s>"
+def test_rows_of_the_model_without_a_token(model: SwarmModel) -> None:
+    assert model.tokenizer.bytes_of(model.tokenizer.size + 5) == b""
+    assert model.tokenizer.bytes_of(1) == b"<s>"
 
 
 def test_server_sent_events_are_json(live_app: LiveApp) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
-from transformers import BloomForCausalLM
+from transformers import BloomForCausalLM, PreTrainedTokenizerBase
 
 import swarm.node
 from config import Settings
@@ -85,9 +85,9 @@ def generated(app: LiveApp, count: int = TOKENS) -> tuple[int, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def expected_text(own_model: SwarmModel, reference: BloomForCausalLM) -> str:
-    token_ids = own_model.tokenizer.encode(PROMPTS[0])
-    return own_model.tokenizer.decode(greedy(reference, token_ids, TOKENS), skip_special_tokens=True)
+def expected_text(tokenizer: PreTrainedTokenizerBase, reference: BloomForCausalLM) -> str:
+    token_ids = tokenizer.encode(PROMPTS[0])
+    return tokenizer.decode(greedy(reference, token_ids, TOKENS), skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("kill", [kill_dht, kill_p2pd, stop_dht])

@@ -1,0 +1,274 @@
+"""The one owner of a model's tokenizer: everything between text and tokens goes through it.
+
+Users send the texts. So there is no cache that grows with them, none is tokenized that cannot fit, long ones are
+tokenized by a few threads of their own, and what is known of single tokens is in tables that are made once.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor, wait
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerBase
+from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
+
+from swarm.errors import SessionLengthExceeded, TokenizerBusy
+
+Result = TypeVar("Result")
+
+# The longest text that is tokenized where no bound follows from the tokens that may come out: to count them, and with
+# the few kinds of tokenizers that may drop any number of characters. Digits cost most: 430 bytes each, at the peak.
+MAX_TEXT = 2**19  # characters
+# Shorter texts are tokenized at once, within 10 ms, by whoever asks; longer ones wait for a worker.
+SMALL = 2**14  # characters, and tokens that are decoded
+# Threads keep half of the memory that a long text takes for the next one (glibc's arenas): hence threads of their own,
+# and few even where there are many cores.
+WORKERS = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 4)
+# A worker takes less than a second for a text: whoever waits longer has ten before them.
+PATIENCE = 10.0  # seconds
+WORK_TIMEOUT = 60.0  # seconds; more than the longest text takes even on a machine that is busy
+# Tokens that are decoded without letting go of the interpreter's lock: in less time than it takes to get it back.
+FEW = 64
+
+BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
+ALPHABET = frozenset(BYTES)
+# Canonical composition makes one character of at most four, such as U+1F82 (Unicode FAQ, "Normalization").
+COMPOSED = 4
+
+BPE_OPTIONS = (
+    "dropout",
+    "unk_token",
+    "continuing_subword_prefix",
+    "end_of_word_suffix",
+    "fuse_unk",
+    "byte_fallback",
+)
+
+_workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="tokenizer")
+
+
+class TextTokenizer:
+    """Turns texts into tokens and tokens into texts, as the model's own tokenizer does. Thread-safe."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, workers: Executor | None = None) -> None:
+        """Take over a tokenizer; this takes a second or two for a vocabulary of 250,000.
+
+        :param workers: threads for long texts; None: those of the program
+        :raises ValueError: if it is of a kind that is not served
+        """
+        if not tokenizer.is_fast:
+            raise ValueError(f"its tokenizer, a {type(tokenizer).__name__}, has no fast version")
+        self._backend, description = without_cache(tokenizer.backend_tokenizer)
+        self._workers = workers or _workers
+        self.chat_template: str | None = getattr(tokenizer, "chat_template", None)
+        self.special_tokens_map: dict[str, Any] = dict(tokenizer.special_tokens_map)
+        vocabulary = self.get_vocab()
+        self.size = len(vocabulary)
+
+        def ids(spellings: Sequence[str]) -> list[int]:
+            found = (vocabulary.get(spelling) for spelling in spellings)
+            return [token_id for token_id in found if token_id not in (None, tokenizer.unk_token_id)]
+
+        # Byte-level tokenizers: tokens of one byte that continue a UTF-8 character. Every character that can be
+        # continued at all can be continued with one of these two bytes (Unicode Standard, table 3-7).
+        self.continuations = tuple(ids([bytes_to_unicode()[byte] for byte in (0x80, 0xA0)]))
+        # Sentence-piece tokenizers: tokens that stand for one byte. Their own decoder turns a run of them into text
+        # all or not at all, so that whoever writes texts decodes them by itself.
+        self.byte_tokens = {token_id: byte for byte in range(256) for token_id in ids([f"<0x{byte:02X}>"])}
+        self._spellings = self._spell(vocabulary, frozenset(tokenizer.all_special_ids))
+        longest, loss = max(map(len, vocabulary), default=1), loss_of(description)
+        self._characters_per_token = None if loss is None else longest * loss.factor
+        self._vanishing = "" if loss is None else loss.vanishing
+
+    def _spell(self, vocabulary: Mapping[str, int], special: frozenset[int]) -> list[bytes]:
+        """Return what ``bytes_of`` tells, by id."""
+        spellings = [b""] * (max(vocabulary.values(), default=-1) + 1)
+        others = []
+        for spelled, token_id in vocabulary.items():
+            if token_id in self.byte_tokens:
+                spellings[token_id] = bytes([self.byte_tokens[token_id]])
+            elif token_id in special:  # spelled as it is by any tokenizer
+                spellings[token_id] = spelled.encode()
+            elif self.byte_tokens:  # a sentence-piece tokenizer, whose decoder would drop a blank at the beginning
+                spellings[token_id] = spelled.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
+            elif self.continuations and ALPHABET.issuperset(spelled):
+                spellings[token_id] = bytes(map(BYTES.__getitem__, spelled))
+            else:
+                others.append(token_id)
+        for token_id, text in zip(others, self._decode([[token_id] for token_id in others]), strict=True):
+            spellings[token_id] = text.encode()
+        return spellings
+
+    def __len__(self) -> int:
+        return self.size
+
+    def get_vocab(self) -> dict[str, int]:
+        """Return the ids of all tokens by their spelling. Made anew each time: nothing for a request."""
+        vocabulary: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
+        return vocabulary
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """Return the bytes that a token stands for, be they text or a part of a character; none if there is no such."""
+        return self._spellings[token_id] if 0 <= token_id < len(self._spellings) else b""
+
+    def most_characters(self, room: int | None) -> int:
+        """Return how many characters a text may have: no longer one can be so few tokens, but for those that vanish.
+
+        :param room: tokens; None: any number
+        """
+        if room is None or self._characters_per_token is None:
+            return MAX_TEXT
+        return room * self._characters_per_token
+
+    def encode(self, text: str, add_special_tokens: bool = True, *, room: int | None = None) -> list[int]:
+        """Turn a text into token ids; see ``encode_all``."""
+        return self.encode_all([text], add_special_tokens, room=room)[0]
+
+    def encode_all(
+        self, texts: Sequence[str], add_special_tokens: bool = True, *, room: int | None = None
+    ) -> list[list[int]]:
+        """Turn texts into token ids.
+
+        :param add_special_tokens: whether to add those that texts of the model begin or end with
+        :param room: tokens that each may have. It may come out longer: this is to refuse before what cannot fit
+        :raises SessionLengthExceeded: if a text certainly has more tokens
+        :raises TokenizerBusy: if too many long texts are being tokenized
+        """
+        most = self.most_characters(room)
+        if any(len(text) - sum(map(text.count, self._vanishing)) > most for text in texts if len(text) > most):
+            bound = f"{most} characters" if room is None else f"the {most} characters that {room} tokens can have"
+            raise SessionLengthExceeded(f"a text of {max(map(len, texts))} characters is longer than {bound}")
+
+        def encode() -> list[list[int]]:
+            # As a batch even if it is one: the interpreter's lock is let go for batches only.
+            encodings = self._backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)
+            return [encoding.ids for encoding in encodings]
+
+        return self._run(encode, sum(map(len, texts)))
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Turn token ids into text, with special tokens and with blanks as they are.
+
+        :raises TokenizerBusy: if too many long texts are being tokenized
+        """
+        if len(token_ids) <= FEW:  # as for each token of an answer
+            text: str = self._backend.decode(list(token_ids), skip_special_tokens=False)
+            return text
+        return self._run(lambda: self._decode([token_ids])[0], len(token_ids))
+
+    def _decode(self, texts: Sequence[Sequence[int]]) -> list[str]:
+        decoded: list[str] = self._backend.decode_batch([list(text) for text in texts], skip_special_tokens=False)
+        return decoded
+
+    def _run(self, work: Callable[[], Result], size: int) -> Result:
+        """Do work of some size, on a thread for it if it is large."""
+        if size <= SMALL:
+            return work()
+        future = self._workers.submit(work)
+        try:
+            wait([future], PATIENCE)
+            if future.cancel():
+                raise TokenizerBusy(f"too many long texts are being tokenized: no turn within {PATIENCE:.0f} s")
+            return future.result(WORK_TIMEOUT)
+        except FutureTimeout:
+            raise TokenizerBusy(f"a text was not tokenized within {WORK_TIMEOUT:.0f} s") from None
+
+
+def without_cache(backend: Tokenizer) -> tuple[Tokenizer, dict[str, Any]]:
+    """Return a copy of a tokenizer that remembers nothing of what it is given, and its description in JSON.
+
+    BPE in tokenizers 0.14 keeps the first 10,000 words it meets for ever, however long (its issue 1539), and without
+    blanks or rules where to cut a whole text is one word. Ordinary texts take a third more time without (13 ms instead
+    of 10 ms for 8,000 tokens).
+
+    :raises ValueError: if it is of a kind whose cache cannot be left out
+    """
+    text = backend.to_str()
+    copy, description = Tokenizer.from_str(text), json.loads(text)
+    model = description["model"]
+    if model["type"] == "BPE":
+        copy.model = BPE(
+            model["vocab"],
+            [tuple(merge.split(" ")) for merge in model["merges"]],
+            cache_capacity=0,
+            **{option: model[option] for option in BPE_OPTIONS if model.get(option) is not None},
+        )
+    elif model["type"] not in ("WordLevel", "WordPiece"):  # these have none
+        raise ValueError(f"its tokenizer is a {model['type']} model, and keeps in memory what it is given")
+    copy.no_truncation()
+    copy.no_padding()
+    return copy, description
+
+
+@dataclass(frozen=True)
+class Loss:
+    """How much of a text a tokenizer may leave out."""
+
+    factor: int  # characters of the text of which one is left at least
+    vanishing: str  # characters that no token has: nothing is left of them
+
+
+def loss_of(description: Mapping[str, Any]) -> Loss | None:
+    """Return how much of a text may be left out; None: any amount.
+
+    :param description: of the tokenizer, as ``tokenizer.json``
+    """
+    swallows = any(token["lstrip"] or token["rstrip"] for token in description["added_tokens"])  # blanks around them
+    drops = any(drops_characters(step) for step in steps_of(description["pre_tokenizer"], "pretokenizers"))
+    normalizers = steps_of(description["normalizer"], "normalizers")
+    factors = [shrinks_by(step) for step in normalizers]
+    vanishing = vanishing_characters(description)
+    if swallows or drops or None in factors or vanishing is None or (vanishing and normalizers):
+        return None
+    return Loss(math.prod(factor for factor in factors if factor is not None), vanishing)
+
+
+def steps_of(step: Mapping[str, Any] | None, name: str) -> list[Mapping[str, Any]]:
+    """Return the steps of a normalizer or pre-tokenizer, which may be a sequence of others."""
+    if step is None:
+        return []
+    if step["type"] != "Sequence":
+        return [step]
+    return [inner for part in step[name] for inner in steps_of(part, name)]
+
+
+def shrinks_by(normalizer: Mapping[str, Any]) -> int | None:
+    """Return how many characters a normalizer makes one of, at most; None: any number."""
+    kind = normalizer["type"]
+    if kind in ("Prepend", "Lowercase", "NFD", "NFKD"):
+        return 1
+    if kind in ("NFC", "NFKC"):
+        return COMPOSED
+    if kind == "Replace" and "String" in normalizer["pattern"] and normalizer["content"]:
+        return math.ceil(len(normalizer["pattern"]["String"]) / len(normalizer["content"])) or 1
+    return None
+
+
+def drops_characters(pre_tokenizer: Mapping[str, Any]) -> bool:
+    """Whether a pre-tokenizer leaves out blanks or anything else between words."""
+    if pre_tokenizer["type"] in ("Split", "Punctuation"):
+        return bool(pre_tokenizer["behavior"] == "Removed")
+    return pre_tokenizer["type"] not in ("ByteLevel", "Digits", "Metaspace", "UnicodeScripts")
+
+
+def vanishing_characters(description: Mapping[str, Any]) -> str | None:
+    """Return the characters that become no token at all, not even an unknown one; None: too many to tell."""
+    model = description["model"]
+    if model["type"] != "BPE":
+        return None  # words as a whole become one unknown token
+    vocabulary = model["vocab"]
+    if model["byte_fallback"] and all(f"<0x{byte:02X}>" in vocabulary for byte in range(256)):
+        return ""
+    spelled = bytes_to_unicode()
+    steps = steps_of(description["pre_tokenizer"], "pretokenizers")
+    is_byte_level = any(step["type"] == "ByteLevel" for step in steps)
+    if is_byte_level and all(spelled[byte] in vocabulary for byte in range(128, 192)):
+        # Of the others something is left: all characters but ASCII's have a byte of those.
+        return "".join(chr(byte) for byte in range(128) if spelled[byte] not in vocabulary)
+    return "" if model["unk_token"] is not None and not model["fuse_unk"] else None
