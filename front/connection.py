@@ -53,7 +53,7 @@ class Connection:
         self.began = math.nan  # when the request that is read began
         self.deadline = math.inf  # of the state
         self.keep = False  # after the answer
-        self.held = 0  # bytes of the request, from its first one until it is answered
+        self.held = 0  # bytes of the request in memory, until it is answered
         self.lane: Any = None  # where it waits or runs
         # For gunicorn:
         self.client = peer

@@ -64,6 +64,11 @@ class RequestReader:
         """Bytes to receive next."""
         return CHUNKS_RECEIVED if isinstance(self._body, _ChunkedBody) else RECEIVED
 
+    @property
+    def held(self) -> int:
+        """Bytes in memory of what is no whole request yet."""
+        return len(self.unread) + (0 if self._body is None else len(self._body.content))
+
     def feed(self, data: bytes) -> None:
         self.unread += data
         self.received += len(data)

@@ -235,13 +235,13 @@ class Worker(ThreadWorker):
         elif conn.state is not State.LINGERING:
             conn.heard = time.monotonic()
             conn.reader.feed(data)
-            self._hold(conn, len(data))
+            self._hold(conn)
             self._advance(conn)
 
-    def _hold(self, conn: Connection, count: int) -> None:
-        """Account for bytes of a request."""
-        conn.held += count
-        self.held += count
+    def _hold(self, conn: Connection) -> None:
+        """Account for what has come of a request; it is held until it is answered."""
+        self.held += conn.reader.held - conn.held
+        conn.held = conn.reader.held
         if self.held > MAX_HELD:
             self._relieve()
 
@@ -323,7 +323,7 @@ class Worker(ThreadWorker):
             self._drop(conn)
         elif conn.keep and self.alive:
             conn.state = State.READING
-            self._hold(conn, len(conn.reader.unread))
+            self._hold(conn)
             conn.await_next(self.cfg.keepalive)
             self._advance(conn)
         else:
