@@ -44,8 +44,13 @@ def check_host(request: "Request", settings: "Settings") -> None:
     if found is None:
         raise InvalidParameter("the Host header is malformed")
     name = found["name"].lower().rstrip(".")
-    allowed = settings.ALLOWED_HOSTS or (() if is_local(request.environ.get("SERVER_NAME", "")) else ("*",))
-    if is_address(name) or is_local(name) or "*" in allowed or name in map(str.lower, allowed):
+    if is_address(name) or is_local(name):
+        return
+    if allowed := settings.ALLOWED_HOSTS:
+        fine = "*" in allowed or name in map(str.lower, allowed)
+    else:  # names without a dot are local ones: none can be registered (ICANN, SAC 053)
+        fine = "." not in name or not is_local(request.environ.get("SERVER_NAME", ""))
+    if fine:
         return
     raise HostNotAllowed(f"this app does not go by the name {name!r}: ALLOWED_HOSTS={name} lets it")
 

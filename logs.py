@@ -44,14 +44,18 @@ def barred(lines: str) -> str:
     return "\n".join(f"| {escape(line, IN_TRACEBACKS)}" for line in lines.split("\n"))
 
 
+def is_no_request(record: logging.LogRecord) -> bool:
+    """Keep out the lines of Werkzeug's server for each request: they have its query string, which may hold a prompt."""
+    return not str(record.msg).endswith('"%s" %s %s')
+
+
 def set_up_logging(settings: Settings) -> None:
     """Log to standard error, each line with its request's id."""
     handler = logging.StreamHandler()
     handler.addFilter(RequestIdFilter())
     handler.setFormatter(Formatter("%(asctime)s %(levelname)s [%(request_id)s] %(name)s: %(message)s"))
     logging.basicConfig(level=settings.LOG_LEVEL, handlers=[handler])
-    # Werkzeug's server would log each request with its query string.
-    logging.getLogger("werkzeug").addFilter(lambda record: not str(record.msg).startswith('"%s" %s %s'))
+    logging.getLogger("werkzeug").addFilter(is_no_request)
     for own in logging.getLogger("gunicorn.error").handlers:  # it tells what it cannot read of a request
         if (old := own.formatter) is not None:
             own.setFormatter(Formatter(old._fmt, old.datefmt))

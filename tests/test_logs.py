@@ -4,8 +4,12 @@ import logging
 import sys
 
 import pytest
+from flask import Flask
 
-from logs import Formatter
+from config import Settings
+from logs import Formatter, set_up_logging
+from tests.client import call
+from tests.processes import listening
 
 FORGED = "x\n2026-01-01 00:00:00,000 CRITICAL [-] petals_chat: FORGED"
 
@@ -41,3 +45,10 @@ def test_tracebacks_keep_their_lines_and_forge_none() -> None:
     assert len(others) > 4 and all(other.startswith("| ") for other in others)
     assert "| 2026-01-01 00:00:00,000 CRITICAL [-] petals_chat: FORGED\\x1b[31m" in others
     assert any('File "' in other for other in others)
+
+
+def test_no_server_logs_query_strings(caplog: pytest.LogCaptureFixture) -> None:
+    set_up_logging(Settings())
+    with listening(Flask("empty")) as url, caplog.at_level(logging.DEBUG):
+        assert call(url, "/x?inputs=a+secret+prompt")[0] == 404
+    assert "secret" not in caplog.text

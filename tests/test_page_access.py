@@ -343,6 +343,8 @@ def test_own_addresses_are_always_fine(host: str, allowed: tuple[str, ...]) -> N
         ((), LOCAL, "rebound.example", False),
         ((), LOCAL, "localhost.rebound.example", False),
         ((), EVERYWHERE, "chat.example", True),
+        ((), LOCAL, "chat-box:5000", True),
+        (("chat.example",), LOCAL, "chat-box", False),
         (("chat.example",), LOCAL, "chat.example:443", True),
         (("Chat.Example",), LOCAL, "chat.example.", True),
         (("chat.example",), LOCAL, "rebound.example", False),

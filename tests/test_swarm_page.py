@@ -30,6 +30,7 @@ def watching_app(live_app: LiveApp, lonely: Path) -> Iterator[LiveApp]:
         live_app.service.settings,
         MODELS=(live_app.model_name, str(lonely), "/nowhere/missing-model"),
         API_KEYS=("secret",),
+        PAGE="open",
         UPDATE_PERIOD=0.5,
     )
     with serve(settings) as live:

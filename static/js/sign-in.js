@@ -1,6 +1,25 @@
 /** The page that asks for a key before there is another one. */
 
+import { pageConfig } from "./dom.js";
 import { KeyForm } from "./key.js";
+import { fetchState } from "./state.js";
+import { recall, remember } from "./storage.js";
+
+const ASKED = "asked-again";
+const ONCE_MS = 10_000; // in this time no page is asked for twice
+
+/** Whoever follows a link of another site comes without the cookie (SameSite=Strict). From here it goes along. */
+async function askAgain() {
+  if (pageConfig().key || Date.now() - recall("sessionStorage", ASKED) < ONCE_MS) return;
+  try {
+    await fetchState();
+  } catch {
+    return; // not signed in
+  }
+  remember("sessionStorage", ASKED, String(Date.now()));
+  location.replace(location.pathname);
+}
 
 document.body.dataset.state = "current";
 new KeyForm(() => location.reload());
+askAgain();
