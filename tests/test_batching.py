@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hivemind import serialize_torch_tensor
+from hivemind.compression import serialize_torch_tensor
 from hivemind.moe.client.remote_expert_worker import RemoteExpertWorker
 from hivemind.p2p import PeerID
 from hivemind.p2p.p2p_daemon_bindings.utils import P2PHandlerError
