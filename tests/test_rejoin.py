@@ -177,10 +177,14 @@ def test_the_port_is_taken(
     with socket.socket() as other, rejoined(local.swarm, own_model):
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
 
-        def start_elsewhere() -> Any:
-            with contextlib.suppress(OSError):  # it has the port already
+        def take_port() -> bool:
+            with contextlib.suppress(OSError):  # the process that was killed may still have it for a moment
                 other.bind(("127.0.0.1", port))
                 other.listen()
+            return bool(other.getsockname()[1])
+
+        def start_elsewhere() -> Any:
+            wait_until(take_port, "the port is not free")
             return start()
 
         monkeypatch.setattr(local.swarm, "_start", start_elsewhere)
