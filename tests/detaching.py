@@ -18,6 +18,7 @@ class Handler(WSGIRequestHandler):
         def detach() -> tuple[socket.socket, bytes]:
             assert isinstance(self.server, DetachingServer)
             self.server.detached.add(self.connection)
+            self.close_connection = True  # else it would read the next request, from what the client sends to the app
             return self.connection.dup(), b""
 
         environ["front.detach"] = detach
