@@ -36,8 +36,8 @@ MOST: list[tuple[Any, str, Any, Any]] = [  # as many as there may be, and one mo
 
 
 def read(kind: Any, **body: Any) -> Any:
-    needed = {CompletionRequest: {"prompt": "x"}, ChatRequest: {"messages": [ASK]}}.get(kind, {})
-    return kind.read(json.dumps(needed | body).encode())
+    required: dict[Any, Any] = {CompletionRequest: {"prompt": "x"}, ChatRequest: {"messages": [ASK]}}
+    return kind.read(json.dumps(required.get(kind, {}) | body).encode())
 
 
 def refusal(kind: Any, **body: Any) -> str:
