@@ -322,3 +322,45 @@ def test_a_stop_sequence_that_does_not_come(live_app: LiveApp) -> None:
     status, _, body = call(live_app.url, "/api/v1/generate", form=form)
     assert status == 200
     assert call(live_app.url, "/api/v1/generate", form=form | {"stop_sequence": "never to be seen"})[2] == body
+
+
+def test_inputs_are_tokenized_once(
+    live_app: LiveApp, reference: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = live_app.service.models.served[live_app.model_name].model
+    assert served is not None
+    texts: list[str] = []
+    encode_all = served.tokenizer.encode_all
+
+    def count(given: Any, *args: Any, **options: Any) -> Any:
+        texts.extend(given)
+        return encode_all(given, *args, **options)
+
+    monkeypatch.setattr(served.tokenizer, "encode_all", count)
+    body = {"inputs": PROMPT, "max_new_tokens": 7}
+    assert call(live_app.url, "/api/v1/generate", body=body)[2]["outputs"] == expected_text(
+        reference, tokenizer, PROMPT, 7
+    )
+    chat = {"messages": [{"role": "user", "content": PROMPT}], "max_tokens": 2, "n": 2}
+    for path, body in (
+        ("/v1/completions", {"prompt": [PROMPT] * 3, "max_tokens": 2, "echo": True, "logprobs": 1}),
+        ("/v1/chat/completions", chat),
+    ):
+        assert call(live_app.url, path, body=body)[0] == 200
+    prompt = call(live_app.url, "/apply-template", body={"messages": chat["messages"]})[2]["prompt"]
+    assert texts == [PROMPT] * 4 + [prompt]
+
+
+def test_what_cannot_fit_is_refused_before_it_is_tokenized(live_app: LiveApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = live_app.service.models.served[live_app.model_name].model
+    assert served is not None
+    monkeypatch.setattr(served.tokenizer, "_run", None)
+    text = "x" * (served.tokenizer.most_characters(served.max_length) + 1)
+    status, _, answer = call(live_app.url, "/api/v1/generate", body={"inputs": text, "max_new_tokens": 1})
+    assert (status, answer["error"]["code"]) == (422, "too_long")
+    for path, body in (
+        ("/v1/completions", {"prompt": ["a", text]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": text}]}),
+    ):
+        status, _, answer = call(live_app.url, path, body=body)
+        assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
