@@ -60,20 +60,19 @@ class SwarmState:
 
     def __init__(self, manager: RemoteSequenceManager, model: str) -> None:
         self.manager = manager
+        # Peers that have answered rubbish: good steps until they are trusted again. The oldest are forgotten.
+        self._offenders: collections.OrderedDict[Any, int] = collections.OrderedDict()
         self.model = model
         self.num_blocks = len(manager)
         # Called on the event loop when servers have no attention cache left for so many tokens; tells if it frees some.
         self.make_room: Callable[[int], bool] = lambda tokens: False
         self.cache_turn = asyncio.Lock()  # held by the session that waits for attention cache; for the event loop
-        # Peers that have answered rubbish: good steps until they are trusted again. The oldest are forgotten.
-        self._offenders: collections.OrderedDict[Any, int] = collections.OrderedDict()
 
     def start(self, timeout: float) -> bool:
         """Start the background thread; return whether the DHT was read within ``timeout`` seconds."""
-        manager = self.manager
-        with manager._thread_start_lock:
-            if not manager._thread.is_alive():
-                manager._thread.start()
+        with self.manager._thread_start_lock:
+            if not self.manager._thread.is_alive():
+                self.manager._thread.start()
         return self.wait(lambda: self.manager.state.sequence_info.last_updated_time is not None, timeout)
 
     def wait(self, condition: Callable[[], bool], timeout: float) -> bool:
@@ -90,22 +89,19 @@ class SwarmState:
 
     def refresh(self) -> None:
         """Ask the background thread to read the DHT now; does not wait."""
-        manager = self.manager
-        manager.ready.clear()
-        manager._thread.trigger.set()
+        self.manager.ready.clear()
+        self.manager._thread.trigger.set()
 
     def missing_blocks(self) -> list[int]:
         """Return the numbers of the blocks that no known server holds."""
-        manager = self.manager
-        with manager.lock_changes:
-            spans = manager.state.sequence_info.spans_containing_block
+        with self.manager.lock_changes:
+            spans = self.manager.state.sequence_info.spans_containing_block
             return [block for block in range(self.num_blocks) if not spans[block]]
 
     def holders(self) -> list[int]:
         """Return for each block how many known servers hold it."""
-        manager = self.manager
-        with manager.lock_changes:
-            return [len(spans) for spans in manager.state.sequence_info.spans_containing_block]
+        with self.manager.lock_changes:
+            return [len(spans) for spans in self.manager.state.sequence_info.spans_containing_block]
 
     def servers(self) -> list[ServerView]:
         """Return all known servers that are online, longest span first. Asks nobody: it is what was read last."""
@@ -189,9 +185,8 @@ class SwarmState:
 
     def close(self) -> None:
         """End the background thread; does not wait for it."""
-        manager = self.manager
-        manager._thread.should_shutdown = True
-        manager._thread.trigger.set()
+        self.manager._thread.should_shutdown = True
+        self.manager._thread.trigger.set()
 
 
 def cheapest_route(
