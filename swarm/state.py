@@ -62,6 +62,8 @@ class SwarmState:
 
     def __init__(self, manager: RemoteSequenceManager, model: str) -> None:
         self.manager = manager
+        # Peers that have answered rubbish: good steps until they are trusted again. The oldest are forgotten.
+        self._offenders: collections.OrderedDict[Any, int] = collections.OrderedDict()
         self.model = model
         self.num_blocks = len(manager)
         # Called on the event loop when servers have no attention cache left for so many tokens; tells if it frees some.
@@ -159,9 +161,8 @@ class SwarmState:
 
     def refresh(self) -> None:
         """Ask the background thread to read the DHT now; does not wait."""
-        manager = self.manager
-        manager.ready.clear()
-        manager._thread.trigger.set()
+        self.manager.ready.clear()
+        self.manager._thread.trigger.set()
 
     def missing_blocks(self) -> list[int]:
         """Return the numbers of the blocks that no known server holds. Takes no lock: it is asked while things hang."""

@@ -82,7 +82,9 @@ class EvilServer:
         declare_active_modules(self.dht, self.uids, info, get_dht_time() + LIFE)
 
     def plant(self, uid: str, value: Any, subkey: Any = None, expiration: float | None = None) -> None:
-        """Keep a record as a stock node does, which takes anything; the swarm's other nodes find it here."""
+        """Keep a record as a stock node does, which takes anything; the others find it here. At most 3 kB: it goes
+        through a pipe from which the DHT process reads what is there, and fails if that is not all.
+        """
         expiration = get_dht_time() + LIFE if expiration is None else expiration
         self.dht.run_coroutine(partial(_plant, uid=uid, value=value, subkey=subkey, expiration=expiration))
 

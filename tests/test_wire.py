@@ -26,18 +26,19 @@ from hivemind.proto.p2pd_pb2 import RPCError
 from hivemind.utils.timed_storage import get_dht_time
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from petals.client.config import ClientConfig
 from petals.client.routing import RemoteSequenceManager
 from petals.data_structures import RemoteModuleInfo, RemoteSpanInfo, ServerInfo, ServerState
-from petals.utils.dht import compute_spans
+from petals.utils.dht import compute_spans, declare_active_modules
 from transformers import BloomForCausalLM
 
 from swarm import state as state_module
 from swarm import wire
-from swarm.client import SwarmModel
+from swarm.client import Swarm, SwarmModel
 from swarm.errors import ModelMismatch
 from swarm.local import LocalSwarm
 from swarm.session import ARGS_STRUCTURE, NO_PROMPTS_AND_HYPOTHESES, SessionLimits, SwarmSession, _Span
-from swarm.state import cheapest_route, keep_some
+from swarm.state import SwarmState, cheapest_route, keep_some
 from tests import evil
 from tests.conftest import greedy, load_model
 from tests.evil import EvilServer, bomb, framed
@@ -505,10 +506,42 @@ def test_what_is_no_peer_id(subkey: Any) -> None:
     assert not wire.read_announcements("m.0", {subkey: member(announcement())})
 
 
-def test_lies_of_a_node_hide_nobody(tempted: SwarmModel, enemy: EvilServer, swarm: LocalSwarm) -> None:
-    """Records that stock nodes keep, and the swarm's own refuse: the honest servers stay in view."""
+@dataclasses.dataclass
+class Members:
+    """A first peer, a member that lies, and the view of a client of the first."""
+
+    first: Swarm
+    liar: EvilServer
+    view: SwarmState
+
+
+@pytest.fixture(scope="module")
+def members() -> Iterator[Members]:
+    """A swarm of DHT nodes only, in which the first announces the blocks."""
+    first = Swarm.found(["/ip4/127.0.0.1/tcp/0"])
+    uids = [f"lies.{block}" for block in range(4)]
+    liar = EvilServer(first.initial_peers, uids)
+    info = ServerInfo(ServerState.ONLINE, 1.0, 0, 4, public_name="honest")
+    declare_active_modules(first.dht, uids, info, get_dht_time() + 300)
+    manager = RemoteSequenceManager(ClientConfig(initial_peers=[], dht_prefix="lies"), uids, dht=first.dht)
+    view = SwarmState(manager, "lies")
+    assert view.start(30)
+    yield Members(first, liar, view)
+    view.close()
+    liar.close()
+    first.close()
+
+
+def wait_for_reading(view: SwarmState) -> None:
+    """Wait until the DHT has been read once more."""
+    read_at = view.manager.state.sequence_info.last_updated_time
+    assert view.wait(lambda: view.manager.state.sequence_info.last_updated_time != read_at, 30)
+
+
+def test_lies_of_a_node_hide_nobody(members: Members) -> None:
+    """Records that stock nodes keep, and the swarm's own refuse: the honest server stays in view."""
+    enemy, view = members.liar, members.view
     uids = enemy.uids
-    names = {view.peer_id for view in tempted.state.servers()} - {str(enemy.peer_id)}
     fake = PeerID(bytes([0, 36]) + random.randbytes(36)).to_base58()
     dumps = MSGPackSerializer.dumps
     lies: list[tuple[Any, Any, float | None]] = [
@@ -517,26 +550,26 @@ def test_lies_of_a_node_hide_nobody(tempted: SwarmModel, enemy: EvilServer, swar
         (dumps(announcement()), "no peer", None),
         (bomb(), fake + "1", None),
         (b"\xc1", "unreadable", None),
-        (dumps(announcement(public_name="x" * 10**6)), fake + "2", None),
+        (dumps(announcement(public_name="x" * 1000)), fake + "2", None),
         (dumps("online"), fake + "3", evil.FAR_AWAY),
     ]
     for uid in uids[:3]:
         for value, subkey, expiration in lies:
             enemy.plant(uid, value, subkey, expiration)
     enemy.plant(uids[3], dumps(1), None, evil.FAR_AWAY)
+    enemy.announce()
     for _ in range(3):
-        before = tempted.state.manager.state.sequence_info.last_updated_time
-        refreshed = lambda: tempted.state.manager.state.sequence_info.last_updated_time != before  # noqa: B023, E731
-        assert tempted.state.wait(refreshed, 30)
-        views = tempted.state.servers()
-        assert names <= {view.peer_id for view in views}
-        assert not any(view.peer_id.startswith(fake) for view in views)
-        assert tempted.state.route(0, 4, 0)
+        wait_for_reading(view)
+        found = {server.peer_id: (server.start, server.end, server.public_name) for server in view.servers()}
+        assert found[str(members.first.dht.peer_id)] == (0, 4, "honest")
+        assert set(found) <= {str(members.first.dht.peer_id), str(enemy.peer_id)}
+        assert [(span.start, span.end) for span in view.route(0, 4, 0)] == [(0, 4)]
+    assert str(enemy.peer_id) in found, "what else this node keeps is read"
 
 
-def test_our_nodes_keep_no_lies(enemy: EvilServer, swarm: LocalSwarm) -> None:
+def test_our_nodes_keep_no_lies(members: Members) -> None:
     """The first peer takes what petals' servers store, and nothing that would stand in its way."""
-    first = PeerID.from_base58(swarm.swarm.initial_peers[0].rpartition("/p2p/")[2])
+    first, enemy = members.first.dht.peer_id, members.liar
     until, dumps = get_dht_time() + 60, MSGPackSerializer.dumps
 
     def store(subkey: bytes, value: bytes, expiration: float = until) -> Any:
