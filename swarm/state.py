@@ -62,8 +62,6 @@ class SwarmState:
 
     def __init__(self, manager: RemoteSequenceManager, model: str) -> None:
         self.manager = manager
-        # Peers that have answered rubbish: good steps until they are trusted again. The oldest are forgotten.
-        self._offenders: collections.OrderedDict[Any, int] = collections.OrderedDict()
         self.model = model
         self.num_blocks = len(manager)
         # Called on the event loop when servers have no attention cache left for so many tokens; tells if it frees some.
