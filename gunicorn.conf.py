@@ -10,7 +10,7 @@ from config import Settings
 bind = f"{os.environ.get('HOST', '127.0.0.1')}:{os.environ.get('PORT', '5000')}"
 worker_class = "front.worker.Worker"  # gthread, behind a loop that owns the connections
 workers = 1
-threads = 100  # each open WebSocket takes one
+threads = 100  # for requests that are whole; WebSockets have threads of their own
 worker_connections = Settings.from_environment().MAX_CONNECTIONS
 keepalive = 15  # seconds that a connection stays open for the next request
 control_socket_disable = True  # nobody uses it

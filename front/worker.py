@@ -44,7 +44,7 @@ MAX_HELD = 128 * 1024**2  # bytes
 # Answered by threads of their own, whatever the load, for those who watch over the program.
 EXPRESS_PATHS = ("/healthz", "/readyz")
 EXPRESS_THREADS = 2  # one for each path
-# Besides connections: those that linger, and the rest of the program (models, swarm, log, pipes of a hundred threads).
+# Besides connections and WebSockets: those that linger, and the rest of the program (models, swarm, log, pipes).
 OTHER_FILES = MAX_LINGERING + 512
 
 
@@ -73,7 +73,13 @@ class Worker(ThreadWorker):
         for name, is_asked_for in refused.items():
             if is_asked_for:
                 raise SystemExit(f"Petals Chat does not serve gunicorn's {name}")
-        _allow_files(cfg.worker_connections + OTHER_FILES)
+        wanted = cfg.worker_connections + Settings.from_environment().MAX_WEBSOCKETS + OTHER_FILES
+        if (missing := wanted - _allow_files(wanted)) > 0:
+            fewer = cfg.worker_connections - missing
+            if fewer < cfg.threads:
+                raise SystemExit(f"Petals Chat needs {wanted} open files, {missing} more than allowed (ulimit -Hn)")
+            log.warning("too few files may be open (ulimit -Hn): MAX_CONNECTIONS is %d, not %d", fewer, fewer + missing)
+            cfg.set("worker_connections", fewer)
 
     def load_wsgi(self) -> None:
         super().load_wsgi()
@@ -446,14 +452,11 @@ class Worker(ThreadWorker):
         return max((conn for conn in self.connections if conn.client_key == client), key=weight)
 
 
-def _allow_files(count: int) -> None:
-    """Raise the limit of open files, as far as needed.
-
-    :raises SystemExit: if the system does not allow so many
-    """
+def _allow_files(count: int) -> int:
+    """Raise the limit of open files as far as needed, and as the system allows; return the limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= count:
-        return
-    if hard != resource.RLIM_INFINITY and hard < count:
-        raise SystemExit(f"MAX_CONNECTIONS needs {count} open files, and the system allows {hard} (ulimit -n)")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
+        return count
+    allowed = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    return allowed
