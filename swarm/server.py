@@ -224,11 +224,13 @@ class BatchingContainer(WatchedContainer):
 
     def parts(self) -> Iterator[Part]:
         batcher = self.batcher
-        if not self.closing and batcher is not None and batcher.ident is not None:
-            yield Part("the batcher", batcher.is_alive)  # first, because the handlers end with it
-            yield Part("the batcher, which does not come back,", lambda: time_in_batch(batcher) < 2 * STEP_LIMIT)
-            yield Part("a handler's line", lambda: batcher.lost is None)
+        if self.closing or batcher is None or batcher.ident is None:
+            yield from super().parts()
+            return
+        yield Part("the batcher", batcher.is_alive)  # first, because the handlers end with it
+        yield Part("the batcher, which does not come back,", lambda: time_in_batch(batcher) < 2 * STEP_LIMIT)
         yield from super().parts()
+        yield Part("a handler's line", lambda: batcher.lost is None)  # last, because it ends with its handler
 
     def shutdown(self) -> None:
         super().shutdown()
@@ -453,6 +455,13 @@ def start_again(stop: threading.Event) -> None:
         die()
 
 
+def bury_children() -> None:
+    """Take note of the deaths of processes that this process had as another program: nobody else would, for good."""
+    with contextlib.suppress(ChildProcessError):  # there are no more
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
 def beat() -> None:
     """Tell the handlers that this process runs, and computes what it is given."""
     batcher = getattr(WatchedContainer.current, "batcher", None)
@@ -539,6 +548,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_threads(1 if args.batching else BatchingContainer.threads)
     if args.end_with_parent:
         end_with_parent()
+    bury_children()
     try:
         server = make_server(args)
     except ModelUnavailable as error:

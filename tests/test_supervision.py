@@ -22,6 +22,7 @@ from swarm.local import LocalServer, LocalSwarm
 from swarm.server import STEP_LIMIT, Announcer, PatientDHT, WatchedContainer, beat, find_daemon, is_running
 from swarm.supervision import LAST_BACKOFF, Part, Watcher, backoff
 from tests.conftest import greedy, load_model, tiny_server
+from tests.processes import is_memory_manager
 from tests.test_session import PROMPTS, run_greedy, wait_until
 
 # A server whose batcher meets a fault of its own as soon as there is a file of the given name.
@@ -98,18 +99,19 @@ def test_a_part_of_a_server_dies(fragile: Fragile, reference: BloomForCausalLM, 
     process = psutil.Process(fragile.server.process.pid)
     with fragile.model.open_session(128) as session:
         generated = run_greedy(session, token_ids, 10)
-        before = process.children(recursive=True)
+        # PyTorch's manager of shared memory may end before or after the others.
+        before = [child for child in process.children(recursive=True) if not is_memory_manager(child)]
         died = time.monotonic()
         fragile.kill(part)
         if part != "the batcher":  # which fails with the next step
-            psutil.wait_procs([child for child in before if "python" in child.name()], timeout=30)
+            psutil.wait_procs(before, timeout=30)
         generated += run_greedy(session, generated[-1:], 1)
         print(f"{part}: the answer goes on after {time.monotonic() - died:.1f} s")
         generated += run_greedy(session, generated[-1:], len(expected) - len(generated))
         assert generated == expected
         assert session.recoveries == 1
     assert process.is_running() and fragile.server.process.poll() is None, "it is another process"
-    assert not [child for child in before if child.is_running() and "python" in child.name()]
+    assert not [child for child in before if child.is_running()]
 
 
 @pytest.mark.parametrize("by_sentinel", [True, False])
