@@ -52,7 +52,7 @@ class SwarmState:
         # In place of petals' thread, with whose event everybody asks for a reading, petals included.
         self.reader = Loop(
             f"read-swarm {model}",
-            lambda: self.manager._update(),
+            self._read,
             period,
             last_delay=max(period, FIRST_DELAY),
             expected=(ConnectionError, TimeoutError),
@@ -62,6 +62,10 @@ class SwarmState:
         self._connected_at = 0.0  # seconds, of the clock that petals dates its readings with
         self._answered_at: float | None = None  # seconds, monotonic
         self._failed_at: float | None = None  # seconds, monotonic
+
+    def _read(self) -> None:
+        if self._connected:  # else there is no DHT to read, and `connect` asks for a reading
+            self.manager._update()
 
     def start(self, timeout: float) -> bool:
         """Start the background thread; return whether the DHT was read within ``timeout`` seconds."""
