@@ -73,7 +73,7 @@ class SwarmState:
         # In place of petals' thread, with whose event everybody asks for a reading, petals included.
         self.reader = Loop(
             f"read-swarm {model}",
-            lambda: self.manager._update(),
+            self._read,
             period,
             last_delay=max(period, FIRST_DELAY),
             expected=(ConnectionError, TimeoutError),
@@ -85,6 +85,10 @@ class SwarmState:
         self._failed_at: float | None = None  # seconds, monotonic
         # Peers that have answered rubbish: good steps until they are trusted again. The oldest are forgotten.
         self._offenders: collections.OrderedDict[Any, int] = collections.OrderedDict()
+
+    def _read(self) -> None:
+        if self._connected:  # else there is no DHT to read, and `connect` asks for a reading
+            self.manager._update()
 
     def start(self, timeout: float) -> bool:
         """Start the background thread; return whether the DHT was read within ``timeout`` seconds."""
