@@ -9,6 +9,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import msgpack
@@ -290,7 +291,7 @@ def test_losses_far_apart_do_not_add_up(model: SwarmModel, monkeypatch: pytest.M
             return None if calls % 2 else await forward(inputs, start)
 
         monkeypatch.setattr(session._chain, "forward", lossy)
-        monkeypatch.setattr("swarm.session.time.monotonic", lambda: now[0])
+        monkeypatch.setattr("swarm.session.time", SimpleNamespace(monotonic=lambda: now[0]))
         assert session.step([5] * 1600).shape == (model.head.vocab_size,)
         assert calls == 8
 
