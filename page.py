@@ -146,7 +146,7 @@ def private_page(template: str, service: Service, caller: Caller | None, **confi
     if caller is not None and caller.browser:
         config["page_token"] = service.access.page_token(caller.browser)
     elif caller is not None:
-        config["key"] = caller.name
+        config |= {"key": caller.name, "page_token": ""}
     response = make_response(render_template(template, page_config=config))
     response.headers["Cache-Control"] = "no-store"
     if caller is not None and caller.browser:

@@ -1,9 +1,12 @@
 /** The API key that the page asks for once. The server keeps whose it is in a cookie, which no script can read. */
 
 import { $, setText } from "./dom.js";
+import { fetchState } from "./state.js";
 
 const PATH = "page/key";
 const LIMIT_MS = 10_000;
+const RELOAD = "This page is older than the server, which does not know it any more.";
+const UNKNOWN = "The server did not accept the key of this page.";
 
 /** The form of templates/key_form.html. */
 export class KeyForm {
@@ -32,27 +35,40 @@ export class KeyForm {
   }
 }
 
-/** The form in a dialog over the chat, for a key that was good when the page was loaded. */
-export class KeyDialog {
-  #dialog = $("key-dialog");
-  #then = null;
+let dialog = null;
+let then = null; // what to do once a key was accepted
 
-  constructor() {
-    new KeyForm(() => this.#dialog.close("signed in"));
-    $("key-later").addEventListener("click", () => this.#dialog.close(""));
-    this.#dialog.addEventListener("close", () => {
-      const then = this.#then;
-      this.#then = null;
-      if (this.#dialog.returnValue === "signed in") then?.();
-    });
+/** Ask for a key in a dialog over the chat. */
+function askForKey(action) {
+  then = action;
+  dialog ??= wire($("key-dialog"));
+  if (!dialog.open) dialog.showModal();
+}
+
+function wire(node) {
+  new KeyForm(() => {
+    node.close();
+    then();
+  });
+  $("key-later").addEventListener("click", () => node.close());
+  return node;
+}
+
+/**
+ * Say below an answer that the server did not know the page, and ask for a key if that is what it wants.
+ *
+ * @param {object} view of the answer @param {string} pageToken @param {() => void} again asks for the answer once more
+ */
+export async function refused(view, pageToken, again) {
+  if (pageToken) {
+    view.notice(RELOAD, ["Load it again", () => location.reload()]);
+    return;
   }
-
-  /** @param {() => void} then what to do once a key was accepted; of several, only the last */
-  ask(then) {
-    this.#then = then;
-    if (this.#dialog.open) return;
-    this.#dialog.returnValue = "";
-    this.#dialog.showModal();
+  view.notice(UNKNOWN, ["Retry", again]);
+  try {
+    await fetchState(pageToken);
+  } catch (error) {
+    if (error.status === 401) askForKey(again); // else somebody has signed in meanwhile
   }
 }
 
@@ -72,13 +88,19 @@ async function signIn(key) {
 }
 
 /** Let the browser forget the key. The chats stay. */
-export async function signOut() {
-  const response = await ask("DELETE");
-  if (!response.ok) throw new Error(`The server answered ${response.status}.`);
-  location.reload();
+async function signOut() {
+  try {
+    const response = await ask("DELETE");
+    if (response.ok) location.reload();
+    else setText($("sign-out"), `Not signed out: ${response.status}`);
+  } catch {
+    setText($("sign-out"), "Not signed out: no server");
+  }
 }
 
 function ask(method, body) {
   const headers = body ? { "Content-Type": "application/json" } : {};
   return fetch(PATH, { method, headers, body, signal: AbortSignal.timeout(LIMIT_MS), cache: "no-store" });
 }
+
+$("sign-out")?.addEventListener("click", signOut);

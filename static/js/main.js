@@ -5,7 +5,6 @@ import { Composer } from "./composer.js";
 import { $, isComposing, pageConfig, setText } from "./dom.js";
 import { explain } from "./failure.js";
 import { newId } from "./id.js";
-import { KeyDialog, signOut } from "./key.js";
 import { lock } from "./lock.js";
 import { MessageList } from "./messages.js";
 import { Picker } from "./picker.js";
@@ -22,14 +21,12 @@ import { MessageTree } from "./tree.js";
 import { number, plural, whySlow } from "./words.js";
 
 const KEEP_MS = 300; // between two times that a growing answer is kept: what a reload may have to ask for again
-const RELOAD = "This page is older than the server, which does not know it any more.";
 const TITLE_LENGTH = 60; // characters of a question
 const DELETED_FOR_MS = 60_000; // that a deleted chat is kept: longer than it can be brought back
 const MAX_FILE = 64 * 2 ** 20; // bytes of an imported file; its chats are held in memory twice
 const REFUSALS = new Set(["too_long", "invalid_parameter", "request_too_large"]); // of a question: it would be refused again
 const STILL_WAITING_MS = 60_000; // for an answer to a question that was asked just before the page was left
 const SWARM_PAGE = "swarm";
-const REVOKED = "invalid_api_key"; // the code of the failure
 
 class App {
   #store;
@@ -37,7 +34,6 @@ class App {
   #states = new Map(); // what the server says of its models
   #defaultModel;
   #pageToken;
-  #keyDialog; // asks for a key where the page needs one, else null
   #chat; // that is shown
   #tree;
   #lastCreated = 0;
@@ -56,12 +52,11 @@ class App {
   #toast = new Toast();
   #announcer = new Announcer();
 
-  constructor({ models, default_model: defaultModel, page_token: pageToken, key }, store) {
+  constructor({ models, default_model: defaultModel, page_token: pageToken }, store) {
     this.#store = store;
     this.#models = models;
     this.#defaultModel = defaultModel;
     this.#pageToken = pageToken;
-    this.#keyDialog = key ? new KeyDialog() : null;
     this.#list = new MessageList({
       regenerate: (id) => this.#regenerate(id),
       proceed: (id) => this.#proceed(id),
@@ -93,7 +88,6 @@ class App {
     });
     store.onChange(() => this.#changedElsewhere());
     document.addEventListener("keydown", (event) => this.#shortcut(event));
-    $("sign-out")?.addEventListener("click", () => this.#signOut());
     addEventListener("online", () => this.#runs.forEach(({ session }) => session.reconnect()));
     addEventListener("pagehide", () => this.#runs.forEach((run) => this.#keepNow(run)));
     addEventListener("hashchange", () => this.#openFromAddress());
@@ -276,14 +270,6 @@ class App {
   async #change(changes) {
     Object.assign(this.#chat, changes);
     if (this.#tree.size) await this.#kept(this.#store.putChat(this.#chat));
-  }
-
-  async #signOut() {
-    try {
-      await signOut();
-    } catch {
-      this.#toast.show("The server cannot be reached: this browser has not forgotten the key.");
-    }
   }
 
   // Models
@@ -647,16 +633,8 @@ class App {
       this.#announcer.end();
       this.#idle({ failed });
       this.#remind();
-      if (answer.error?.code === REVOKED) this.#keyDialog?.ask(() => this.#again(answer));
     }
     await this.#showList();
-  }
-
-  /** Go on with what a key that is not accepted any more has cut off. */
-  #again(answer) {
-    if (this.#tree.path().at(-1) !== answer) return; // something else is shown by now
-    if (answer.text) this.#proceed(answer.id);
-    else this.#askAgain(answer);
   }
 
   /** Say below the last answer what is to be done about it, if anything is. */
@@ -666,10 +644,17 @@ class App {
     const { code, words } = answer.error ?? {};
     const limit = `the model can read ${number(this.#limit)} tokens`;
     if (code === "too_long") this.#offerRoom(answer, `This chat has no room left for your message: ${limit}.`);
-    else if (code === REVOKED && !this.#keyDialog) this.#list.get(answer.id).notice(RELOAD, ["Load it again", () => location.reload()]);
+    else if (code === "invalid_api_key") this.#refused(answer);
     else if (words && answer.text) this.#list.get(answer.id).notice(words, ["Continue", () => this.#proceed(answer.id)]);
     else if (words) this.#list.get(answer.id).notice(words, ["Retry", () => this.#askAgain(answer)]);
     else if (this.#ready && this.#isFull) this.#offerRoom(answer, `This chat is full: ${limit}.`);
+  }
+
+  /** The server does not know the page, or its key. */
+  async #refused(answer) {
+    const view = this.#list.get(answer.id);
+    const again = () => (answer.text ? this.#proceed(answer.id) : this.#askAgain(answer));
+    (await import("./key.js")).refused(view, this.#pageToken, again);
   }
 
   /** Ask again what got no answer: that is no branch worth keeping. */

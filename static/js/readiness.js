@@ -1,7 +1,6 @@
 /** Whether a model can answer, as GET /readyz tells it. Knows nothing of the page. */
 
 import { pause } from "./pause.js";
-import { identity } from "./state.js";
 
 const POLL_MS = 2_000;
 const PROBE_LIMIT_MS = 5_000;
@@ -23,7 +22,7 @@ const WORDS = {
  * Ask until the model is ready.
  *
  * @param {string} model
- * @param {string | undefined} pageToken see `identity`
+ * @param {string} pageToken see `fetchState`
  * @param {AbortSignal} signal ends the asking; the iteration then throws an AbortError
  * @yields {{state: string, words: string}} a state of /readyz, or "unreachable"; "ready" is last
  */
@@ -39,7 +38,7 @@ export async function* readiness(model, pageToken, signal) {
 async function probe(model, pageToken, signal) {
   try {
     const limited = AbortSignal.any([signal, AbortSignal.timeout(PROBE_LIMIT_MS)]);
-    const response = await fetch("readyz", { headers: identity(pageToken), signal: limited, cache: "no-store" });
+    const response = await fetch("readyz", { headers: { "X-Page-Token": pageToken }, signal: limited, cache: "no-store" });
     const { ready, models } = await response.json(); // 503 has the same body as 200
     const { state, message } = models?.[model] ?? { state: ready ? "ready" : "loading" };
     const words = WORDS[state] ?? state;

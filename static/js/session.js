@@ -34,7 +34,7 @@ export class ChatSession {
 
   /**
    * @param {{name: string, max_length: number}} model `max_length`: tokens of a session to begin with
-   * @param {{limit: () => number, pageToken?: string}} options `limit`: tokens that a session of this model may have at most
+   * @param {{limit: () => number, pageToken: string}} options `limit`: tokens that a session of this model may have at most
    */
   constructor(model, { limit, pageToken }) {
     this.#model = model;

@@ -12,7 +12,7 @@ const ONCE_MS = 10_000; // in this time no page is asked for twice
 async function askAgain() {
   if (pageConfig().key || Date.now() - recall("sessionStorage", ASKED) < ONCE_MS) return;
   try {
-    await fetchState();
+    await fetchState("");
   } catch {
     return; // not signed in
   }

@@ -56,7 +56,7 @@ export class InferenceSocket {
   /**
    * Connect and open a session that outlives the connection for a while.
    *
-   * @param {{model: string, maxLength: number, pageToken?: string}} options `maxLength` in tokens, prefix included
+   * @param {{model: string, maxLength: number, pageToken: string}} options `maxLength` in tokens, prefix included
    * @param {(message: object) => void} onUpdate told the place in the queue
    * @returns {Promise<{session_id: string, resume_timeout: number}>}
    * @throws {SocketError} then it is closed
@@ -69,7 +69,7 @@ export class InferenceSocket {
   /**
    * Connect and take up a session whose connection was lost; `responses` yields the rest of its last answer.
    *
-   * @param {{sessionId: string, answers: number, received: number, pageToken?: string}} options `answers`: that were asked
+   * @param {{sessionId: string, answers: number, received: number, pageToken: string}} options `answers`: that were asked
    *   for in this session; `received`: responses of the last one that are here already
    * @returns {Promise<{answers: number, responses: number}>} how many answers the session has begun, and how far the
    *   last one is

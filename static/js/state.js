@@ -14,22 +14,13 @@ export class StateRefused extends Error {
 }
 
 /**
- * Headers by which the app knows its page.
- *
- * @param {string | undefined} pageToken undefined: the cookie of a key does it
- */
-export function identity(pageToken) {
-  return pageToken ? { "X-Page-Token": pageToken } : {};
-}
-
-/**
- * @param {string | undefined} pageToken see `identity`
+ * @param {string} pageToken shows the app that it is its page that asks; empty: the cookie of a key does
  * @returns {Promise<object>} the body of the answer; see /docs for its schema
  * @throws {StateRefused} or whatever fetch throws when the app cannot be reached in time
  */
 export async function fetchState(pageToken) {
   const response = await fetch("api/v1/state", {
-    headers: identity(pageToken),
+    headers: { "X-Page-Token": pageToken },
     signal: AbortSignal.timeout(LIMIT_MS),
     cache: "no-store",
   });
