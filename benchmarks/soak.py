@@ -4,8 +4,9 @@
 
 A swarm of four servers, two for each half of a tiny BLOOM, and the app under gunicorn. Clients generate over HTTP and
 WebSockets, continue sessions, stop, hang up, vanish and send rubbish. Others ask long prompts, whose batches take a
-fifth of a second, and hang up meanwhile. Every greedy answer that ends is compared with plain Transformers. At the end
-nothing may be left: no session, no process, no growth of threads, descriptors or memory.
+fifth of a second, and hang up meanwhile; one asks the servers what they must refuse. Every greedy answer that ends is
+compared with plain Transformers. At the end nothing may be left: no session, no process, no growth of threads,
+descriptors or memory.
 """
 
 import argparse
@@ -19,19 +20,27 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import swarm.compat  # noqa: F401
+
 import psutil
 import torch
+from hivemind.moe.client.remote_expert_worker import RemoteExpertWorker
+from hivemind.p2p import PeerID
+from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure, P2PDaemonError, P2PHandlerError
+from petals.utils.dht import get_remote_module_infos
 from transformers import AutoTokenizer
 from websockets.exceptions import ConnectionClosed
 
 from benchmarks.attacks.client import Client
 from benchmarks.throttled_server import ThrottledServer
+from swarm import weights
 from swarm.local import LocalServer, LocalSwarm, ServerOptions
 from tests.client import call, websocket
+from tests.evil import EvilServer, ask, bad_requests
 from tests.processes import GUNICORN, Program, running, survivors
 from tests.tiny import load_reference, make_tiny_bloom
 
@@ -203,6 +212,32 @@ def hang_up(soak: Soak, rng: random.Random) -> None:
     soak.count("prompts given up")
 
 
+def harass(soak: Soak, local: LocalSwarm, path: Path) -> None:
+    """Ask the servers again and again what they must refuse."""
+    uids = [f"{weights.dht_prefix(str(path))}.{block}" for block in range(4)]
+    hidden_size = json.loads((path / "config.json").read_text())["hidden_size"]
+    with contextlib.closing(EvilServer(local.swarm.initial_peers, uids)) as enemy:
+        while not soak.ending.wait(1.0):
+            for blocks in (uids[:2], uids[2:]):
+                infos = get_remote_module_infos(enemy.dht, blocks, latest=True)
+                for peer_id in {peer for info in infos for peer in info.servers if peer != enemy.peer_id}:
+                    harass_one(soak, enemy, peer_id, bad_requests(blocks, hidden_size))
+
+
+def harass_one(soak: Soak, enemy: EvilServer, peer_id: PeerID, requests: Mapping[str, tuple[list[bytes], str]]) -> None:
+    name = soak.rng.choice(list(requests))
+    messages, answer = requests[name]
+    try:
+        got = RemoteExpertWorker.run_coroutine(ask(enemy.p2p, peer_id, messages))
+    except (OSError, EOFError, TimeoutError, P2PDaemonError, P2PHandlerError, ControlFailure):
+        soak.count("evil requests to servers that were gone")
+        return
+    # A server that is killed or stopped meanwhile closes the stream, too.
+    if answer not in got and got != "closed":
+        soak.fault(f"{name} was answered with {got}")
+    soak.count("evil requests")
+
+
 def client(soak: Soak, seed: int) -> None:
     """Do one thing after the other until the end."""
     rng = random.Random(seed)
@@ -276,7 +311,11 @@ def run(minutes: float, *, period: float = 8.0, seed: int = 0) -> dict[str, Any]
             }
             with running(GUNICORN, Path(directory) / "log", **environment) as program:
                 program.wait_ready()
-                report = soak_program(Soak(program, path, seed), servers, minutes, period)
+                soak = Soak(program, path, seed)
+                enemy = threading.Thread(target=harass, args=(soak, local, path), daemon=True)
+                enemy.start()
+                report = soak_program(soak, servers, minutes, period)
+                enemy.join(timeout=60)
                 family = program.family()
                 program.end()
                 left = survivors(family)

@@ -1,6 +1,7 @@
 """A member of the swarm that means harm: a real peer on loopback, which announces, answers and asks as it likes."""
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from hivemind.dht.routing import DHTID
 from hivemind.moe.client.remote_expert_worker import RemoteExpertWorker
 from hivemind.p2p import P2P, P2PContext, PeerID
 from hivemind.proto import runtime_pb2
+from hivemind.proto.p2pd_pb2 import RPCError
 from hivemind.utils.timed_storage import get_dht_time
 from petals.data_structures import ServerInfo, ServerState
 from petals.utils.dht import declare_active_modules
@@ -177,6 +179,33 @@ def blockwise(values: int) -> runtime_pb2.Tensor:
     )
 
 
+# What is answered, and a part of the reason for which that server is left, by name.
+ANSWERS = {
+    "nested metadata": (metadata(bomb()), "nested"),
+    "metadata that is a list": (metadata(MSGPackSerializer.dumps([1])), "metadata must be a dictionary"),
+    "abilities that are no answers": (metadata(MSGPackSerializer.dumps({"rewind": [1]})), "abilities"),
+    "wrong dtype": (tensor(dtype="uint16", buffer=b"\0\0"), "dtype 'uint16'"),
+    "whole numbers": (tensor(dtype="int64", buffer=b"\0" * 8), "dtype 'int64'"),
+    "nonsense dtype": (tensor(dtype="nonsense\n"), "dtype"),
+    "too few bytes": (tensor(buffer=b"\0" * 3), "3 bytes are no tensor"),
+    "huge sizes": (tensor(size=[2**32 - 1] * 3), "shape"),
+    "NaN": (filled(math.nan), "not finite"),
+    "infinity": (filled(-math.inf), "not finite"),
+    "8-bit compression": (tensor(compression=runtime_pb2.BLOCKWISE_8BIT), "the compression BLOCKWISE_8BIT is not"),
+    "a compression of 200": (tensor(compression=200), "CompressionType"),
+    "no tensor": (tensors(0), "0 tensors"),
+    "two tensors": (tensors(2), "2 tensors"),
+    "a huge length": (raw(framed(b"", size=2**60)), "is larger than"),
+    "1 MB for 1 token": (raw(framed(bytes(2**20))), "is larger than"),
+    "no message": (raw(framed(b"", marker=b"\x07")), "begins no message"),
+    "no protobuf": (raw(framed(b"\xff" * 50)), "cannot be read"),
+    "a long error": (
+        raw(framed(RPCError(message="\n\x1b[31m" + "no " * 5000).SerializeToString(), marker=b"\x01")),
+        r"refuses: \\n\\x1b\[31mno no",
+    ),
+}
+
+
 # Requests
 
 
@@ -206,3 +235,47 @@ async def ask(p2p: P2P, peer_id: PeerID, messages: Sequence[bytes]) -> str:
         return "answered"
     finally:
         writer.close()
+
+
+def bad_requests(uids: list[str], hidden_size: int) -> dict[str, tuple[list[bytes], str]]:
+    """Return what is sent, one message after the other, and what the last of it is answered with, by name.
+
+    :param uids: of blocks that follow each other
+    """
+    one, plain = torch.zeros(1, 1, hidden_size), {"max_length": 8, "args_structure": ARGS_STRUCTURE}
+    good = request(uids, one)
+    nested = runtime_pb2.ExpertRequest(
+        uid=" ".join(uids), tensors=[serialize_torch_tensor(one), *NO_PROMPTS_AND_HYPOTHESES], metadata=bomb()
+    )
+    mark = b"__T0"
+    return {
+        "float position": ([good, request(uids, one, start_from_position=0.0)], "cannot start from position 0.0"),
+        "true position": ([good, request(uids, one, start_from_position=True)], "cannot start from position True"),
+        "no rows": ([request(uids, torch.zeros(0, 1, hidden_size)), good], "the number of sequences must be"),
+        "10,000 rows": ([request(uids, torch.zeros(10_000, 1, hidden_size))], "must be a whole number from 1 to 64"),
+        "nested metadata": ([framed(nested.SerializeToString())], "nested"),
+        "a huge message": ([framed(b"", size=2**60)], "closed"),
+        "no protobuf": ([framed(b"\xff" * 20)], "closed"),
+        "no message": ([framed(b"", marker=b"\x09")], "closed"),
+        "8-bit compression": ([request(uids, blockwise(hidden_size))], "compression BLOCKWISE_8BIT"),
+        "NaN": ([request(uids, torch.full((1, 1, hidden_size), math.nan))], "finite"),
+        "whole numbers": ([request(uids, torch.zeros(1, 1, hidden_size, dtype=torch.int64))], "finite"),
+        "nonsense dtype": ([request(uids, runtime_pb2.Tensor(size=[1, 1, hidden_size], dtype="\n"))], "dtype"),
+        "huge size": (
+            [request(uids, runtime_pb2.Tensor(size=[1, 2**32 - 1, hidden_size], dtype="float32"))],
+            "too large",
+        ),
+        "true length": ([request(uids, one, max_length=True)], "Cannot allocate KV cache for True"),
+        "float length": ([request(uids, one, max_length=8.0)], "Cannot allocate KV cache for 8.0"),
+        "a text to wait": ([request(uids, one, alloc_timeout="\n")], r"alloc_timeout must be a number"),
+        "NaN to wait": ([request(uids, one, alloc_timeout=math.nan)], "alloc_timeout must be a number"),
+        "a long id": ([request(uids, one, session_id="x" * 10_000)], "session_id must be a text"),
+        "an id that is a list": ([request(uids, one, session_id=[1])], "session_id must be a text"),
+        "an adapter of numbers": ([request(uids, one, active_adapter=[1])], "active_adapter must be a text"),
+        "no such tensor": ([request(uids, one, args_structure=((b"__T9",), {}))], "there is no tensor"),
+        "nested arguments": ([request(uids, one, args_structure=(([[mark]],), {}))], "there is no tensor"),
+        "no arguments": ([request(uids, one, args_structure="x")], "cannot be structured"),
+        "a block twice": ([request([uids[0], uids[0]], one, **plain)], "names a block twice"),
+        "other blocks": ([request(["x" * 5000], one, **plain)], "does not serve 'xxx"),
+        "many blocks": ([request([uids[0]] * 10_000, one, **plain)], "does not serve"),
+    }

@@ -23,7 +23,6 @@ from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.moe.client.remote_expert_worker import RemoteExpertWorker
 from hivemind.p2p import PeerID
 from hivemind.proto import dht_pb2, runtime_pb2
-from hivemind.proto.p2pd_pb2 import RPCError
 from hivemind.utils.timed_storage import get_dht_time
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -38,7 +37,7 @@ from swarm import wire
 from swarm.client import Swarm, SwarmModel
 from swarm.errors import ModelMismatch
 from swarm.local import LocalSwarm
-from swarm.session import ARGS_STRUCTURE, NO_PROMPTS_AND_HYPOTHESES, SessionLimits, SwarmSession, _Span
+from swarm.session import ARGS_STRUCTURE, SessionLimits, SwarmSession, _Span
 from swarm.state import SwarmState, cheapest_route, keep_some
 from tests import evil
 from tests.conftest import greedy, load_model
@@ -83,33 +82,7 @@ def tempted(victim: SwarmModel, enemy: EvilServer) -> Iterator[SwarmModel]:
     enemy.answer, enemy.asked, enemy.info = None, 0, evil.ALIVE
 
 
-ANSWERS = {
-    "nested metadata": (evil.metadata(bomb()), "nested"),
-    "metadata that is a list": (evil.metadata(MSGPackSerializer.dumps([1])), "metadata must be a dictionary"),
-    "abilities that are no answers": (evil.metadata(MSGPackSerializer.dumps({"rewind": [1]})), "abilities"),
-    "wrong dtype": (evil.tensor(dtype="uint16", buffer=b"\0\0"), "dtype 'uint16'"),
-    "whole numbers": (evil.tensor(dtype="int64", buffer=b"\0" * 8), "dtype 'int64'"),
-    "nonsense dtype": (evil.tensor(dtype="nonsense\n"), "dtype"),
-    "too few bytes": (evil.tensor(buffer=b"\0" * 3), "3 bytes are no tensor"),
-    "huge sizes": (evil.tensor(size=[2**32 - 1] * 3), "shape"),
-    "NaN": (evil.filled(math.nan), "not finite"),
-    "infinity": (evil.filled(-math.inf), "not finite"),
-    "8-bit compression": (evil.tensor(compression=runtime_pb2.BLOCKWISE_8BIT), "the compression BLOCKWISE_8BIT is not"),
-    "a compression of 200": (evil.tensor(compression=200), "CompressionType"),
-    "no tensor": (evil.tensors(0), "0 tensors"),
-    "two tensors": (evil.tensors(2), "2 tensors"),
-    "a huge length": (evil.raw(framed(b"", size=2**60)), "is larger than"),
-    "1 MB for 1 token": (evil.raw(framed(bytes(2**20))), "is larger than"),
-    "no message": (evil.raw(framed(b"", marker=b"\x07")), "begins no message"),
-    "no protobuf": (evil.raw(framed(b"\xff" * 50)), "cannot be read"),
-    "a long error": (
-        evil.raw(framed(RPCError(message="\n\x1b[31m" + "no " * 5000).SerializeToString(), marker=b"\x01")),
-        r"refuses: \\n\\x1b\[31mno no",
-    ),
-}
-
-
-@pytest.mark.parametrize(("answer", "reason"), ANSWERS.values(), ids=ANSWERS)
+@pytest.mark.parametrize(("answer", "reason"), evil.ANSWERS.values(), ids=evil.ANSWERS)
 def test_a_bad_reply_is_a_bad_server(
     tempted: SwarmModel, enemy: EvilServer, reference: BloomForCausalLM, answer: evil.Answer, reason: str
 ) -> None:
@@ -304,47 +277,6 @@ def uids(model: SwarmModel) -> list[str]:
     return list(model.state.manager.block_uids[:2])
 
 
-def requests(uids: list[str]) -> dict[str, tuple[list[bytes], str]]:
-    """What is sent, one after the other, and what the last of it is answered with."""
-    one, plain = torch.zeros(1, 1, HIDDEN), {"max_length": 8, "args_structure": ARGS_STRUCTURE}
-    good = evil.request(uids, one)
-    nested = runtime_pb2.ExpertRequest(
-        uid=" ".join(uids), tensors=[serialize_torch_tensor(one), *NO_PROMPTS_AND_HYPOTHESES], metadata=bomb()
-    )
-    mark = b"__T0"
-    return {
-        "float position": ([good, evil.request(uids, one, start_from_position=0.0)], "cannot start from position 0.0"),
-        "true position": ([good, evil.request(uids, one, start_from_position=True)], "cannot start from position True"),
-        "no rows": ([evil.request(uids, torch.zeros(0, 1, HIDDEN)), good], "the number of sequences must be"),
-        "10,000 rows": ([evil.request(uids, torch.zeros(10_000, 1, HIDDEN))], "must be a whole number from 1 to 64"),
-        "nested metadata": ([framed(nested.SerializeToString())], "nested"),
-        "a huge message": ([framed(b"", size=2**60)], "closed"),
-        "no protobuf": ([framed(b"\xff" * 20)], "closed"),
-        "no message": ([framed(b"", marker=b"\x09")], "closed"),
-        "8-bit compression": ([evil.request(uids, evil.blockwise(HIDDEN))], "compression BLOCKWISE_8BIT"),
-        "NaN": ([evil.request(uids, torch.full((1, 1, HIDDEN), math.nan))], "finite"),
-        "whole numbers": ([evil.request(uids, torch.zeros(1, 1, HIDDEN, dtype=torch.int64))], "finite"),
-        "nonsense dtype": ([evil.request(uids, runtime_pb2.Tensor(size=[1, 1, HIDDEN], dtype="\n"))], "dtype"),
-        "huge size": (
-            [evil.request(uids, runtime_pb2.Tensor(size=[1, 2**32 - 1, HIDDEN], dtype="float32"))],
-            "too large",
-        ),
-        "true length": ([evil.request(uids, one, max_length=True)], "Cannot allocate KV cache for True"),
-        "float length": ([evil.request(uids, one, max_length=8.0)], "Cannot allocate KV cache for 8.0"),
-        "a text to wait": ([evil.request(uids, one, alloc_timeout="\n")], r"alloc_timeout must be a number"),
-        "NaN to wait": ([evil.request(uids, one, alloc_timeout=math.nan)], "alloc_timeout must be a number"),
-        "a long id": ([evil.request(uids, one, session_id="x" * 10_000)], "session_id must be a text"),
-        "an id that is a list": ([evil.request(uids, one, session_id=[1])], "session_id must be a text"),
-        "an adapter of numbers": ([evil.request(uids, one, active_adapter=[1])], "active_adapter must be a text"),
-        "no such tensor": ([evil.request(uids, one, args_structure=((b"__T9",), {}))], "there is no tensor"),
-        "nested arguments": ([evil.request(uids, one, args_structure=(([[mark]],), {}))], "there is no tensor"),
-        "no arguments": ([evil.request(uids, one, args_structure="x")], "cannot be structured"),
-        "a block twice": ([evil.request([uids[0], uids[0]], one, **plain)], "names a block twice"),
-        "other blocks": ([evil.request(["x" * 5000], one, **plain)], "does not serve 'xxx"),
-        "many blocks": ([evil.request([uids[0]] * 10_000, one, **plain)], "does not serve"),
-    }
-
-
 def processes_of(swarm: LocalSwarm) -> set[int]:
     return {child.pid for server in swarm.servers for child in psutil.Process(server.process.pid).children()}
 
@@ -371,7 +303,7 @@ def test_an_evil_client_harms_nobody(
     peer_id = model.state.route(0, 2, 0)[0].peer_id
     try:
         for _ in range(2):
-            for name, (messages, answer) in requests(uids).items():
+            for name, (messages, answer) in evil.bad_requests(uids, HIDDEN).items():
                 got = RemoteExpertWorker.run_coroutine(evil.ask(p2p, peer_id, messages))
                 assert answer in got and got.isprintable() and len(got) < 400, f"{name}: {got}"
     finally:

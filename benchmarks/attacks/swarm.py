@@ -1,15 +1,33 @@
-"""Attacks on the swarm: parts of it that die."""
+"""Attacks on the swarm: parts of it that die, and members that mean harm."""
 
 import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import swarm.compat  # noqa: F401
 
 import psutil
+from hivemind import MSGPackSerializer
+from hivemind.dht.protocol import DHTProtocol
+from hivemind.dht.routing import DHTID
+from hivemind.moe.client.remote_expert_worker import RemoteExpertWorker
+from hivemind.p2p import PeerID
+from hivemind.proto import dht_pb2
+from hivemind.utils.timed_storage import get_dht_time
 
-from benchmarks.attacks.target import Target, attack
+from benchmarks.attacks.target import OPEN, Target, attack
+from config import Settings
+from swarm import weights
+from tests import evil
 
 # A part that died is noticed, replaced, and computing again: a server within 5 s, the app's membership within 10. The
 # bystanders' answers go on by themselves meanwhile.
 RECOVERY_LIMIT = 15.0  # seconds
 SETTLING = 12.0  # seconds to look for what comes after
+QUICK = {**OPEN, "UPDATE_PERIOD": "1"}  # so that what is announced is soon believed
+BELIEVED = 3.0  # seconds after which it is
 
 
 def is_daemon(process: psutil.Process) -> bool:
@@ -87,3 +105,84 @@ def served_again(target: Target) -> str | None:
     target.wait(SETTLING)
     status, body = target.client.call("GET", "/readyz")
     return None if status == 200 else f"/readyz: {status} {body}"
+
+
+@dataclass(frozen=True)
+class Enemy:
+    """A member of the target's swarm."""
+
+    peer: evil.EvilServer
+    uids: list[str]  # of the model's blocks
+    hidden_size: int
+    victims: list[PeerID]  # the app, and its server
+
+    def tell(self, victim: PeerID, subkey: bytes, value: bytes, expiration: float) -> None:
+        """Ask a node to keep a record under every block's key."""
+        keys = [DHTID.generate(uid).to_bytes() for uid in self.uids]
+        count = len(keys)
+        request = dht_pb2.StoreRequest(
+            keys=keys,
+            subkeys=[subkey] * count,
+            values=[value] * count,
+            expiration_time=[expiration] * count,
+            in_cache=[False] * count,
+        )
+        stub = DHTProtocol.get_stub(self.peer.p2p, victim)
+        with contextlib.suppress(Exception):  # whatever it answers: others tell whether it lives
+            RemoteExpertWorker.run_coroutine(stub.rpc_store(request, timeout=5))
+
+
+@contextlib.contextmanager
+def enemy(target: Target) -> Iterator[Enemy]:
+    """Join the target's swarm."""
+    state = target.client.call("GET", "/api/v1/state")[1]
+    peers, model = [peer for peer in state["initial_peers"] if peer.startswith("/ip4/127.")], state["models"][0]
+    path = weights.locate(model["name"], cache_dir=Settings.from_environment().cache_dir)
+    uids = [f"{weights.dht_prefix(model['name'])}.{block}" for block in range(model["num_blocks"])]
+    victims = [peers[0].rpartition("/p2p/")[2], model["servers"][0]["peer_id"]]
+    with contextlib.closing(evil.EvilServer(peers, uids)) as peer:
+        hidden_size = json.loads((Path(path) / "config.json").read_text())["hidden_size"]
+        yield Enemy(peer, uids, hidden_size, [PeerID.from_base58(victim) for victim in victims])
+
+
+@attack("an evil server, with every answer", QUICK, answer_limit=RECOVERY_LIMIT)
+def evil_server(target: Target) -> str | None:
+    with enemy(target) as member:
+        for answer, _ in evil.ANSWERS.values():
+            member.peer.answer = answer
+            member.peer.announce()
+            target.wait(BELIEVED)
+        asked = member.peer.asked
+    return None if asked else "nobody has asked it"
+
+
+@attack("an evil client, with every request", QUICK)
+def evil_client(target: Target) -> str | None:
+    with enemy(target) as member:
+        for name, (messages, answer) in evil.bad_requests(member.uids[:2], member.hidden_size).items():
+            for _ in range(3):
+                got = RemoteExpertWorker.run_coroutine(evil.ask(member.peer.p2p, member.victims[1], messages))
+                if answer not in got:
+                    return f"{name}: {got}"
+    return None
+
+
+@attack("lies in the DHT", QUICK, answer_limit=RECOVERY_LIMIT)
+def lies(target: Target) -> str | None:
+    fake = "12D3KooW" + "A" * 44
+    until = get_dht_time() + 60
+    slow = (2, 1.0, {"start_block": 0, "end_block": 30, "inference_rps": 0.0})
+    loud = (2, 1.0, {"start_block": 0, "end_block": 30, "public_name": "x" * 100_000})
+    records = [(fake, slow, until), (123, slow, until), (fake, loud, until), ("x", [1], until), (fake, slow, 1e18)]
+    with enemy(target) as member:
+        for victim in member.victims:
+            for subkey, value, expiration in records:
+                packed = MSGPackSerializer.dumps(subkey), MSGPackSerializer.dumps(value)
+                member.tell(victim, *packed, expiration)
+            member.tell(victim, b"", MSGPackSerializer.dumps("in the place of all"), 1e18)
+            member.tell(victim, b"", evil.bomb(), until)
+            member.tell(victim, evil.bomb(), evil.bomb(), until)
+        for uid in member.uids[:2]:
+            for subkey, value, expiration in records[:2]:
+                member.peer.plant(uid, MSGPackSerializer.dumps(value), subkey, expiration)
+        return served_again(target)
