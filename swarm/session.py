@@ -484,10 +484,10 @@ class _Chain:
         if not untried and search.is_over():
             self.state.note_failure(failure.error)
             raise failure.error from failure
+        # A server that is full has not failed: it is asked again once others have no room either.
         full = isinstance(failure.error, CacheFull)
-        # A server that is full of what can be freed has not failed; but others may have room as it is.
         freed = full and not untried and self.state.make_room(self.max_length * self.rows)
-        if not self._vacate(index, failure, ban=not freed):
+        if not self._vacate(index, failure, ban=not full):
             self._drop()
             return False
         if untried:

@@ -215,7 +215,7 @@ def test_large_body(live_app: LiveApp) -> None:
 def test_unknown_routes_and_methods_are_json(live_app: LiveApp) -> None:
     assert_failure(call(live_app.url, "/api/v1/nothing"), 404, "not_found")
     assert_failure(call(live_app.url, GENERATE), 405, "method_not_allowed")
-    assert_failure(call(live_app.url, "/api/v2/generate"), 400, "invalid_parameter")
+    assert_failure(call(live_app.url, "/api/v2/generate"), 426, "bad_handshake")
 
 
 @pytest.mark.parametrize("bad", [{}, {"max_length": 0}, {"max_length": "x"}, {"max_length": -5}])

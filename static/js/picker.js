@@ -1,18 +1,11 @@
 /** Which models there are, what each is and how far it is; and the choice of one. */
 
 import { $, element, setText } from "./dom.js";
+import { WORDS } from "./readiness.js";
 import { StateRefused, fetchState } from "./state.js";
 import { number } from "./words.js";
 
 const REFRESH_MS = 2_000; // while the list is open
-const WORDS = {
-  loading: "Loading",
-  ready: "Ready",
-  failed: "Failed",
-  blocks_missing: "Parts are missing",
-  stale: "No news",
-  rejoining: "Connecting again",
-};
 
 export class Picker {
   #models;

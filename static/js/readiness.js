@@ -8,7 +8,8 @@ const PROBE_LIMIT_MS = 5_000;
 /** States of a model that may never become ready. */
 export const DOWN = new Set(["failed", "unreachable"]);
 
-const WORDS = {
+/** What people are told of a state. */
+export const WORDS = {
   loading: "Loading",
   ready: "Ready",
   failed: "The model does not answer",
