@@ -143,7 +143,10 @@ class Announcer(ModuleAnnouncerThread):
         """Announce at once that the server goes, whatever the announcer's thread does."""
         self.server_info.state = ServerState.OFFLINE
         self.server_info.next_pings = None
-        declare_active_modules(self.dht, self.module_uids, self.server_info, get_dht_time() + self.expiration)
+        try:
+            declare_active_modules(self.dht, self.module_uids, self.server_info, get_dht_time() + self.expiration)
+        except Exception as error:  # the dead part may be the DHT: then others find out when they ask
+            log.warning("the swarm cannot be told that this server goes: %s: %s", type(error).__name__, error)
 
     def _ping_next_servers(self) -> None:
         try:
