@@ -22,6 +22,7 @@ from fair_pool import FairPool
 from generation import Chunk
 from inference_sessions import InferenceSession
 from parameters import (
+    MAX_NAME,
     GenerationParams,
     get_bool,
     get_int,
@@ -263,7 +264,7 @@ class Connection:
         resumable = get_bool(request, "resumable")
         self._caller = caller = self._begin(request)
         caller.count_request()
-        model = self.service.model(caller, get_text(request, "model"))
+        model = self.service.model(caller, get_text(request, "model", maximum=MAX_NAME))
         self._stopped = False
         session_id = self.service.sessions.open(
             model,

@@ -284,6 +284,8 @@ def test_full_cache_is_a_typed_error(tiny_bloom, swarm: LocalSwarm) -> None:  # 
             first.step([5])
             with pytest.raises(CacheFull, match="no attention cache is free for 60 tokens on .* blocks 0-3"):
                 second.step([5])
+            full = PeerID.from_base58(model.state.servers()[0].peer_id)
+            assert full not in model.state.manager.state.banned_peers  # it has not failed
             first.close()
             wait_until(lambda: infos(model)[0]["cache_tokens_available"] >= 60 * 4, "the cache was not freed")
             second.step([])  # its token was kept
