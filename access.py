@@ -174,8 +174,9 @@ class Caller:
 
     def _exceeded(self, limit: int, kind: str, exceeded: Exceeded) -> TooManyRequests:
         who = "this API key allows" if self._key else "without an API key each address may have"
-        error = TooManyRequests(f"{who} {limit} {kind} a minute")
-        error.retry_after = whole_seconds(exceeded.wait)
+        wait = whole_seconds(exceeded.wait)
+        error = TooManyRequests(f"{who} {limit} {kind if limit > 1 else kind[:-1]} a minute; again in {wait} s")
+        error.retry_after = wait
         return error
 
     @property
@@ -198,7 +199,8 @@ class Caller:
                 places.take(patient=patient, cancelled=cancelled)
             except (QueueFull, WaitedTooLong):
                 who = "this API key" if self._key else "each address without an API key"
-                raise TooManyRequests(f"{who} may have {self.concurrent} answers computed at a time") from None
+                answers = "answer" if self.concurrent == 1 else "answers"
+                raise TooManyRequests(f"{who} may have {self.concurrent} {answers} computed at a time") from None
             try:
                 yield
             finally:

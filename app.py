@@ -17,7 +17,7 @@ from flask import Flask, Response, current_app, g, jsonify, request
 from flask.typing import ResponseReturnValue
 from flask_cors import CORS
 from markupsafe import escape
-from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 import api_docs
 import http_api
@@ -47,6 +47,8 @@ ACTIVE_PATHS = ("/api/v1/open_inference_session", "/api/v1/close_inference_sessi
 FREE_PATHS = ("/api/v1/close_inference_session",)
 # Of those, what this program's own pages ask for as well; they show themselves to be that by a token or a cookie.
 PAGE_PATHS = ("/api/v1/state",)
+# What is asked for again and again, or in dozens with each page: not worth a line of the log, unless it fails.
+QUIET_PREFIXES = ("/static/", "/vendor/", "/healthz", "/readyz", "/api/v1/state")
 # Werkzeug and Flask raise these themselves.
 HTTP_CODES = {400: "invalid_parameter", 404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
 
@@ -130,20 +132,24 @@ def end_request(response: Response) -> Response:
         response.headers.setdefault("Content-Security-Policy", page.CONTENT_SECURITY_POLICY)
         response.headers["Referrer-Policy"] = "no-referrer"
     seconds = time.monotonic() - g.get("started", time.monotonic())
-    # An open page that shows the swarm asks every other second.
-    level = logging.DEBUG if request.path == "/api/v1/state" else logging.INFO
+    quiet = response.status_code < 400 and request.path.startswith(QUIET_PREFIXES)
+    level = logging.DEBUG if quiet else logging.INFO
     log.log(level, "%s %s %d %.3f s", request.method, request.path, response.status_code, seconds)
     return response
 
 
 def handle_error(error: Exception) -> ResponseReturnValue:
     """Turn any exception into an answer: JSON for programs, Flask's own pages for people."""
+    allowed: Sequence[str] | None = None  # methods, if it is another that was used
     if isinstance(error, HTTPException):
         if not request.path.startswith(JSON_PREFIXES):
             return error
         code = HTTP_CODES.get(error.code or 500, (error.name or "error").lower().replace(" ", "_"))
         api_error = ApiError(error.description or error.name)
         api_error.status, api_error.code = error.code or 500, code
+        if isinstance(error, RequestEntityTooLarge):
+            api_error.args = (f"the body is larger than {current_app.config['MAX_CONTENT_LENGTH']} bytes",)
+        allowed = getattr(error, "valid_methods", None)
         error = api_error.with_traceback(error.__traceback__)
     status, code, message, retry_after = describe(error)
     if status >= 500 and not isinstance(error, (ApiError, SwarmError)):
@@ -163,6 +169,8 @@ def handle_error(error: Exception) -> ResponseReturnValue:
         response.headers["WWW-Authenticate"] = "Bearer"
     if retry_after is not None:
         response.headers["Retry-After"] = str(retry_after)
+    if allowed:
+        response.headers["Allow"] = ", ".join(sorted(allowed))  # RFC 9110, section 15.5.6
     return response
 
 

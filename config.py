@@ -236,6 +236,8 @@ class Settings:
             value = getattr(self, setting.name)
             if isinstance(value, float) and not math.isfinite(value):
                 raise ConfigError(f"{setting.name}={value} must be a finite number")
+            if isinstance(value, (int, float)) and value < 0 and setting.name not in POSITIVE:
+                raise ConfigError(f"{setting.name}={value} must not be negative")
         if self.TORCH_DTYPE not in ("", "auto", "float32", "bfloat16", "float16"):
             raise ConfigError(f"TORCH_DTYPE={self.TORCH_DTYPE} is not one of auto, float32, bfloat16, float16")
         if self.PAGE not in ("", "open", "key", "off"):
@@ -244,6 +246,11 @@ class Settings:
             raise ConfigError("PAGE=key needs keys: set API_KEYS or API_KEYS_FILE")
         if unknown := set(self.NON_PUBLIC_MODELS) - set(self.MODELS):
             raise ConfigError(f"NON_PUBLIC_MODELS names {', '.join(sorted(unknown))}, which MODELS does not")
+        for name in ("INITIAL_PEERS", "SWARM_HOST_MADDRS"):
+            if wrong := [peer for peer in getattr(self, name) if not (peer.startswith("/") or peer == "public")]:
+                raise ConfigError(f"{name}: {wrong[0]} is no multiaddr, such as /ip4/192.0.2.1/tcp/31330/p2p/12D3...")
+        if wrong := [host for host in self.ALLOWED_HOSTS if not re.fullmatch(r"\*|[\w.-]+", host, re.ASCII)]:
+            raise ConfigError(f"ALLOWED_HOSTS: {wrong[0]} is no name of a host, without scheme, port and path")
         try:
             parse_networks(self.TRUSTED_PROXIES)
         except ValueError as error:

@@ -1,17 +1,35 @@
 """gunicorn reads this file by itself. Options on its command line go before those here."""
 
+import logging
 import os
 import signal
 import threading
 from typing import Any
 
+from access import read_keys
 from config import Settings
+from errors import ConfigError
 
-bind = f"{os.environ.get('HOST', '127.0.0.1')}:{os.environ.get('PORT', '5000')}"
+
+def read_settings() -> Settings:
+    """Return the settings; end gunicorn with one sentence if some are wrong."""
+    logging.disable(logging.WARNING)  # the app reads them once more, and then says what it thinks of them
+    try:
+        settings = Settings.from_environment()
+        read_keys(settings)
+    except ConfigError as error:
+        raise SystemExit(f"Petals Chat cannot start: {error}") from None
+    finally:
+        logging.disable(logging.NOTSET)
+    return settings
+
+
+host = os.environ.get("HOST", "127.0.0.1")
+bind = f"{f'[{host}]' if ':' in host else host}:{os.environ.get('PORT', '5000')}"
 worker_class = "front.worker.Worker"  # gthread, behind a loop that owns the connections
 workers = 1
 threads = 100  # for requests that are whole; WebSockets have threads of their own
-worker_connections = Settings.from_environment().MAX_CONNECTIONS
+worker_connections = read_settings().MAX_CONNECTIONS
 keepalive = 15  # seconds that a connection stays open for the next request
 control_socket_disable = True  # nobody uses it
 timeout = 1000  # seconds; an answer of a very large model may take minutes

@@ -377,7 +377,8 @@ class WebSocket:
         text = isinstance(event, TextMessage)
         data = event.data.encode() if isinstance(event.data, str) else bytes(event.data)
         if len(self._partial) + len(data) > self._hub.limits.max_message:
-            reason = f"a message may have {self._hub.limits.max_message} bytes"
+            reason = f"a message may have at most {self._hub.limits.max_message} bytes"
+            log.info("%s sends a message that is too large: %s", self.address or "a client", reason)
             self._close(TOO_BIG, CloseConnection(TOO_BIG, reason))
             return
         self._partial += data

@@ -77,7 +77,10 @@ class Worker(ThreadWorker):
         if (missing := wanted - _allow_files(wanted)) > 0:
             fewer = cfg.worker_connections - missing
             if fewer < cfg.threads:
-                raise SystemExit(f"Petals Chat needs {wanted} open files, {missing} more than allowed (ulimit -Hn)")
+                raise SystemExit(
+                    f"Petals Chat needs {wanted} open files, {missing} more than the system allows (ulimit -Hn): "
+                    "set MAX_CONNECTIONS or MAX_WEBSOCKETS lower"
+                )
             log.warning("too few files may be open (ulimit -Hn): MAX_CONNECTIONS is %d, not %d", fewer, fewer + missing)
             cfg.set("worker_connections", fewer)
 

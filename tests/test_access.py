@@ -254,7 +254,7 @@ def test_malformed_messages_are_counted(locked: LiveApp) -> None:
 def test_answers_at_a_time(locked: LiveApp) -> None:
     stream = ask(locked, "secret-one", max_tokens=1500, logit_bias=ENDLESS, stream=True)
     next(stream)
-    with pytest.raises(openai.RateLimitError, match="1 answers computed at a time"):
+    with pytest.raises(openai.RateLimitError, match="1 answer computed at a time"):
         ask(locked, "secret-one")
     stream.close()
     wait_until(lambda: len(locked.service.sessions) == 0, "the session is still open")

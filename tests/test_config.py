@@ -77,6 +77,8 @@ def test_each_setting_can_be_set(field: dataclasses.Field) -> None:
         "LOG_LEVEL": ("DEBUG", "DEBUG"),
         "NON_PUBLIC_MODELS": (DEFAULT, (DEFAULT,)),
         "PAGE": ("off", "off"),
+        "INITIAL_PEERS": ("/ip4/192.0.2.1/tcp/1, /dns/x/tcp/2", ("/ip4/192.0.2.1/tcp/1", "/dns/x/tcp/2")),
+        "SWARM_HOST_MADDRS": ("/ip4/0.0.0.0/tcp/0", ("/ip4/0.0.0.0/tcp/0",)),
         "TRUSTED_PROXIES": ("127.0.0.1, 10.0.0.0/8", ("127.0.0.1", "10.0.0.0/8")),
     }
     text, value = special.get(field.name, (text, value))
@@ -135,6 +137,21 @@ def test_wrong_type(name: str, text: str, kind: str) -> None:
 @pytest.mark.parametrize("text", ["0", "-1"])
 def test_bounds_are_positive(name: str, text: str) -> None:
     assert "must be greater than zero" in refusal(**{name: text})
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("MAX_QUEUE", "-1", "must not be negative"),
+        ("RESUME_TIMEOUT", "-0.5", "must not be negative"),
+        ("SERVER_THREADS", "-3", "must not be negative"),
+        ("INITIAL_PEERS", "/ip4/192.0.2.1/tcp/1, example.org", "example.org is no multiaddr"),
+        ("SWARM_HOST_MADDRS", "0.0.0.0", "0.0.0.0 is no multiaddr"),
+        ("ALLOWED_HOSTS", "https://chat.example.org", "is no name of a host"),
+    ],
+)
+def test_what_can_never_work_is_refused(name: str, text: str, reason: str) -> None:
+    assert reason in refusal(**{name: text})
 
 
 @pytest.mark.parametrize("text", ["nan", "inf", "-inf"])

@@ -222,7 +222,7 @@ def test_an_open_page_beside_keys_has_the_limits_of_a_key_for_each_address() -> 
     with pytest.raises(TooManyRequests, match="100 tokens"):
         with_keys.page(token, "192.0.2.1").reserve(1)
     with with_keys.page(token, "192.0.2.1").generating(), with_keys.page(token, "192.0.2.2").generating():
-        with pytest.raises(TooManyRequests, match="1 answers"):
+        with pytest.raises(TooManyRequests, match="1 answer "):
             with with_keys.page(token, "192.0.2.1").generating():
                 pass
     assert not with_keys.places._queues  # nobody is remembered

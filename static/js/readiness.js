@@ -43,7 +43,7 @@ async function probe(model, pageToken, signal) {
     const { ready, models } = await response.json(); // 503 has the same body as 200
     const { state, message } = models?.[model] ?? { state: ready ? "ready" : "loading" };
     const words = WORDS[state] ?? state;
-    return { state, words: message && state !== "ready" ? `${words}: ${message}` : words };
+    return { state, words: message && message !== state ? `${words}: ${message}` : words };
   } catch {
     signal.throwIfAborted();
     return { state: "unreachable", words: WORDS.unreachable };

@@ -5,6 +5,7 @@ const RESPONSE_LIMIT_MS = 300_000; // one response: a long prompt in a slow swar
 const STOP_LIMIT_MS = 10_000; // the end of an answer after `stop`
 const TAKEN_OVER = 4001; // the close code when another page goes on with the session
 const DROPPED = 4000; // the close code of a connection that may be dead; any but DONE lets the server keep the session
+const TOO_LARGE = 1009; // the close code for a message that the server does not take
 const DONE = 1000; // the close code that lets the server end the session: RFC 6455, section 7.4.1
 
 /**
@@ -84,8 +85,9 @@ export class InferenceSocket {
     this.#socket = new WebSocket(this.#url);
     this.#socket.onopen = () => this.#send({ ...request, queue_updates: true, swarm_updates: true });
     this.#socket.onmessage = ({ data }) => this.#deliver(data);
-    this.#socket.onclose = ({ code }) => {
+    this.#socket.onclose = ({ code, reason: message }) => {
       if (code === TAKEN_OVER) this.#end(new TakenOver("The answer goes on in another window."));
+      else if (code === TOO_LARGE) this.#end(new RequestFailed({ error: { code: "request_too_large", message } }));
       else this.#end(new ConnectionLost("The connection to the server was lost."));
     };
     try {
