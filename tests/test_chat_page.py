@@ -808,6 +808,17 @@ def test_failures_are_told_in_words_and_can_be_retried(chat: Chat, chat_app: Liv
     expect(chat.answers).to_have_count(1)
 
 
+def test_a_message_that_the_server_does_not_take_is_told_once(
+    chat: Chat, chat_app: LiveApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was taken for a lost connection, and sent again and again."""
+    hub = chat_app.app.extensions["petals_chat_websockets"].hub
+    monkeypatch.setattr(hub, "limits", dataclasses.replace(hub.limits, max_message=1000))
+    chat.ask("word " * 300, wait=False)
+    notice = chat.answers.first.locator(".notice")
+    expect(notice).to_contain_text("a message may have at most 1000 bytes")
+
+
 # Looks and access
 
 

@@ -642,19 +642,13 @@ class App {
     const answer = this.#tree.path().at(-1);
     if (answer?.role !== "assistant" || answer.state === "running") return;
     const { code, words } = answer.error ?? {};
-    const limit = `the model can read ${number(this.#limit)} tokens`;
-    if (code === "too_long") this.#offerRoom(answer, `This chat has no room left for your message: ${limit}.`);
-    else if (code === "invalid_api_key") this.#refused(answer);
-    else if (words && answer.text) this.#list.get(answer.id).notice(words, ["Continue", () => this.#proceed(answer.id)]);
-    else if (words) this.#list.get(answer.id).notice(words, ["Retry", () => this.#askAgain(answer)]);
-    else if (this.#ready && this.#isFull) this.#offerRoom(answer, `This chat is full: ${limit}.`);
-  }
-
-  /** The server does not know the page, or its key. */
-  async #refused(answer) {
     const view = this.#list.get(answer.id);
     const again = () => (answer.text ? this.#proceed(answer.id) : this.#askAgain(answer));
-    (await import("./key.js")).refused(view, this.#pageToken, again);
+    const limit = `the model can read ${number(this.#limit)} tokens`;
+    if (code === "too_long") this.#offerRoom(answer, `This chat has no room left for your message: ${limit}.`);
+    else if (code === "invalid_api_key") import("./key.js").then((key) => key.refused(view, this.#pageToken, again));
+    else if (words) view.notice(words, [answer.text ? "Continue" : "Retry", again]);
+    else if (this.#ready && this.#isFull) this.#offerRoom(answer, `This chat is full: ${limit}.`);
   }
 
   /** Ask again what got no answer: that is no branch worth keeping. */
