@@ -696,7 +696,7 @@ def test_models(chat: Chat) -> None:
     expect(rows).to_have_count(2)
     expect(rows.first.locator(".state")).to_have_text("Ready")
     expect(rows.first.locator(".facts")).to_contain_text("reads 2,048 tokens")
-    expect(rows.nth(1).locator(".state")).to_contain_text("Failed: ")
+    expect(rows.nth(1).locator(".state")).to_contain_text("The model does not answer: ")
     rows.nth(1).locator("input").check()
     picker.get_by_role("button", name="Done").click()
     expect(page.locator("body[data-state=error] #status")).to_contain_text("The model does not answer")
