@@ -9,7 +9,6 @@ A server of which a part has died is no server: it leaves the swarm at once and 
 """
 
 import argparse
-import concurrent.futures
 import contextlib
 import ctypes
 import functools
@@ -26,7 +25,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from swarm.compat import kill_descendants, probe_nobody, set_threads, spare_collector, use_server_parts
+from swarm.compat import await_dht, kill_descendants, probe_nobody, set_threads, spare_collector, use_server_parts
 
 import hivemind
 import psutil
@@ -89,27 +88,20 @@ class PatientDHT(hivemind.DHT):
         :raises ConnectionError: if it ends meanwhile
         :raises TimeoutError: if it takes too long
         """
-        deadline = time.monotonic() + (timeout or JOIN_TIMEOUT)
-        while not self._ready.done():
-            if not self.is_alive() and not self._ready.done():
-                raise ConnectionError("the DHT process has ended")
-            if time.monotonic() > deadline:
-                raise TimeoutError("the swarm could not be joined in time")
-            with contextlib.suppress(concurrent.futures.TimeoutError):
-                self._ready.exception(timeout=supervision.PERIOD)
-        self._ready.result()
+        await_dht(self, self._ready, timeout or JOIN_TIMEOUT)
 
     def run_coroutine(self, coro: Any, return_future: bool = False) -> Any:
         """Run a coroutine in the DHT's process.
 
-        :raises concurrent.futures.TimeoutError: if it is not done in time
+        :raises ConnectionError: if the process ends meanwhile
+        :raises TimeoutError: if it is not done in time
         """
         future = super().run_coroutine(coro, return_future=True)
         if return_future:
             return future
         try:
-            result = future.result(DHT_TIMEOUT)
-        except concurrent.futures.TimeoutError:
+            result = await_dht(self, future, DHT_TIMEOUT)
+        except TimeoutError:
             self.unanswered += not future.done()  # else the coroutine itself has raised it
             raise
         self.unanswered = 0
