@@ -2,12 +2,13 @@
 
 import contextlib
 import socket
-import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from flask import Flask
 from werkzeug.serving import ThreadedWSGIServer, WSGIRequestHandler
+
+from tests.processes import serving
 
 
 class Handler(WSGIRequestHandler):
@@ -49,12 +50,5 @@ class DetachingServer(ThreadedWSGIServer):
 @contextlib.contextmanager
 def detaching(app: Flask) -> Iterator[str]:
     """Serve an app from threads of this process; yield its address, http://127.0.0.1:PORT."""
-    server = DetachingServer(app)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        thread.join(timeout=30)
-        server.server_close()
+    with serving(DetachingServer(app)) as url:
+        yield url

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 from flask import Flask
-from werkzeug.serving import make_server
+from werkzeug.serving import BaseWSGIServer, make_server
 
 ROOT = Path(__file__).resolve().parent.parent
 GUNICORN = [sys.executable, "-m", "gunicorn", "app:app"]
@@ -32,7 +32,13 @@ def free_port() -> int:
 @contextlib.contextmanager
 def listening(app: Flask) -> Iterator[str]:
     """Serve an app from threads of this process on a port of its own; yield its address, http://127.0.0.1:PORT."""
-    server = make_server("127.0.0.1", 0, app, threaded=True)
+    with serving(make_server("127.0.0.1", 0, app, threaded=True)) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def serving(server: BaseWSGIServer) -> Iterator[str]:
+    """Run a server from a thread of this process; yield its address."""
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
