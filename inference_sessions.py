@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from admission import POLL, FairQueue, QueueFull, WaitedTooLong
+from admission.fair_queue import POLL, FairQueue, QueueFull, WaitedTooLong
 from errors import SessionNotFound, ShuttingDown, TimedOut, TooManyRequests, TooManySessions
-from generation import Chunk, Detokenizer, encode_inputs, generate, token_budget
-from parameters import GenerationParams
-from session_memory import SessionMemory
+from generation.loop import Chunk, Detokenizer, encode_inputs, generate, token_budget
+from generation.parameters import GenerationParams
 from swarm.background import Loop, forever
+from swarm.client.warm_sessions import SessionMemory
 from swarm.errors import Cancelled
 
 log = logging.getLogger(__name__)

@@ -7,19 +7,19 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from access import Access, Caller
-from admission import FairQueue, QueueFull, WaitedTooLong
+from admission.access import Access, Caller
+from admission.fair_queue import FairQueue, QueueFull, WaitedTooLong
 from config import Settings
 from errors import ModelNotFound, TooManyRequests
 from inference_sessions import InferenceSessions
-from models import Models, ServedModel
-from session_memory import SessionMemory
+from models.loading import Models, ServedModel
 from swarm.background import Loop
+from swarm.client.warm_sessions import SessionMemory
 
 if TYPE_CHECKING:
     from flask import Flask
 
-    from swarm.client import SwarmModel
+    from swarm.client.model import SwarmModel
 
 log = logging.getLogger(__name__)
 

@@ -13,15 +13,12 @@ from typing import Any
 from flask import Flask, Response, current_app, g, jsonify, request
 from flask.typing import ResponseReturnValue
 
-from access import Caller, find_address, presented_key, tokens_of
-from browsers import origin_host, page_cookie
-from client_socket import take_socket
+from admission.access import Caller, find_address, presented_key, tokens_of
+from admission.fair_pool import FairPool
 from config import Settings
 from errors import ApiError, InvalidParameter, SessionNotFound, ShuttingDown, TooManyRequests, describe, error_body
-from fair_pool import FairPool
-from generation import Chunk
-from inference_sessions import InferenceSession
-from parameters import (
+from generation.loop import Chunk
+from generation.parameters import (
     MAX_NAME,
     GenerationParams,
     get_bool,
@@ -32,10 +29,13 @@ from parameters import (
     require_text,
     with_defaults,
 )
-from resumption import Outbox, Unreachable
+from inference_sessions import InferenceSession
 from service import Service, get_service
 from swarm.errors import Cancelled, SwarmError
-from websocket_hub import (
+from web.browsers import origin_host, page_cookie
+from web.client_socket import take_socket
+from web.reply_stream import Outbox, Unreachable
+from web.websocket_hub import (
     CLOSING_LIMIT,
     GOING_AWAY,
     POLICY_VIOLATION,

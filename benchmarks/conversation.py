@@ -22,7 +22,7 @@ import openai
 from benchmarks.serving import serve_model
 from config import Settings
 from swarm.local import LocalSwarm
-from tests.processes import GUNICORN, running
+from tests.support.processes import GUNICORN, running
 
 QUESTIONS = ["Tell me about bees.", "Why is that so?", "Give me an example.", "And what do others think of it?"]
 KINDS = {"with": "32", "without": "0"}  # WARM_SESSIONS

@@ -27,11 +27,11 @@ from swarm.compat import set_threads
 import psutil
 import torch
 
-from swarm.client import SwarmModel
+from swarm.client.model import SwarmModel
 from swarm.local import LocalServer, LocalSwarm, ServerOptions
-from tests.hosts import Host, ServerOnHost
-from tests.swarms import server_info
-from tests.tiny import load_reference, make_tiny_bloom
+from tests.support.hosts import Host, ServerOnHost
+from tests.support.swarms import server_info
+from tests.support.tiny import load_reference, make_tiny_bloom
 
 SPANS = ("0:2", "2:4")
 PROMPTS = ["The quick brown fox", "Ein Schwarm von Servern", "分散された大規模", "Nobody, said"]

@@ -22,9 +22,9 @@ from websockets.sync.client import connect
 
 from benchmarks.serving import PROMPT, TOPICS, bare_loop, own_loop, serve_model
 from config import Settings
-from swarm.client import SwarmModel
+from swarm.client.model import SwarmModel
 from swarm.local import LocalSwarm
-from tests.processes import GUNICORN, Program, running
+from tests.support.processes import GUNICORN, Program, running
 
 
 def main() -> None:

@@ -18,9 +18,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.client import websocket
-from tests.processes import GUNICORN, Program, running
-from tests.tiny import make_tiny_bloom
+from tests.support.client import websocket
+from tests.support.processes import GUNICORN, Program, running
+from tests.support.tiny import make_tiny_bloom
 
 TOKENS = 60  # of each answer
 NEVER = "no such text is ever generated"

@@ -25,14 +25,15 @@ from typing import Any
 from flask import Flask, Response, request
 from playwright.sync_api import Page
 
-import api_docs
-import page
 from config import Settings
+from errors import ROOT
 from service import Service
-from tests.browser import browser_page
-from tests.processes import listening
+from tests.support.browser import browser_page
+from tests.support.processes import listening
+from web import openapi as api_docs
+from web import pages as page
+from web.websocket_hub import WebSocket, accept_handshake
 from websocket_api import Upgraded, WebSockets
-from websocket_hub import WebSocket, accept_handshake
 
 # Events of the main thread in which scripts run; those within another of them are counted once. A layout that a script
 # asks for is part of it. The time is the thread's own, so that others on the machine do not count.
@@ -146,7 +147,7 @@ def main() -> None:
 @contextmanager
 def serving(text: str, rate: float) -> Iterator[str]:
     """Run the pages, with a model that gives this answer to everything."""
-    app = Flask(__name__, root_path=str(Path(page.__file__).parent), static_folder=None)
+    app = Flask(__name__, root_path=str(ROOT), static_folder=None)
     service = Service(Settings(MODELS=("writer",)))  # not started: there is no model
     app.extensions["petals_chat"] = service
     app.register_blueprint(page.blueprint)

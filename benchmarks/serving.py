@@ -33,11 +33,11 @@ from websockets.asyncio.client import connect
 from benchmarks.random_bloom import random_bloom
 from config import Settings
 from swarm import weights
-from swarm.client import SwarmModel
+from swarm.client.model import SwarmModel
 from swarm.hardware import attn_cache_tokens, cpu_count
 from swarm.local import LocalServer, LocalSwarm, ServerOptions
-from tests.processes import GUNICORN, Program, running
-from tests.swarms import server_info
+from tests.support.processes import GUNICORN, Program, running
+from tests.support.swarms import server_info
 
 TOPICS = [
     "a river",

@@ -39,10 +39,10 @@ from benchmarks.attacks.client import Client
 from benchmarks.throttled_server import ThrottledServer
 from swarm import weights
 from swarm.local import LocalServer, LocalSwarm, ServerOptions
-from tests.client import call, websocket
-from tests.evil import EvilServer, ask, bad_requests
-from tests.processes import GUNICORN, Program, running, survivors
-from tests.tiny import load_reference, make_tiny_bloom
+from tests.support.client import call, websocket
+from tests.support.evil import EvilServer, ask, bad_requests
+from tests.support.processes import GUNICORN, Program, running, survivors
+from tests.support.tiny import load_reference, make_tiny_bloom
 
 PROMPTS = [
     "The quick brown fox",
@@ -111,7 +111,7 @@ def expected_texts(path: Path) -> dict[str, list[str]]:
 
 def whole_text(tokenizer: Any, token_ids: list[int]) -> str:
     """Decode; what may become a character with the next token is left out."""
-    from generation import Detokenizer
+    from generation.loop import Detokenizer
     from swarm.tokenization import TextTokenizer
 
     detokenizer = Detokenizer(TextTokenizer(tokenizer))

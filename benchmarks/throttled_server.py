@@ -13,9 +13,9 @@ import swarm.compat  # noqa: F401
 
 import torch
 
-from swarm import server
-from swarm.blocks import Part, RaggedBlocks
 from swarm.local import LocalServer
+from swarm.server import serve as server
+from swarm.server.blocks import Part, RaggedBlocks
 
 ROWS = 48  # batches of so many tokens have a part of a prompt
 DELAY = 0.2  # seconds

@@ -24,7 +24,7 @@ from typing import Any
 from gunicorn.http.errors import ParseException
 from gunicorn.workers.gthread import ThreadWorker
 
-from addresses import client_address
+from admission.addresses import client_address
 from config import Settings
 from errors import ApiError, Overloaded, RequestTimeout, error_body
 from front.connection import Connection, State

@@ -20,7 +20,7 @@ from contextvars import ContextVar
 from types import SimpleNamespace
 from typing import Any
 
-import swarm.imports  # noqa: F401
+import swarm.lazy_imports  # noqa: F401
 
 import hivemind
 import hivemind.compression

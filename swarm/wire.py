@@ -18,7 +18,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-import swarm.imports  # noqa: F401
+import swarm.lazy_imports  # noqa: F401
 
 import msgpack
 import torch
@@ -352,7 +352,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Abilities:
-    """What a server of this project can do beyond petals; see ``swarm.handler``."""
+    """What a server of this project can do beyond petals; see ``swarm.server.handler``."""
 
     rewind: bool
     spread: bool

@@ -14,12 +14,12 @@ from transformers import AutoTokenizer, BloomForCausalLM, PreTrainedModel, PreTr
 from app import create_app
 from config import Settings
 from service import Service, get_service
-from swarm.client import SwarmModel
+from swarm.client.model import SwarmModel
+from swarm.client.session import SessionLimits
 from swarm.local import LocalSwarm, ServerOptions
-from swarm.session import SessionLimits
-from tests.processes import GUNICORN, Program, listening, running
-from tests.swarms import server_info
-from tests.tiny import load_reference, make_tiny_bloom
+from tests.support.processes import GUNICORN, Program, listening, running
+from tests.support.swarms import server_info
+from tests.support.tiny import load_reference, make_tiny_bloom
 
 # A tiny model on two cores is ready within seconds; a busy machine may take several times as long.
 READY_TIMEOUT = 90.0

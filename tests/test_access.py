@@ -12,12 +12,12 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
-from access import Access
+from admission.access import Access
+from admission.rates import Rates
 from config import Settings
 from errors import ConfigError, TooManyRequests, Unauthorized
-from rates import Rates
-from tests.client import call, websocket
 from tests.conftest import LiveApp, serve
+from tests.support.client import call, websocket
 from tests.test_openai_api import ENDLESS
 from tests.test_session import wait_until
 
@@ -280,7 +280,7 @@ def test_page_tokens_of_another_program_and_of_yesterday(monkeypatch: pytest.Mon
     assert Access(Settings(SECRET_KEY="one")).page(token)
     with pytest.raises(Unauthorized):
         Access(Settings(SECRET_KEY="two")).page(token)
-    monkeypatch.setattr("access.PAGE_TOKEN_AGE", -1)
+    monkeypatch.setattr("admission.access.PAGE_TOKEN_AGE", -1)
     with pytest.raises(Unauthorized, match="load it again"):
         access.page(token)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from addresses import client_address, parse_networks
+from admission.addresses import client_address, parse_networks
 
 PROXIES = parse_networks(["127.0.0.1", "10.0.0.0/8", "fd00::/8"])
 

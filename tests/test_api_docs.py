@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from app import app
-from http_schemas import CloseRequest, GenerateRequest, OpenRequest
-from parameters import GenerationParams
-from tests.browser import axe_violations, browser_page
-from tests.client import call
+from generation.parameters import GenerationParams
 from tests.conftest import LiveApp, serve
+from tests.support.browser import axe_violations, browser_page
+from tests.support.client import call
+from web.schemas import CloseRequest, GenerateRequest, OpenRequest
 
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
 TIMEOUT = 240  # seconds
@@ -27,7 +27,7 @@ def short_app(live_app: LiveApp) -> Iterator[LiveApp]:
     settings = dataclasses.replace(live_app.service.settings, MODELS=(live_app.model_name,))
     with serve(settings) as live, pytest.MonkeyPatch.context() as patch:
         # Two of the requests have as many prompts as are allowed, and do not say how long the answers may be.
-        patch.setattr("openai_api.DEFAULT_MAX_TOKENS", 2)
+        patch.setattr("openai_api.routes.DEFAULT_MAX_TOKENS", 2)
         model = live.service.models.served[live.model_name].model
         assert model is not None
         model.max_length = SHORT

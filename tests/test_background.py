@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-import models
 from config import Settings
 from inference_sessions import InferenceSessions
-from models import Models
-from session_memory import SessionMemory
+from models import loading as models
+from models.loading import Models
 from swarm.background import Loop, forever, growing_delays
+from swarm.client.warm_sessions import SessionMemory
 from swarm.errors import CacheFull, ModelUnavailable, SwarmTimeout
-from tests.client import call
 from tests.conftest import LiveApp
+from tests.support.client import call
 from tests.test_session import wait_until
 
 MODEL = "/models/some"

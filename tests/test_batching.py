@@ -26,7 +26,11 @@ from petals.utils.convert_block import QuantType, convert_block
 from petals.utils.misc import DUMMY, DUMMY_INT64
 from transformers import BloomForCausalLM, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from swarm.batching import (
+from swarm.client.model import SwarmModel
+from swarm.client.session import HistoryBudget, SwarmSession
+from swarm.errors import SessionLengthExceeded
+from swarm.local import LocalSwarm
+from swarm.server.batching import (
     CPU_MIXED,
     CPU_PREFILL,
     HEADER,
@@ -35,16 +39,12 @@ from swarm.batching import (
     HandlerLine,
     SharedMemoryCache,
 )
-from swarm.blocks import BloomBlocks, LlamaBlocks, Part, RaggedBlocks, make_ragged_blocks
-from swarm.client import SwarmModel
-from swarm.errors import SessionLengthExceeded
-from swarm.local import LocalSwarm
-from swarm.server import TRAINING_TOKENS
-from swarm.session import HistoryBudget, SwarmSession
+from swarm.server.blocks import BloomBlocks, LlamaBlocks, Part, RaggedBlocks, make_ragged_blocks
+from swarm.server.serve import TRAINING_TOKENS
 from swarm.wire import check_inputs, check_room, rewound
 from tests.conftest import greedy, load_model, tiny_server
+from tests.support.tiny import make_tiny_bloom, make_tiny_falcon, make_tiny_llama
 from tests.test_session import PROMPTS, in_threads, infos, lose, run_greedy
-from tests.tiny import make_tiny_bloom, make_tiny_falcon, make_tiny_llama
 
 CPU = torch.device("cpu")
 

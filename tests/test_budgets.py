@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from budgets import Budget, Exhausted
+from admission.budgets import Budget, Exhausted
 from swarm.errors import Cancelled
 
 

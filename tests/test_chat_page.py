@@ -15,13 +15,13 @@ import pytest
 from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Locator, Page, expect
 
 import config
-from access import hash_key
+from admission.access import hash_key
 from config import DIALOGUE, ModelConfig
 from swarm.local import LocalSwarm
-from tests.browser import axe_violations, open_browser
-from tests.client import websocket
 from tests.conftest import LiveApp, serve, tiny_server
-from tests.processes import ROOT
+from tests.support.browser import axe_violations, open_browser
+from tests.support.client import websocket
+from tests.support.processes import ROOT
 from tests.test_session import wait_until
 
 QUESTION = "Who said that?"

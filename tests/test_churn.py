@@ -7,8 +7,8 @@ from pathlib import Path
 
 import psutil
 
-from tests.client import call, websocket
-from tests.processes import GUNICORN, Program, running
+from tests.support.client import call, websocket
+from tests.support.processes import GUNICORN, Program, running
 from tests.test_session import wait_until
 from tests.test_start import environment
 

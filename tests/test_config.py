@@ -9,7 +9,7 @@ import torch
 
 from config import DIALOGUE, KEY_SETTINGS, KNOWN_MODELS, ChatFormat, ModelConfig, Settings
 from errors import ConfigError
-from parameters import parse_generation
+from generation.parameters import parse_generation
 from swarm import weights
 
 FIELDS = dataclasses.fields(Settings)

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from access import Access
+from admission.access import Access
 from app import app
 from config import KNOWN_MODELS, Settings
 from errors import SWARM_ERRORS, ApiError
-from tests.processes import ROOT, Program
+from tests.support.processes import ROOT, Program
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
@@ -96,7 +96,7 @@ def test_example_of_keys(tmp_path: Path) -> None:
 
 
 def test_server_example_is_a_valid_command_line() -> None:
-    from swarm.server import parse_args
+    from swarm.server.serve import parse_args
 
     (example,) = examples("bash", "swarm.server")
     arguments = example.replace("\\\n", " ").split()[3:]

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.browser import browser_page
-from tests.client import call, websocket
-from tests.processes import Program
+from tests.support.browser import browser_page
+from tests.support.client import call, websocket
+from tests.support.processes import Program
 
 QUESTION = "What is the capital of France?"
 # SmolLM2's chat format, as the README shows it.

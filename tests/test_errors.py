@@ -15,7 +15,7 @@ import pytest
 import errors
 import swarm.errors
 from errors import ApiError, describe, error_body, own_traceback
-from parameters import parse_generation
+from generation.parameters import parse_generation
 from swarm.errors import BlocksMissing, SwarmError, format_blocks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -162,8 +162,8 @@ def test_traceback_has_own_frames_only() -> None:
     assert frames(trace) == [
         ("tests/test_errors.py", "caught"),
         ("tests/test_errors.py", "<lambda>"),
-        ("parameters.py", "parse_generation"),
-        ("parameters.py", "get_int"),
+        ("generation/parameters.py", "parse_generation"),
+        ("generation/parameters.py", "get_int"),
     ]
     lines = trace.splitlines()
     assert lines[0] == "Traceback (most recent call last):"
@@ -208,7 +208,7 @@ def test_traceback_of_a_chain_is_that_of_its_last() -> None:
     assert trace.count("Traceback") == 1
 
 
-FAIL = "import errors, parameters\ntry:\n    parameters.parse_generation({})\nexcept Exception as error:\n"
+FAIL = "import errors\nfrom generation import parameters\ntry:\n    parameters.parse_generation({})\nexcept Exception as error:\n"
 FAIL += "    print(errors.own_traceback(error))"
 
 
@@ -224,7 +224,7 @@ def test_traceback_in_a_checkout_behind_a_symbolic_link(tmp_path: Path) -> None:
         text=True,
         timeout=60,
     )
-    assert frames(child.stdout) == [("parameters.py", "parse_generation")], child.stderr
+    assert frames(child.stdout) == [("generation/parameters.py", "parse_generation")], child.stderr
 
 
 # The swarm's messages

@@ -9,15 +9,15 @@ import psutil
 import pytest
 from transformers import BloomForCausalLM
 
-from generation import Chunk, Detokenizer, generate
-from parameters import GenerationParams
-from swarm.client import SwarmModel
+from generation.loop import Chunk, Detokenizer, generate
+from generation.parameters import GenerationParams
+from swarm.client.model import SwarmModel
+from swarm.client.session import SwarmSession
 from swarm.errors import BlocksMissing
 from swarm.local import LocalServer, LocalSwarm
-from swarm.session import SwarmSession
 from tests.conftest import READY_TIMEOUT, greedy, load_model, tiny_server
-from tests.hosts import Host, can_make_hosts
-from tests.swarms import server_info
+from tests.support.hosts import Host, can_make_hosts
+from tests.support.swarms import server_info
 from tests.test_session import PROMPTS, run_greedy, wait_until
 
 TOKENS = 40

@@ -22,15 +22,22 @@ from front.answer_socket import CAPACITY, AnswerSocket
 from front.connection import Connection
 from front.lane import Lane
 from front.request_reader import DISCARDED, MAX_HEAD, RequestReader
-from tests.front_app import FILE
-from tests.processes import ROOT, Program, running
+from tests.support.front_app import FILE
+from tests.support.processes import ROOT, Program, running
 
 THREADS = 100
 SHARE = 90  # of one client
 CONNECTIONS = 240
 MAX_BODY = 100_000
 WAIT = 20.0  # seconds; whoever waits so long has failed
-GUNICORN = [sys.executable, "-m", "gunicorn", "tests.front_app:app", "--config", str(ROOT / "tests" / "front_conf.py")]
+GUNICORN = [
+    sys.executable,
+    "-m",
+    "gunicorn",
+    "tests.support.front_app:app",
+    "--config",
+    str(ROOT / "tests" / "support" / "front_conf.py"),
+]
 SETTINGS = {
     "REQUEST_READ_TIMEOUT": "1.5",
     "SEND_TIMEOUT": "1.5",
@@ -307,7 +314,7 @@ class TestRequests:
         assert answer(sock)[0] == 200
 
     def test_file_of_the_disk(self, door: Program) -> None:
-        assert ask(door, "/disk_file") == Path(ROOT / "tests" / "front_app.py").read_bytes()
+        assert ask(door, "/disk_file") == Path(ROOT / "tests" / "support" / "front_app.py").read_bytes()
 
     def test_http_1_0(self, connect: Callable[..., socket.socket]) -> None:
         sock = connect()

@@ -21,7 +21,7 @@ from transformers import (
 from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
 
 from errors import InvalidParameter, TooLong
-from generation import (
+from generation.loop import (
     CONTEXT_TOKENS,
     Chunk,
     Detokenizer,
@@ -31,11 +31,11 @@ from generation import (
     generate,
     token_budget,
 )
-from parameters import GenerationParams, parse_generation
+from generation.parameters import GenerationParams, parse_generation
 from swarm.errors import BlocksMissing, Cancelled, SessionLengthExceeded
 from swarm.tokenization import TextTokenizer
 from tests.conftest import greedy
-from tests.tiny import make_tokenizer
+from tests.support.tiny import make_tokenizer
 
 PROMPTS = [
     "The quick brown fox",

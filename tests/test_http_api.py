@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from transformers import BloomForCausalLM, PreTrainedTokenizerBase
 
-from swarm.client import SwarmModel
-from tests.client import call
+from swarm.client.model import SwarmModel
 from tests.conftest import LiveApp, greedy
+from tests.support.client import call
 from tests.test_session import infos, wait_until
 
 PROMPT = "The quick brown fox"

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from swarm.imports import postpone
+from swarm.lazy_imports import postpone
 
 import pytest
 

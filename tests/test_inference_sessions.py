@@ -11,12 +11,12 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 import pytest
 
 from errors import ApiError, SessionNotFound, ShuttingDown, TimedOut, TooManyRequests, TooManySessions
-from generation import Detokenizer
+from generation.loop import Detokenizer
 from inference_sessions import InferenceSession, InferenceSessions
 from swarm.errors import Cancelled, SessionLengthExceeded
 from swarm.tokenization import TextTokenizer
+from tests.support.tiny import make_tokenizer
 from tests.test_session import wait_until
-from tests.tiny import make_tokenizer
 
 TIMEOUT = 300.0  # seconds after which an unused session expires, on the test's clock
 LIMIT = 10.0  # seconds that a thread may take to do what needs milliseconds; only a failing test waits so long

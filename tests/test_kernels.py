@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from swarm import kernels
-from swarm.head import Head
-from swarm.projection import Projection, can_pack, join
+from swarm.client.head import Head
+from swarm.packed_linear import Projection, can_pack, join
+from swarm.server import kernels
 
 # bfloat16 has eight bits of precision; results differ by the order of additions.
 TOLERANCE: dict[torch.dtype, dict[str, Any]] = {

@@ -10,7 +10,7 @@ import torch
 from transformers import BloomForCausalLM, PreTrainedTokenizerBase
 
 from tests.conftest import LiveApp, greedy
-from tests.processes import ROOT
+from tests.support.processes import ROOT
 
 PYTHON = ROOT / ".venv-lm-eval" / "bin" / "python"
 TIMEOUT = 240  # seconds; it imports for half a minute

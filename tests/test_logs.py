@@ -7,9 +7,9 @@ import pytest
 from flask import Flask
 
 from config import Settings
-from logs import Formatter, set_up_logging
-from tests.client import call
-from tests.processes import listening
+from tests.support.client import call
+from tests.support.processes import listening
+from web.logs import Formatter, set_up_logging
 
 FORGED = "x\n2026-01-01 00:00:00,000 CRITICAL [-] petals_chat: FORGED"
 

@@ -11,9 +11,9 @@ import pytest
 from flask import Flask, Response
 from playwright.sync_api import ConsoleMessage, Dialog, Page, Request, expect
 
-from page import CONTENT_SECURITY_POLICY, static_file, vendor_file
-from tests.browser import browser_page
-from tests.processes import listening
+from tests.support.browser import browser_page
+from tests.support.processes import listening
+from web.pages import CONTENT_SECURITY_POLICY, static_file, vendor_file
 
 ROOT = Path(__file__).parent.parent
 XSS = json.loads((ROOT / "tests" / "xss.json").read_text())

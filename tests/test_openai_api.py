@@ -10,13 +10,13 @@ import pytest
 import torch
 from transformers import BloomForCausalLM, PreTrainedTokenizerBase
 
-from chat_template import apply_template
 from config import KNOWN_MODELS, ModelConfig
 from errors import TooLong
-from openai_api import chat_length
-from swarm.client import SwarmModel
-from tests.client import call
+from models.chat_template import apply_template
+from openai_api.routes import chat_length
+from swarm.client.model import SwarmModel
 from tests.conftest import LiveApp, greedy
+from tests.support.client import call
 from tests.test_session import infos, wait_until
 
 PROMPT = "The quick brown fox"

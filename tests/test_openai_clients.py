@@ -17,7 +17,7 @@ from langchain_core.messages import AIMessage, HumanMessage
 from langchain_openai import ChatOpenAI, OpenAI
 
 from tests.conftest import LiveApp
-from tests.processes import ROOT
+from tests.support.processes import ROOT
 from tests.test_openai_api import CHAT, ENDLESS, complete, post
 from tests.test_session import wait_until
 
@@ -44,7 +44,7 @@ def chat_text(app: LiveApp, **options: Any) -> str:
 def test_javascript(live_app: LiveApp) -> None:
     assert NODE is not None
     opened = len(live_app.service.sessions)
-    seen = json.loads(run([NODE, "tests/openai_client.mjs", f"{live_app.url}/v1", live_app.model_name]))
+    seen = json.loads(run([NODE, "tests/support/openai_client.mjs", f"{live_app.url}/v1", live_app.model_name]))
     assert live_app.model_name in seen["models"]
     assert seen["whole"] == seen["streamed"] == chat_text(live_app, max_tokens=20)
     assert seen["logprobs"] == seen["tokens"] == seen["usage"]["completion_tokens"]

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from errors import InvalidParameter
-from openai_api import logit_bias
-from openai_schemas import (
+from generation.parameters import MAX_NAME, MAX_STOP_SEQUENCES
+from openai_api.routes import logit_bias
+from openai_api.schemas import (
     MAX_BIAS,
     MAX_MESSAGES,
     MAX_PARTS,
@@ -19,7 +20,6 @@ from openai_schemas import (
     DetokenizeRequest,
     TokenizeRequest,
 )
-from parameters import MAX_NAME, MAX_STOP_SEQUENCES
 from swarm.tokenization import MAX_TEXT
 
 ASK = {"role": "user", "content": "x"}

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from transformers import BloomForCausalLM
 
-from admission import FairQueue, QueueFull, WaitedTooLong
+from admission.fair_queue import FairQueue, QueueFull, WaitedTooLong
 from config import Settings
 from swarm.errors import Cancelled
 from swarm.local import LocalSwarm
-from tests.client import Socket, call, websocket
 from tests.conftest import LiveApp, greedy, serve, tiny_server
+from tests.support.client import Socket, call, websocket
 from tests.test_session import wait_until
 
 PROMPT = "The quick brown fox"

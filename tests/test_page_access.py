@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 from flask.testing import FlaskClient
 
-import access
-from access import WRONG_KEYS_PER_MINUTE, Access, tokens_of
+from admission import access
+from admission.access import WRONG_KEYS_PER_MINUTE, Access, tokens_of
 from app import create_app, start
-from browsers import BROWSER_COOKIE, KEY_COOKIE, PageCookie, is_local
 from config import Settings
 from errors import TooManyRequests, Unauthorized
-from parameters import GenerationParams
+from generation.parameters import GenerationParams
 from service import Service, get_service
+from web.browsers import BROWSER_COOKIE, KEY_COOKIE, PageCookie, is_local
 
 PUBLIC, PRIVATE = "org/public", "org/private"
 ANN, BOB = "the long secret of ann", "the long secret of bob"

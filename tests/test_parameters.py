@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from errors import InvalidParameter
-from parameters import (
+from generation.parameters import (
     MAX_SEED,
     MAX_STOP_LENGTH,
     MAX_STOP_SEQUENCES,

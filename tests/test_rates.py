@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rates import MINUTE, Exceeded, Rates, Window, whole_seconds
+from admission.rates import MINUTE, Exceeded, Rates, Window, whole_seconds
 
 
 class Clock:

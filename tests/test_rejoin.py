@@ -15,13 +15,13 @@ import psutil
 import pytest
 from transformers import BloomForCausalLM, PreTrainedTokenizerBase
 
-import swarm.node
+import swarm.client.node
 from config import Settings
-from swarm.client import Swarm, SwarmModel
+from swarm.client.model import Swarm, SwarmModel
+from swarm.client.node import with_port
 from swarm.local import LocalSwarm
-from swarm.node import with_port
-from tests.client import call
 from tests.conftest import READY_TIMEOUT, LiveApp, greedy, serve
+from tests.support.client import call
 from tests.test_session import PROMPTS, run_greedy, wait_until
 
 TOKENS = 30
@@ -98,7 +98,7 @@ def test_a_session_goes_on(
     kill: Callable[[Swarm], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(swarm.node, "SILENT_LOOKS", 8 if kill is stop_dht else swarm.node.SILENT_LOOKS)
+    monkeypatch.setattr(swarm.client.node, "SILENT_LOOKS", 8 if kill is stop_dht else swarm.client.node.SILENT_LOOKS)
     peers, servers = list(local.swarm.initial_peers), [view.peer_id for view in own_model.state.servers()]
     threads, token_ids = threading.active_count(), own_model.tokenizer.encode(PROMPTS[0])
     expected = greedy(reference, token_ids, TOKENS)

@@ -13,15 +13,15 @@ from websockets.exceptions import ConnectionClosed
 
 from config import Settings
 from errors import SessionNotFound
-from resumption import Outbox, Unreachable
 from service import Service
-from swarm.client import SwarmModel
+from swarm.client.model import SwarmModel
 from swarm.local import LocalSwarm
-from tests.client import TIMEOUT, Socket, websocket
 from tests.conftest import LiveApp, serve, tiny_server
+from tests.support.client import TIMEOUT, Socket, websocket
 from tests.test_failover import Chaos
 from tests.test_http_api import generated
 from tests.test_session import free_cache, settled_cache, wait_until
+from web.reply_stream import Outbox, Unreachable
 
 PROMPT = "The quick brown fox"
 NEVER = "no such text is ever generated"

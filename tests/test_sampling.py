@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GenerationConfig, TopKLogitsWarper, TopPLogitsWarper
 
-from parameters import MAX_SEED, GenerationParams
-from sampling import FIRST_LOOK, Candidates, Sampler, pick
+from generation.parameters import MAX_SEED, GenerationParams
+from generation.sampling import FIRST_LOOK, Candidates, Sampler, pick
 
 # Without a deadline, for a machine may be busy, and the same examples in every run.
 examples = settings(deadline=None, derandomize=True, max_examples=100)

@@ -16,13 +16,13 @@ from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure, P2PDaemonErro
 from petals.server.memory_cache import AllocationFailed
 from transformers import BloomForCausalLM, PreTrainedTokenizerBase
 
-from swarm.client import SwarmModel
+from swarm.client.model import SwarmModel
+from swarm.client.session import HistoryBudget, SwarmSession
 from swarm.errors import CacheFull, Cancelled, SessionClosed, SessionLengthExceeded
 from swarm.local import LocalSwarm
-from swarm.server import shorten_refusal
-from swarm.session import HistoryBudget, SwarmSession
+from swarm.server.serve import shorten_refusal
 from tests.conftest import greedy, load_model, tiny_server
-from tests.swarms import server_info
+from tests.support.swarms import server_info
 
 SETTLED = 8  # equal readings in a row, each a twentieth of a second and more after the last
 PROMPTS = ["The quick brown fox", "Ein Schwarm von Servern", "分散された", "a"]

@@ -7,12 +7,12 @@ import pytest
 from transformers import BloomForCausalLM, PreTrainedTokenizerBase
 
 from inference_sessions import InferenceSessions
-from session_memory import SessionMemory, common_prefix
-from swarm.client import SwarmModel
+from swarm.client.model import SwarmModel
+from swarm.client.warm_sessions import SessionMemory, common_prefix
 from swarm.errors import CacheFull
 from swarm.local import LocalSwarm
-from tests.client import websocket
 from tests.conftest import LiveApp, greedy, load_model, tiny_server
+from tests.support.client import websocket
 from tests.test_openai_api import complete, post
 from tests.test_session import infos, wait_until
 

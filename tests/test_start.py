@@ -14,10 +14,10 @@ import torch
 from transformers import AutoTokenizer, FalconForCausalLM
 from websockets.exceptions import ConnectionClosed
 
-from tests.client import call, websocket
-from tests.processes import GUNICORN, ROOT, Program, running, survivors
+from tests.support.client import call, websocket
+from tests.support.processes import GUNICORN, ROOT, Program, running, survivors
+from tests.support.tiny import make_tiny_falcon
 from tests.test_session import wait_until
-from tests.tiny import make_tiny_falcon
 
 PROMPT = "The quick brown fox"
 
@@ -92,7 +92,7 @@ def test_page_is_served_with_its_parts(program: Program) -> None:
 
 @pytest.mark.parametrize("script", sorted((ROOT / "static/js").glob("*.js")), ids=lambda path: path.name)
 def test_scripts_have_no_templates_within_templates(script: Path) -> None:
-    assert not re.search(r"`[^`]*\$\{[^}]*`", script.read_text()), "rjsmin, see page.py, would change their meaning"
+    assert not re.search(r"`[^`]*\$\{[^}]*`", script.read_text()), "rjsmin, see web/pages.py, would change them"
 
 
 def test_too_large_a_message_closes_the_connection(program: Program) -> None:
@@ -209,7 +209,7 @@ def test_importing_the_app_starts_nothing() -> None:
 
 
 def test_the_app_may_be_started_before_its_swarm(tiny_bloom: Path, tmp_path: Path) -> None:
-    from swarm.client import Swarm
+    from swarm.client.model import Swarm
     from swarm.local import LocalServer
     from tests.conftest import tiny_server
 

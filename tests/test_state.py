@@ -11,13 +11,13 @@ import pytest
 from transformers import BloomForCausalLM
 
 from config import KNOWN_MODELS, ModelConfig
-from models import ServedModel
-from status_api import describe, short_count
+from models.loading import ServedModel
 from swarm.local import LocalServer, LocalSwarm
-from tests.client import call
 from tests.conftest import LiveApp, serve, tiny_server
+from tests.support.client import call
+from tests.support.tiny import make_tiny_bloom
 from tests.test_session import wait_until
-from tests.tiny import make_tiny_bloom
+from web.status import describe, short_count
 
 MISSING = "/nowhere/missing-model"
 

@@ -17,19 +17,20 @@ from petals.data_structures import ServerInfo, ServerState
 from petals.server.server import ModuleAnnouncerThread
 from transformers import BloomForCausalLM
 
-from swarm import server, supervision
+from swarm import supervision
 from swarm.local import LocalServer, LocalSwarm
-from swarm.server import STEP_LIMIT, Announcer, PatientDHT, WatchedContainer, beat, find_daemon, is_running
+from swarm.server import serve as server
+from swarm.server.serve import STEP_LIMIT, Announcer, PatientDHT, WatchedContainer, beat, find_daemon, is_running
 from swarm.supervision import LAST_BACKOFF, Part, Watcher, backoff
 from tests.conftest import greedy, load_model, tiny_server
-from tests.processes import is_memory_manager
+from tests.support.processes import ROOT, is_memory_manager
 from tests.test_session import PROMPTS, run_greedy, wait_until
 
 # A server whose batcher meets a fault of its own as soon as there is a file of the given name.
 FRAGILE_SERVER = """
 import pathlib, sys
-import swarm.server
-from swarm.batching import Batcher
+import swarm.server.serve
+from swarm.server.batching import Batcher
 compute = Batcher._compute_next
 def compute_or_fail(self):
     if pathlib.Path(sys.argv[1]).exists():
@@ -37,7 +38,7 @@ def compute_or_fail(self):
         raise ZeroDivisionError("a fault of the batcher")
     compute(self)
 Batcher._compute_next = compute_or_fail
-sys.exit(swarm.server.main(sys.argv[2:]))
+sys.exit(swarm.server.serve.main(sys.argv[2:]))
 """
 
 
@@ -172,7 +173,7 @@ def test_a_process_begins_anew(tmp_path: Path) -> None:
         "    replace_process(TIMES='1')\n"
     )
     command = [sys.executable, str(program), "a", "b c"]
-    environment = {"PYTHONPATH": str(Path(server.__file__).parent.parent), "PATH": ""}
+    environment = {"PYTHONPATH": str(ROOT), "PATH": ""}
     child = subprocess.Popen(
         command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

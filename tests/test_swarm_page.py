@@ -8,10 +8,10 @@ import pytest
 from playwright.sync_api import Page, Route, expect
 
 from swarm.local import LocalServer, LocalSwarm
-from tests.browser import axe_violations, browser_page
-from tests.client import call
 from tests.conftest import LiveApp, serve, tiny_server
-from tests.tiny import make_tiny_bloom
+from tests.support.browser import axe_violations, browser_page
+from tests.support.client import call
+from tests.support.tiny import make_tiny_bloom
 
 SOON = 60_000  # milliseconds; a server starts within a tenth of that on two idle cores
 STATE = "**/api/v1/state"

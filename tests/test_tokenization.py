@@ -15,9 +15,9 @@ from transformers import BloomTokenizerFast, PreTrainedTokenizerBase, PreTrained
 from swarm import tokenization
 from swarm.errors import SessionLengthExceeded, TokenizerBusy
 from swarm.tokenization import COMPOSED, FEW, MAX_TEXT, SMALL, TextTokenizer, loss_of
-from tests.processes import ROOT
+from tests.support.processes import ROOT
+from tests.support.tiny import CORPUS, make_tokenizer
 from tests.test_generation import SENTENCE_PIECE, SENTENCE_PIECE_TEXTS, TEXTS, TOKENIZER
-from tests.tiny import CORPUS, make_tokenizer
 
 PLAIN_AND_OWNED = [(TOKENIZER, TEXTS), (SENTENCE_PIECE, SENTENCE_PIECE_TEXTS)]
 LONG_ENOUGH = 30.0  # seconds

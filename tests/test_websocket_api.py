@@ -16,10 +16,10 @@ import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
-from swarm.client import SwarmModel
-from tests.client import TIMEOUT, call, websocket
+from swarm.client.model import SwarmModel
 from tests.conftest import LiveApp
-from tests.detaching import detaching
+from tests.support.client import TIMEOUT, call, websocket
+from tests.support.detaching import detaching
 from tests.test_http_api import generated
 from tests.test_session import free_cache, settled_cache, wait_until
 from tests.test_websocket_hub import frame

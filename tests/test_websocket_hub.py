@@ -15,10 +15,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import websocket_hub
-from fair_pool import FairPool
+from admission.fair_pool import FairPool
 from tests.test_session import wait_until
-from websocket_hub import (
+from web import websocket_hub
+from web.websocket_hub import (
     READ_SIZE,
     UNSEEN_BYTES,
     UNSEEN_MESSAGES,
@@ -668,7 +668,7 @@ def test_pool_serves_parties_by_turns() -> None:
 
 
 def test_pool_has_no_more_threads_than_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fair_pool.PATIENCE", 0.2)
+    monkeypatch.setattr("admission.fair_pool.PATIENCE", 0.2)
     pool = FairPool("few", 3)
     barrier = threading.Barrier(4)
 

@@ -34,16 +34,16 @@ from petals.data_structures import RemoteModuleInfo, RemoteSpanInfo, ServerInfo,
 from petals.utils.dht import compute_spans, declare_active_modules
 from transformers import BloomForCausalLM
 
-from swarm import state as state_module
 from swarm import wire
-from swarm.client import Swarm, SwarmModel
+from swarm.client import routing as state_module
+from swarm.client.model import Swarm, SwarmModel
+from swarm.client.routing import SwarmState, cheapest_route, keep_some
+from swarm.client.session import ARGS_STRUCTURE, SessionLimits, SwarmSession, _Span
 from swarm.errors import ModelMismatch
 from swarm.local import LocalSwarm
-from swarm.session import ARGS_STRUCTURE, SessionLimits, SwarmSession, _Span
-from swarm.state import SwarmState, cheapest_route, keep_some
-from tests import evil
 from tests.conftest import greedy, load_model, tiny_server
-from tests.evil import EvilServer, bomb, framed
+from tests.support import evil
+from tests.support.evil import EvilServer, bomb, framed
 from tests.test_session import run_greedy, wait_until
 
 PROMPT = "The quick brown fox"
@@ -139,7 +139,7 @@ def test_more_servers_refuse_than_patience_lasts(
     tempted: SwarmModel, enemy: EvilServer, reference: BloomForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many refuse, another one that can compute is found; and offenders are not forgiven for a good step."""
-    monkeypatch.setattr("swarm.session.REFUSAL_PATIENCE", 0.5)
+    monkeypatch.setattr("swarm.client.session.REFUSAL_PATIENCE", 0.5)
     fakes = [PeerID(bytes([0, 36]) + random.randbytes(36)) for _ in range(12)]
     honest = [*tempted.state.manager.state.sequence_info.spans_by_priority]
     spans = [RemoteSpanInfo(fake, 0, 4, ServerInfo(ServerState.ONLINE, 1.0, 0, 4, inference_rps=1e5)) for fake in fakes]
@@ -274,7 +274,7 @@ def test_losses_far_apart_do_not_add_up(model: SwarmModel, monkeypatch: pytest.M
             return None if calls % 2 else await forward(inputs, start)
 
         monkeypatch.setattr(session._chain, "forward", lossy)
-        monkeypatch.setattr("swarm.session.time", SimpleNamespace(monotonic=lambda: now[0]))
+        monkeypatch.setattr("swarm.client.session.time", SimpleNamespace(monotonic=lambda: now[0]))
         assert session.step([5] * 1600).shape == (model.head.vocab_size,)
         assert calls == 8
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from benchmarks.attacks import access, crowds, swarm, work  # noqa: F401  they add their attacks to the list
 from benchmarks.attacks.bystanders import ANSWER_LIMIT, Bystanders, right_answer
 from benchmarks.attacks.target import ATTACKS, Attack, Target
-from tests.processes import GUNICORN, running
+from tests.support.processes import GUNICORN, running
 
 SHOWN, LENGTH = 5, 600  # complaints of each attack, characters of each
 

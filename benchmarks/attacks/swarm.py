@@ -21,7 +21,7 @@ from hivemind.utils.timed_storage import get_dht_time
 from benchmarks.attacks.target import OPEN, Target, attack
 from config import Settings
 from swarm import weights
-from tests import evil
+from tests.support import evil
 
 # A part that died is noticed, replaced, and computing again: a server within 5 s, the app's membership within 10. The
 # bystanders' answers go on by themselves meanwhile.

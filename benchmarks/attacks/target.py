@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import psutil
 
 from benchmarks.attacks.client import Client
-from tests.processes import Program
+from tests.support.processes import Program
 
 KEY = "a secret of the tests"
 # Settings under which an attack is tried; the defaults, but in float32: there the answer to a question does not depend

@@ -1,0 +1,59 @@
+"""Memory that requests share: each tells how much it may need before it begins, and waits until so much is left."""
+
+import contextlib
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+
+from admission.fair_queue import POLL
+from swarm.errors import Cancelled
+
+
+class Exhausted(Exception):
+    """Not enough became free in time."""
+
+
+class Budget:
+    """An amount of something that is held and given back. Who comes first is served first."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self._free = total
+        self._waiting: deque[object] = deque()
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def hold(self, amount: int, timeout: float, cancelled: Callable[[], bool] = lambda: False) -> Iterator[None]:
+        """Hold an amount for the time of the block.
+
+        :param timeout: seconds to wait for it
+        :param cancelled: looked at while waiting; ends it when it returns true
+        :raises Exhausted: if it is not free in time
+        :raises Cancelled: if the wait was ended
+        """
+        if amount > self.total:
+            raise ValueError(f"{amount} are more than the {self.total} that there are")
+        self._take(amount, timeout, cancelled)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += amount
+                self._changed.notify_all()
+
+    def _take(self, amount: int, timeout: float, cancelled: Callable[[], bool]) -> None:
+        ticket, deadline = object(), time.monotonic() + timeout
+        with self._changed:
+            self._waiting.append(ticket)
+            try:
+                while self._waiting[0] is not ticket or self._free < amount:
+                    if cancelled():
+                        raise Cancelled("the wait for memory was given up")
+                    if time.monotonic() > deadline:
+                        raise Exhausted(f"{amount} of {self.total} did not become free within {timeout:.0f} s")
+                    self._changed.wait(POLL)
+                self._free -= amount
+            finally:
+                self._waiting.remove(ticket)
+                self._changed.notify_all()

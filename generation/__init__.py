@@ -1,0 +1,1 @@
+"""How tokens become text. Nothing here knows of transports, settings or petals."""

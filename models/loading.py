@@ -1,0 +1,344 @@
+"""The models that are served: loaded in the background, each with a state that anybody may ask for.
+
+Nothing heavy is imported before ``start``: importing the app costs nothing.
+"""
+
+import contextlib
+import functools
+import logging
+import re
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from config import ModelConfig, Settings
+from errors import ModelNotFound, ModelNotReady
+from swarm.background import Loop, growing_delays
+from swarm.errors import CacheFull, ModelUnavailable, SwarmError, SwarmUnreachable, format_blocks
+
+if TYPE_CHECKING:
+    from swarm.client.model import Swarm, SwarmModel
+    from swarm.client.session import HistoryBudget
+    from swarm.local import LocalSwarm
+
+log = logging.getLogger(__name__)
+
+# How often a model whose blocks are not all served yet looks again: a person waits, and a look costs milliseconds.
+BLOCKS_POLL = 1.0  # seconds
+# Between two tries to be in a swarm, or to bring up a model: short at first, for a swarm that is just being started.
+# Nobody can tell that a fault of configuration stays one: a directory may be mounted, access to a hub's model granted.
+# Such a try fails early and costs milliseconds, and a request to the hub in a minute harms nobody.
+FIRST_RETRY, LAST_SWARM_RETRY, LAST_MODEL_RETRY = 1.0, 30.0, 60.0  # seconds
+# How often to look whether a model has come in doubt.
+KEEP_PERIOD = 1.0  # seconds
+# Of the free memory, for the attention caches of all embedded servers; the weights and other programs need the rest.
+CACHE_SHARE = 0.25
+
+State = Literal["loading", "ready", "blocks_missing", "stale", "rejoining", "failed"]
+
+
+@dataclass(frozen=True)
+class ModelStatus:
+    """The state of a model, and what there is to say about it."""
+
+    state: State
+    message: str
+
+
+class ServedModel:
+    """One model: its configuration, its state, and the model itself once it is loaded."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+        self.model: SwarmModel | None = None
+        self.error: SwarmError | None = None  # of the last try to bring it up, or to get an answer
+        self.retry_in: Callable[[], float | None] = lambda: None  # seconds until the next one
+        self.progress = "waiting to be loaded"
+        self.fraction: float | None = None  # how much of that is done, where it is known
+        self.has_server = False  # whether the embedded swarm has a server for it, which is started again if it dies
+        self.ready = False  # whether it has answered once
+
+    @property
+    def status(self) -> ModelStatus:
+        """The state now; what is known of the swarm is looked up, not remembered. Never waits."""
+        if self.model is not None and (status := self._swarm_status(self.model)) is not None:
+            return status
+        answers = self.ready and self.model is not None and not self.model.state.doubtful
+        if self.error is not None and not answers:
+            wait = self.retry_in()
+            return ModelStatus("failed", f"{self.error}; again {'now' if wait is None else f'in {wait:.0f} s'}")
+        return ModelStatus("ready", "ready") if self.ready else ModelStatus("loading", self.progress)
+
+    @staticmethod
+    def _swarm_status(model: "SwarmModel") -> ModelStatus | None:
+        """What is wrong with the swarm, if anything is, whatever the model itself is like."""
+        state = model.state
+        if not state.connected:
+            return ModelStatus("rejoining", "this program joins its swarm again")
+        if state.stale:
+            return ModelStatus("stale", f"the swarm was last read {state.view_age or 0:.0f} s ago")
+        if missing := state.missing_blocks():
+            return ModelStatus("blocks_missing", f"no server holds {format_blocks(missing)}")
+        return None
+
+    def report(self, message: str) -> None:
+        """Tell the log, and whoever asks, how far the loading is."""
+        self.progress, self.fraction = message, None
+        log.info("%s: %s", self.config.name, message)
+
+    def report_fraction(self, done: float) -> None:
+        self.fraction = done
+
+
+class Models:
+    """All models of the program, and the swarm behind them."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        # Called when a model's servers have no attention cache left for so many tokens; see SwarmState.make_room.
+        self.make_room: Callable[[str, int], bool] = lambda name, tokens: False
+        self.served = {config.name: ServedModel(config) for config in settings.models()}
+        self._local: LocalSwarm | None = None
+        self._swarm: Swarm | None = None
+        self._budget: HistoryBudget | None = None
+        self._keepers: list[Loop] = []
+        self._stop = threading.Event()
+        self._loading = threading.Lock()  # Transformers patches torch.nn while it loads: one model at a time
+
+    def start(self) -> None:
+        """Begin to load in the background."""
+        threading.Thread(target=self._load_all, name="load-models", daemon=True).start()
+
+    def find(self, name: str) -> ServedModel:
+        """Return a model in whatever state it is.
+
+        :raises ModelNotFound: if no such model is served
+        """
+        served = self.served.get(name)
+        if served is None:
+            raise ModelNotFound(f"no model {name!r} is served here")
+        return served
+
+    def get(self, name: str | None) -> "SwarmModel":
+        """Return a model that can be used; None: the default model.
+
+        :raises ModelNotFound: if no such model is served
+        :raises ModelUnavailable, ModelNotReady: if it failed to load, or is not loaded yet
+        """
+        served = self.find(name or self.settings.default_model)
+        if served.model is not None and served.ready:
+            return served.model  # whatever the swarm is like now: its sessions wait until it is there again
+        if served.error is not None:
+            raise served.error
+        raise ModelNotReady(f"{served.config.name} is not ready yet: {served.status.message}")
+
+    @property
+    def initial_peers(self) -> list[str]:
+        """Multiaddrs by which others join the swarm; none while an own one is not founded yet."""
+        return self._swarm.initial_peers if self._swarm is not None else list(self.settings.INITIAL_PEERS)
+
+    @property
+    def status(self) -> dict[str, ModelStatus]:
+        return {name: served.status for name, served in self.served.items()}
+
+    @property
+    def loops(self) -> list[Loop]:
+        """What runs in the background for as long as the program does."""
+        watch = [self._swarm.loop] if self._swarm is not None else []
+        readers = [served.model.state.reader for served in self.served.values() if served.model is not None]
+        return [*watch, *readers, *self._keepers]
+
+    def _load_all(self) -> None:
+        started = time.monotonic()
+        self._report_all("connecting to the swarm")
+        delays = growing_delays(FIRST_RETRY, LAST_SWARM_RETRY)
+        while not self._stop.is_set():
+            try:
+                self._connect()
+                break
+            except Exception as error:  # whatever it was, the models' states must tell it
+                self._wait_unconnected(error, next(delays))
+        if self._stop.is_set():  # the program has ended meanwhile, and could not leave what it was not in yet
+            self._leave_swarm()
+            return
+        self._keepers = [self._keeper(served, started) for served in self.served.values()]
+        for keeper in self._keepers:
+            keeper.start()
+
+    def _connect(self) -> None:
+        """Join the swarm, or found the embedded one.
+
+        :raises SwarmUnreachable: if that fails
+        """
+        from swarm.compat import set_threads
+
+        from swarm.client.model import Swarm
+        from swarm.client.session import HistoryBudget
+
+        set_threads(self.settings.CLIENT_THREADS)
+        self._budget = HistoryBudget(self.settings.HISTORY_MB * 2**20)
+        if self.settings.INITIAL_PEERS:
+            self._swarm = Swarm.join(self.settings.INITIAL_PEERS)
+        else:
+            from swarm.local import LocalSwarm
+
+            self._local = LocalSwarm(self.settings.SWARM_HOST_MADDRS)
+            self._swarm = self._local.swarm
+            for maddr in self._swarm.initial_peers:
+                log.info("this program's own swarm: others join with --initial-peers %s", maddr)
+        for served in self.served.values():
+            served.error = None
+
+    def _wait_unconnected(self, error: Exception, delay: float) -> None:
+        """Tell why this program is in no swarm, and wait until the next try."""
+        if isinstance(error, SwarmUnreachable) and self.settings.INITIAL_PEERS:  # it may not have been started yet
+            self._report_all(f"waiting for the swarm: {error}")
+        else:
+            log.error("no model can be loaded, again in %.0f s", delay, exc_info=error)
+            next_try = time.monotonic() + delay
+            for served in self.served.values():
+                served.retry_in = lambda: max(0.0, next_try - time.monotonic())
+                served.error = as_swarm_error(error)
+        self._stop.wait(delay)
+
+    def _report_all(self, message: str) -> None:
+        for served in self.served.values():
+            served.report(message)
+
+    def _keeper(self, served: ServedModel, started: float) -> Loop:
+        """Return a loop that brings a model up and looks after it."""
+        keeper = Loop(
+            f"keep-model {served.config.name}",
+            lambda: self._keep(served, started),
+            KEEP_PERIOD,
+            first_delay=FIRST_RETRY,
+            last_delay=LAST_MODEL_RETRY,
+            expected=(SwarmError,),
+        )
+        served.retry_in = lambda: keeper.retry_in
+        return keeper
+
+    def _keep(self, served: ServedModel, started: float) -> None:
+        """Bring a model up, or see whether one in doubt still answers. A failure is this model's alone."""
+        if self._stop.is_set():
+            return
+        try:
+            if not served.ready:
+                self._bring_up(served, started)
+            elif served.model is not None and served.model.state.doubtful:
+                with contextlib.suppress(CacheFull):  # its servers live, and are busy
+                    self._warm_up(served, served.model)
+        except Exception as error:
+            if self._stop.is_set():
+                return
+            served.error = as_swarm_error(error)
+            raise
+        served.error = None
+
+    def _bring_up(self, served: ServedModel, started: float) -> None:
+        """Do what is left to be done until the model answers."""
+        from swarm.compat import spare_collector
+
+        if served.model is None:
+            self._start_server(served)
+            with self._loading:
+                served.model = self._load_client(served)
+            served.model.state.make_room = functools.partial(self.make_room, served.config.name)
+        self._await_blocks(served, served.model)
+        self._warm_up(served, served.model)
+        served.ready = True
+        spare_collector()
+        log.info("%s: ready after %.1f s", served.config.name, time.monotonic() - started)
+
+    def _start_server(self, served: ServedModel) -> None:
+        """In the embedded swarm: prepare the model's files and start a server for all its blocks, if there is none."""
+        if self._local is None or served.has_server:
+            return
+        from transformers import AutoConfig
+
+        from swarm import weights
+        from swarm.hardware import attn_cache_tokens
+        from swarm.local import ServerOptions
+
+        name, settings = served.config.name, self.settings
+        path = weights.locate(
+            name, cache_dir=settings.cache_dir, progress=served.report, fraction=served.report_fraction
+        )
+        served.report("starting a server of the embedded swarm")
+        dtype, share = settings.torch_dtype(), CACHE_SHARE / len(self.served)
+        config = AutoConfig.from_pretrained(path)
+        cache_tokens = settings.ATTN_CACHE_TOKENS or attn_cache_tokens(config, dtype, share, settings.device())
+        self._local.start_server(
+            ServerOptions(
+                name,
+                device=settings.device(),
+                torch_dtype=dtype,
+                attn_cache_tokens=cache_tokens,
+                threads=settings.SERVER_THREADS or None,
+                cache_dir=settings.cache_dir,
+                # With a minute more than the app keeps what nobody uses, the app decides.
+                idle_timeout=settings.SESSION_TIMEOUT + settings.RESUME_TIMEOUT + 60,
+                # Reachable by the same machines as the swarm's first peer, on a port of its own.
+                host_maddrs=[re.sub(r"/(tcp|udp)/\d+", r"/\1/0", maddr) for maddr in settings.SWARM_HOST_MADDRS],
+            )
+        )
+        served.has_server = True
+
+    def _load_client(self, served: ServedModel) -> "SwarmModel":
+        from swarm.client.model import SwarmModel
+        from swarm.client.session import SessionLimits
+
+        settings = self.settings
+        served.report("loading tokenizer, embeddings and head")
+        assert self._swarm is not None  # _connect has returned
+        return SwarmModel.load(
+            served.config.name,
+            self._swarm,
+            cache_dir=settings.cache_dir,
+            device=settings.device(),
+            torch_dtype=settings.torch_dtype(),
+            update_period=settings.UPDATE_PERIOD,
+            limits=SessionLimits(
+                step_timeout=settings.STEP_TIMEOUT,
+                recovery_timeout=settings.RECOVERY_TIMEOUT,
+                cache_timeout=settings.QUEUE_TIMEOUT,
+            ),
+            budget=self._budget,
+        )
+
+    def _await_blocks(self, served: ServedModel, model: "SwarmModel") -> None:
+        served.report("waiting for servers that hold its blocks")
+        state = model.state
+        state.start(timeout=BLOCKS_POLL)
+        while not self._stop.is_set() and not state.wait(lambda: not state.missing_blocks(), BLOCKS_POLL):
+            served.progress = f"no server holds {format_blocks(state.missing_blocks())}"
+
+    def _warm_up(self, served: ServedModel, model: "SwarmModel") -> None:
+        """Compute one token: a server that has announced its blocks may need a moment more until it answers."""
+        served.report("computing a first token")
+        token_id = next(iter(model.tokenizer.get_vocab().values()))
+        with model.open_session(max_length=2) as session:
+            session.step([token_id], cancelled=self._stop.is_set)
+
+    def close(self) -> None:
+        """Let go of all models, then of the swarm; embedded servers end."""
+        self._stop.set()
+        for keeper in self._keepers:
+            keeper.stop()
+        for served in self.served.values():
+            if served.model is not None:
+                served.model.close()
+        self._leave_swarm()
+
+    def _leave_swarm(self) -> None:
+        if self._local is not None:
+            self._local.close()
+        elif self._swarm is not None:
+            self._swarm.close()
+
+
+def as_swarm_error(error: Exception) -> SwarmError:
+    """Return what to tell a request for a model that cannot be had."""
+    return error if isinstance(error, SwarmError) else ModelUnavailable(f"{type(error).__name__}: {error}")

@@ -1,0 +1,1 @@
+"""The third door: the API that programs made for OpenAI speak."""

@@ -1,0 +1,101 @@
+"""The two ends of a model that this program computes itself: token ids to hidden states, hidden states to logits."""
+
+import threading
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import swarm.compat  # noqa: F401
+
+import torch
+
+from swarm.errors import ModelMismatch
+from swarm.packed_linear import Projection, can_pack
+
+# Of memory for a second copy of the head's weights, where the embeddings need the first one. BLOOM's would be 7 GB.
+COPY_LIMIT = 2**30  # bytes
+
+
+def faster(lm_head: Any, embeddings: torch.Tensor) -> Any:
+    """Return the language-model head with its weights in the order that the processor wants, if that can be had."""
+    weight = lm_head.weight
+    if not can_pack(weight) or (weight.dtype != torch.float32 and lm_head.use_chunked_forward):
+        return lm_head  # petals knows a better way for a processor without AVX512
+    tied = weight.data_ptr() == embeddings.data_ptr()
+    if tied and weight.numel() * weight.element_size() > COPY_LIMIT:
+        return lm_head
+    projection = Projection(lm_head)
+    if not tied:
+        lm_head.weight.data = torch.empty(0)  # the packed one is in its place
+    return projection
+
+
+class Head:
+    """Embeddings and language-model head of a petals model. May be used by several threads at a time."""
+
+    def __init__(self, model: Any) -> None:
+        self._transformer = model.transformer  # petals gives all its model families BLOOM's attribute names
+        self._lm_head = faster(model.lm_head, self._transformer.word_embeddings.weight)
+        self.device: torch.device = self._transformer.word_embeddings.weight.device
+        self.vocab_size: int = self._transformer.word_embeddings.weight.shape[0]
+        self._hidden_shape: torch.Size = self._transformer.word_embeddings.weight.shape[1:]
+        self._waiting: deque[tuple[torch.Tensor, Future[torch.Tensor]]] = deque()
+        self._computing = threading.Lock()
+
+    @torch.inference_mode()
+    def embed(self, *rows: Sequence[int]) -> torch.Tensor:
+        """Return the inputs of the first block: [rows, n tokens, hidden size], on the CPU, from where they are sent."""
+        ids = torch.tensor([list(row) for row in rows], device=self.device)
+        return self._transformer.word_embeddings_layernorm(self._transformer.word_embeddings(ids)).cpu()
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the logits of the next tokens, float32 on the CPU.
+
+        :param hidden: [n rows, hidden size], outputs of the last block
+        :returns: [n rows, vocabulary]
+        """
+        hidden = hidden.to(self.device, self._transformer.ln_f.weight.dtype)
+        return self._lm_head(self._transformer.ln_f(hidden)).float().cpu()
+
+    def next_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the logits of one sequence's next token, computed together with those that other threads wait for.
+
+        The weights of the head are large, and reading them is what takes the time: for BLOOM's, 32 rows at once take
+        hardly longer than one. Whoever finds the head free computes for all who wait (flat combining, Hendler et al.,
+        SPAA 2010); nobody waits for company.
+
+        :param hidden: [hidden size], floating
+        :returns: [vocabulary], float32 on the CPU
+        :raises ModelMismatch: if ``hidden`` is something else
+        """
+        if hidden.shape != self._hidden_shape or not hidden.is_floating_point():
+            raise ModelMismatch(f"hidden states are {hidden.dtype} of shape {list(hidden.shape)}")
+        mine: Future[torch.Tensor] = Future()
+        self._waiting.append((hidden, mine))
+        with self._computing:
+            if not mine.done():
+                self._compute_waiting()
+        return mine.result()
+
+    def _compute_waiting(self) -> None:
+        waiting = [self._waiting.popleft() for _ in range(len(self._waiting))]
+        try:
+            rows = self.logits(torch.stack([hidden for hidden, _ in waiting])).unbind(0)
+        except Exception:  # out of memory, or one of them cannot be computed: which is seen when each is alone
+            for hidden, future in waiting:
+                self._compute_alone(hidden, future)
+        except BaseException as error:
+            for _, future in waiting:
+                future.set_exception(error)
+            raise
+        else:
+            for (_, future), row in zip(waiting, rows, strict=True):
+                future.set_result(row)
+
+    def _compute_alone(self, hidden: torch.Tensor, future: "Future[torch.Tensor]") -> None:
+        try:
+            future.set_result(self.logits(hidden[None])[0])
+        except BaseException as error:  # raised by whoever waits for it
+            future.set_exception(error)

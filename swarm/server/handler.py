@@ -1,0 +1,213 @@
+"""How a server of this project takes requests: petals' handler, whose inference sessions are computed in batches.
+
+What it speaks is petals' ``rpc_inference``, and beyond that two things, which the first answer of a session tells of in
+its metadata. ``rewind``: a step may carry ``start_from_position``, as of petals 2.3; the session forgets what follows.
+``spread``: hidden states of one sequence stand for all sequences of the session; they are computed once.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+from typing import Any, AsyncIterator  # noqa: UP035  hivemind knows streams by this type only
+
+import swarm.compat  # noqa: F401
+
+import torch
+from async_timeout import timeout
+from hivemind import MSGPackSerializer, serialize_torch_tensor
+from hivemind.proto import runtime_pb2
+from hivemind.utils.asyncio import achain, anext, as_aiter
+from petals.data_structures import CHAIN_DELIMITER
+from petals.server import handler as petals_handler
+from petals.utils.misc import is_dummy
+
+from swarm import wire
+from swarm.server.batching import HandlerLine
+
+# What the first answer of a session says of the server; see the module's docstring.
+ABILITIES = MSGPackSerializer.dumps({"rewind": True, "spread": True})
+# A server pushes a step when it has answered its own, so that one is waited for and one may be on its way.
+MAX_PUSHED = 4
+
+
+class TransformerConnectionHandler(petals_handler.TransformerConnectionHandler):
+    """Petals' handler, which tells more. The class keeps its name because the name is part of the wire protocol."""
+
+    # Shared, because each handler is a process of its own.
+    inference_tokens: Any  # tokens received for inference
+    heartbeat: Any  # time.monotonic() of the computing process, as it last told
+    # To the batcher; None if this server's blocks are computed by petals alone. Set before the process begins.
+    line: HandlerLine | None = None
+    cache_descriptor: Any  # see RaggedBlocks
+    batches: Any  # batches computed
+
+    async def add_p2p_handlers(self, *args: Any, **kwargs: Any) -> None:
+        hidden_size = next(iter(self.module_backends.values())).outputs_schema[0].shape[-1]
+        # A step may bring all the tokens of a session, and deep prompts besides.
+        wire.limit_messages(wire.MAX_MESSAGE + 4 * hidden_size * self.inference_max_length)
+        if self.line is not None:
+            await self.line.connect()
+        await super().add_p2p_handlers(*args, **kwargs)
+
+    async def rpc_inference(
+        self, requests: AsyncIterator[runtime_pb2.ExpertRequest], context: petals_handler.P2PContext
+    ) -> AsyncIterator[runtime_pb2.ExpertResponse]:
+        """Serve one inference session: in batches, or by petals if it wants an adapter."""
+        async with timeout(self.session_timeout):
+            request = await asyncio.wait_for(anext(requests), self.step_timeout)
+            session = wire.read_session(request, self.inference_max_length)
+            responses: Any
+            if self.line is not None and not session.adapter and self._follow_each_other(request.uid):
+                responses = self._serve_session(self.line, request, session, requests, context)
+            else:
+                request.metadata = MSGPackSerializer.dumps(
+                    {**wire.read_metadata(request.metadata), "alloc_timeout": session.alloc_timeout}
+                )
+                responses = super().rpc_inference(achain(as_aiter(request), requests), context)
+            async with contextlib.aclosing(responses):  # at once when the client is gone, not when it is collected
+                async for response in responses:
+                    yield response
+
+    def _follow_each_other(self, uids: str) -> bool:
+        """Whether blocks are served here one after the other, as a session of any sane client needs them."""
+        return f"{CHAIN_DELIMITER}{uids}{CHAIN_DELIMITER}" in CHAIN_DELIMITER.join(["", *self.module_backends, ""])
+
+    def _check_uids(self, uids: str) -> tuple[str, ...]:
+        return wire.split_uids(uids, self.module_backends, CHAIN_DELIMITER)
+
+    async def _serve_session(
+        self,
+        line: HandlerLine,
+        request: runtime_pb2.ExpertRequest,
+        wanted: wire.SessionRequest,
+        requests: AsyncIterator[runtime_pb2.ExpertRequest],
+        context: petals_handler.P2PContext,
+    ) -> AsyncIterator[runtime_pb2.ExpertResponse]:
+        uids = self._check_uids(request.uid)
+        self._log_request("rpc_inference.open", uids, context)
+        first = list(self.module_backends).index(uids[0])
+        memory_cache = self.module_backends[uids[0]].memory_cache
+        session = None
+        try:
+            descriptor = self.cache_descriptor(len(uids), wanted.batch_size, wanted.max_length)
+            async with memory_cache.allocate_cache(descriptor, timeout=wanted.alloc_timeout) as (handle,):
+                session = await line.open(handle, first, first + len(uids))
+                steps: Any = self._iterate_inference_steps(request, requests, wanted.session_id, uids, context)
+                responses: Any = self._compute_steps(line, session, steps, wanted, len(uids))
+                async with contextlib.aclosing(steps), contextlib.aclosing(responses):
+                    async for response in responses:
+                        yield response
+        finally:
+            if session is not None:
+                await line.close(session)  # after its cache was given back, so that the memory is free at once
+            self._log_request("rpc_inference.close", uids, context)
+
+    async def _compute_steps(
+        self,
+        line: HandlerLine,
+        session: int,
+        steps: AsyncIterator[tuple[runtime_pb2.ExpertRequest, dict[str, Any]]],
+        wanted: wire.SessionRequest,
+        num_blocks: int,
+    ) -> AsyncIterator[runtime_pb2.ExpertResponse]:
+        position, abilities = 0, ABILITIES
+        schema = next(iter(self.module_backends.values())).outputs_schema[0]
+        async for request, metadata in steps:
+            step = wire.read_step(
+                request, metadata, wanted, position=position, num_blocks=num_blocks, hidden_size=schema.shape[-1]
+            )
+            hidden = step.hidden
+            if hidden.numel() > 0:  # a client may send no tokens, only to see whether there is room for the session
+                hidden = await line.step(
+                    session,
+                    step.start,
+                    hidden.to(line.dtype),
+                    None if step.prompts is None else split_prompts(step.prompts.to(line.dtype)),
+                    step.hypotheses,
+                )
+            position = step.start + hidden.shape[1]
+            output = serialize_torch_tensor(hidden.to(schema.dtype), schema.compression, allow_inplace=True)
+            yield runtime_pb2.ExpertResponse(tensors=[output], metadata=abilities)
+            abilities = b""
+
+    async def _iterate_inference_steps(self, *args: Any) -> AsyncIterator[tuple[Any, dict]]:
+        async for request, metadata in super()._iterate_inference_steps(*args):
+            wire.check_call(request)
+            batch_size, length = (*request.tensors[0].size, 0, 0)[:2]
+            with self.inference_tokens.get_lock():
+                self.inference_tokens.value += batch_size * length
+            yield request, metadata
+
+    @contextlib.contextmanager
+    def _managed_session(self, session_id: str) -> Iterator[None]:
+        with super()._managed_session(session_id):
+            self._session_queues[session_id] = Pushes()
+            yield
+
+    async def rpc_push(
+        self, request: runtime_pb2.ExpertRequest, context: petals_handler.P2PContext
+    ) -> runtime_pb2.ExpertResponse:
+        wire.check_call(request)
+        return await super().rpc_push(request, context)
+
+    async def rpc_forward(
+        self, request: runtime_pb2.ExpertRequest, context: petals_handler.P2PContext
+    ) -> runtime_pb2.ExpertResponse:
+        wire.check_call(request)
+        return await super().rpc_forward(request, context)
+
+    async def rpc_backward(
+        self, request: runtime_pb2.ExpertRequest, context: petals_handler.P2PContext
+    ) -> runtime_pb2.ExpertResponse:
+        wire.check_call(request)
+        return await super().rpc_backward(request, context)
+
+    async def _gather_inputs(
+        self, requests: AsyncIterator[runtime_pb2.ExpertRequest], context: petals_handler.P2PContext
+    ) -> tuple[str, list[torch.Tensor], dict]:
+        bounded = wire.bound_total(requests)
+        uids, tensors, metadata = await super()._gather_inputs(bounded, context)
+        wire.read_arguments(metadata.get("args_structure"), len(tensors))
+        return uids, tensors, metadata
+
+    async def rpc_info(
+        self, request: runtime_pb2.ExpertUID, context: petals_handler.P2PContext
+    ) -> runtime_pb2.ExpertInfo:
+        info = MSGPackSerializer.loads((await super().rpc_info(request, context)).serialized_info)
+        info["inference_tokens"] = self.inference_tokens.value
+        # A handler answers even if the process that computes is stopped or hangs: a waiting client must learn of it.
+        info["silent_for"] = time.monotonic() - self.heartbeat.value
+        info["rewind"] = info["batching"] = self.line is not None
+        if self.line is not None:
+            info["inference_batches"] = self.batches.value
+        return runtime_pb2.ExpertInfo(serialized_info=MSGPackSerializer.dumps(info))
+
+
+class Pushes(asyncio.Queue):
+    """What other servers have sent to a session. More than a few are dropped: the client sends the same itself."""
+
+    def put_nowait(self, item: Any) -> None:
+        if item is None or self.qsize() < MAX_PUSHED:  # None is the end
+            super().put_nowait(item)
+
+
+def shorten_malformed(record: logging.LogRecord) -> bool:
+    """Leave the traceback out of a record that tells of a request which cannot be used: its sender was told."""
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, wire.Malformed):
+        record.msg, record.args, record.exc_info = "a request was refused: %s", (error,), None
+    return True
+
+
+for _name in ("hivemind.p2p.p2p_daemon", "petals.server.handler"):
+    logging.getLogger(_name).addFilter(shorten_malformed)
+
+
+def split_prompts(prompts: torch.Tensor) -> list[torch.Tensor | None]:
+    """Return the deep prompts of each block, or None where it has none.
+
+    :param prompts: [blocks, sequences, tokens, hidden size]
+    """
+    return [None if is_dummy(prompt) else prompt for prompt in prompts.unbind(0)]

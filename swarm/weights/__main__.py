@@ -1,0 +1,6 @@
+"""``python -m swarm.weights``."""
+
+from swarm.weights import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,283 @@
+"""Where the answers of a session go: to its client, over one connection after the other if connections are lost.
+
+The thread that computes an answer puts its responses into the session's outbox. While the client is there they are sent
+at once. When its connection is lost, those of a resumable session are kept; the client comes back over another
+connection, is sent what it has missed, and from then on what comes. Knows nothing of sockets.
+"""
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Protocol
+
+from errors import ApiError, InvalidParameter, SessionNotFound, TimedOut
+from generation.loop import Chunk
+from web.swarm_news import SwarmWatch
+
+if TYPE_CHECKING:
+    from inference_sessions import InferenceSession
+    from service import Service
+
+# An outbox is held for moments, unless its client takes no data. Who takes over waits so long before ending that.
+STALLED = 2.0  # seconds
+# A step that is broken off costs the session its attention cache. One that nobody attends may so long come to its end.
+STEP_GRACE = 1.0  # seconds
+
+
+class Unreachable(Exception):
+    """The client cannot be sent anything any more."""
+
+
+class Client(Protocol):
+    """A connection, as an outbox sees it."""
+
+    queue_updates: bool  # whether it is told its place in the queue
+    swarm_updates: bool  # whether it is told of the swarm, and of the session's position
+
+    @property
+    def connected(self) -> bool: ...
+
+    @property
+    def closed_on_purpose(self) -> bool: ...
+
+    def deliver(self, *messages: dict[str, Any]) -> None:
+        """Send messages, one after the other; wait, within a limit, while the client takes no data.
+
+        :raises Unreachable: if that does not succeed
+        """
+
+    def offer(self, message: dict[str, Any]) -> None:
+        """Send a message, or leave it out if the client takes no data. Does not wait."""
+
+    def stopped(self) -> bool:
+        """Read what the client has sent; return whether it wants the running answer to end. Does not wait."""
+
+    def go_on(self) -> None:
+        """Handle what the client has sent during an answer that another thread has computed. Does not wait."""
+
+    def abandon(self) -> None:
+        """Break the connection off, so that whoever is sending on it fails. Does not wait."""
+
+    def dismiss(self) -> None:
+        """Close the connection because the client goes on over another one. Does not wait."""
+
+
+class Outbox:
+    """What goes from one session to its client. Thread-safe.
+
+    While an answer runs, only the thread that computes it reads what the client sends, whatever connection the client
+    has: it looks for that, as for all that could end the answer, in ``cancelled``.
+    """
+
+    def __init__(self, service: "Service", entry: "InferenceSession", client: Client, resumable: bool) -> None:
+        self.session_id = entry.session_id
+        self.resumable = resumable
+        self._service = service
+        self._watch = SwarmWatch(entry)
+        self._client: Client | None = client  # None: the connection was lost
+        self._left_at = 0.0  # time.monotonic() when it was
+        self._lock = threading.Lock()  # held while sending: what is sent has one order
+        self._held: Client | None = None  # a client whose messages wait for the end of the running answer
+        self._answers = 0  # begun so far
+        self._responses: list[tuple[dict[str, Any], int]] = []  # to the last request, with the position; if resumable
+        self._place: int | None = None  # of the running answer in the queue
+        self._running = False  # whether there is a running answer
+        self._computing = False  # whether it has had its turn
+        self._between_steps = True  # whether a token has been generated since its end was looked for
+        self._overdue_at: float | None = None  # time.monotonic() when it was found that it should end
+
+    def serves(self, client: Client) -> bool:
+        """Whether this client is still the one that gets the answers."""
+        return self._client is client
+
+    @property
+    def attended(self) -> bool:
+        """Whether there is a client."""
+        return self._client is not None
+
+    @contextlib.contextmanager
+    def answering(self, client: Client) -> Iterator[None]:
+        """Have the block make an answer.
+
+        :raises Unreachable: if the client has gone on over another connection meanwhile
+        """
+        with self._lock:
+            if self._client is not client:
+                raise Unreachable("the session was resumed elsewhere")
+            self._answers += 1
+            self._responses = []
+            self._running = True
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._running = self._computing = False
+                self._place = None
+                self._release()
+
+    def compute(self) -> None:
+        """The running answer has its turn; what happens in the swarm is of interest from now on."""
+        with self._lock:
+            self._computing, self._place = True, None
+            self._between_steps, self._overdue_at = True, None
+            self._watch.restart()
+
+    def follow(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+        """Pass the running answer on as it is, to know when it can be ended without loss: between two steps."""
+        for chunk in chunks:
+            self._between_steps = True
+            yield chunk
+
+    def send(self, response: dict[str, Any], position: int = 0) -> None:
+        """Send a response, or keep it for the client.
+
+        :param position: tokens in the session
+        """
+        with self._lock:
+            if self.resumable:
+                self._responses.append((response, position))
+            self._tell_news()
+            self._send_response(response, position)
+
+    def _send_response(self, response: dict[str, Any], position: int) -> None:
+        if self._client is not None:
+            self._deliver(told(self._client, response, position))
+
+    def tell_place(self, place: int) -> None:
+        """Tell a client that wants to know how many are before it; others see no message that they do not expect."""
+        with self._lock:
+            self._place = place
+            if self._client is not None and self._client.queue_updates:
+                # Who waits at the head of the queue tells this, and must not be held up.
+                self._client.offer({"ok": True, "queue": {"position": place}})
+
+    def _tell_news(self) -> None:
+        if self._computing and self._client is not None and self._client.swarm_updates:
+            for news in self._watch.news():
+                self._deliver({"ok": True, "swarm": news})
+
+    def _deliver(self, *messages: dict[str, Any]) -> None:
+        """Send messages if there is a client. Who has asked for this to go on without a connection is not failed."""
+        if (client := self._client) is not None:
+            try:
+                client.deliver(*messages)
+            except Unreachable:
+                self._notice_loss(client)
+
+    def _notice_loss(self, client: Client) -> None:
+        """If the connection was lost, and not closed, and the session is resumable: let it go on alone."""
+        if self.resumable and not client.closed_on_purpose and not self._service.ending.is_set():
+            self._client, self._left_at = None, time.monotonic()
+            with contextlib.suppress(SessionNotFound):  # it may have given its place to another
+                self._service.sessions.detach(self.session_id)
+            self._release()
+
+    def cancelled(self) -> bool:
+        """Whether the running answer should end; for the thread that computes it, which calls this often."""
+        with self._lock:
+            self._tell_news()
+            if (client := self._client) is not None:
+                if client.stopped():
+                    return True
+                if client.connected:
+                    return False
+                self._notice_loss(client)
+            between_steps, self._between_steps = self._between_steps or not self._computing, False
+            return self._client is not None or self._ends_alone(between_steps)
+
+    def _ends_alone(self, between_steps: bool) -> bool:
+        """Whether an answer that nobody attends ends now: after a while, or when others would wait for it."""
+        now, service = time.monotonic(), self._service
+        if now - self._left_at < service.settings.RESUME_TIMEOUT and not service.ending.is_set():
+            if not service.others_wait():
+                self._overdue_at = None
+                return False
+        self._overdue_at = self._overdue_at or now
+        return between_steps or now - self._overdue_at >= STEP_GRACE
+
+    def attach(self, client: Client, received: int, answers: int | None = None) -> bool:
+        """Let a client go on here, from where it has lost its connection; if that still seems to live, it is closed.
+
+        :param received: how many responses to its last request the client has already
+        :param answers: how many requests it has sent; the last one may have been lost with the connection. Then nothing
+            is sent, for it would be the answer to another request. None: as many as were begun
+        :returns: whether an answer is running; then the client is told to go on when it has ended, or is another's
+        :raises InvalidParameter: if there are fewer responses, or more requests
+        :raises SessionNotFound: if the session has ended
+        """
+        before = None
+        self._take_over()
+        try:
+            if answers is not None and answers > self._answers:
+                received = len(self._responses)
+            if answers is not None and answers < self._answers:
+                raise InvalidParameter(f"answers={answers}, but {self._answers} were begun")
+            if received > len(self._responses):
+                raise InvalidParameter(f"received={received}, but there are {len(self._responses)} responses")
+            self._service.sessions.attach(self.session_id)
+            before, self._client = self._client, client
+            self._release()
+            self._held = client if self._running else None
+            # All at once, which does not wait: whoever computes the answer, and others behind it, would wait as well.
+            self._deliver(*self._missed(client, received))
+            return self._running
+        finally:
+            self._lock.release()
+            if before is not None and before is not client:
+                before.dismiss()
+
+    def _missed(self, client: Client, received: int) -> Iterator[dict[str, Any]]:
+        """Yield what a client is told that comes back."""
+        yield {"ok": True, "answers": self._answers, "responses": len(self._responses)}
+        for response, position in self._responses[received:]:
+            yield told(client, response, position)
+        if self._place is not None and client.queue_updates:
+            yield {"ok": True, "queue": {"position": self._place}}
+        self._watch.restart()
+        if client.swarm_updates:
+            for news in self._watch.route():
+                yield {"ok": True, "swarm": news}
+
+    def _release(self) -> None:
+        """Under the lock: tell who waits for the end of an answer, if it has ended or is not theirs any more."""
+        held = self._held
+        if held is not None and not (self._running and self._client is held):
+            self._held = None
+            held.go_on()
+
+    def _take_over(self) -> None:
+        """Acquire the lock, from whoever is sending to a client that takes no data if need be."""
+        if not self._lock.acquire(timeout=STALLED):
+            if (stalled := self._client) is not None:
+                stalled.abandon()
+            if not self._lock.acquire(timeout=self._service.settings.SEND_TIMEOUT):
+                raise TimedOut(f"session {self.session_id} is busy with another connection")
+
+    def leave(self, client: Client) -> None:
+        """A connection has ended: close the session, or keep it for a while if the client may come back."""
+        if self._client is not client:  # which it will never be again; another one may hold the lock for long
+            return
+        with self._lock:
+            if self._client is client:
+                self._notice_loss(client)
+            if self._client is client:
+                self._close()
+
+    def close(self, client: Client) -> None:
+        """Close the session because its client wants that."""
+        with self._lock:
+            if self._client is client:
+                self._close()
+
+    def _close(self) -> None:
+        self._client = None
+        self._release()
+        with contextlib.suppress(ApiError):  # it may have given its place to another
+            # What was computed serves who comes back, as the page does after a reload.
+            self._service.sessions.close(self.session_id, remember=True)
+
+
+def told(client: Client, response: dict[str, Any], position: int) -> dict[str, Any]:
+    """Return a response as a client wants to be told it."""
+    return {**response, "position": position} if client.swarm_updates and response["ok"] else response
