@@ -208,8 +208,14 @@ def test_traceback_of_a_chain_is_that_of_its_last() -> None:
     assert trace.count("Traceback") == 1
 
 
-FAIL = "import errors\nfrom generation import parameters\ntry:\n    parameters.parse_generation({})\nexcept Exception as error:\n"
-FAIL += "    print(errors.own_traceback(error))"
+FAIL = """
+import errors
+from generation import parameters
+try:
+    parameters.parse_generation({})
+except Exception as error:
+    print(errors.own_traceback(error))
+"""
 
 
 def test_traceback_in_a_checkout_behind_a_symbolic_link(tmp_path: Path) -> None:
