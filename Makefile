@@ -18,7 +18,7 @@ help:
 	@echo "make run    install, prepare the default model, start the app at http://$(HOST):$(PORT)"
 	@echo "make test   install, run every test"
 	@echo "make lint   ruff and mypy"
-	@echo "make bench  how fast many users are served, against stock Petals servers; a table, docs/serving.json and .png"
+	@echo "make bench  how fast many users are served, against stock Petals servers; a table, docs/serving.json and a plot"
 	@echo "make soak   MINUTES=30: use it while its servers are killed"
 	@echo "make attack do to it what users, clients and peers can do to others"
 
@@ -59,7 +59,7 @@ lint: $(TESTABLE)
 	$(BIN)/mypy
 
 bench: $(TESTABLE)
-	$(BIN)/python -W ignore -m benchmarks.serving --json docs/serving.json --plot docs/serving.png
+	$(BIN)/python -W ignore -m benchmarks.serving --json docs/serving.json --plot docs/pictures/serving.png
 
 soak: $(TESTABLE)
 	$(BIN)/python -W ignore -m benchmarks.soak --minutes $(MINUTES)

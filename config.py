@@ -179,14 +179,14 @@ class Settings:
     REQUEST_READ_TIMEOUT: float = 15.0  # seconds in which a request must come; large bodies have longer
     # Who may use it
     API_KEYS: tuple[str, ...] = ()  # keys of the APIs; empty, and no file either: no key is needed
-    API_KEYS_FILE: str = ""  # JSON: a list of keys with names, models and limits; see the README
+    API_KEYS_FILE: str = ""  # JSON: a list of keys with names, models and limits; see docs/deployment.md
     KEY_REQUESTS_PER_MINUTE: int = 0  # of each key that says nothing else; 0: no limit
     KEY_TOKENS_PER_MINUTE: int = 0  # tokens of prompts and answers, of each key that says nothing else; 0: no limit
     KEY_CONCURRENT: int = 0  # answers computed at a time, of each key that says nothing else; 0: no limit
     NON_PUBLIC_MODELS: tuple[str, ...] = ()  # of MODELS: only for the page, and for keys that name them
     SECRET_KEY: str = ""  # signs what the page shows to be the page; empty: pages must be loaded anew after a restart
     PAGE: str = ""  # open, key, off: who may use the chat page; empty: who has a key, or everybody if there are none
-    ALLOWED_HOSTS: tuple[str, ...] = ()  # names that the app goes by, or "*"; empty: this machine's, or all: see README
+    ALLOWED_HOSTS: tuple[str, ...] = ()  # names that the app goes by, or "*"; empty: see docs/deployment.md
     WEBSOCKET_ORIGINS: tuple[str, ...] = ("*",)  # origins whose pages may use the WebSocket API; its own page always
     TRUSTED_PROXIES: tuple[str, ...] = ()  # addresses and networks whose X-Forwarded-For is believed
     # Manners

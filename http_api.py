@@ -1,4 +1,4 @@
-"""The HTTP API, /api/v1: parse, call, format. What it promises is in the README."""
+"""The HTTP API, /api/v1: parse, call, format. What it promises is in docs/http-api.md."""
 
 import contextlib
 import dataclasses

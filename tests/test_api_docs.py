@@ -1,6 +1,7 @@
 """The OpenAPI document is true: Schemathesis finds no 5xx and no answer outside its schema; and the page for it."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from generation.parameters import GenerationParams
 from tests.conftest import LiveApp, serve
 from tests.support.browser import axe_violations, browser_page
 from tests.support.client import call
+from tests.support.processes import ROOT
 from web.schemas import CloseRequest, GenerateRequest, OpenRequest
 
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
@@ -66,6 +68,11 @@ def test_parameters_of_the_http_api_are_in_the_document() -> None:
 def test_the_websocket_protocol_stands_beside_it() -> None:
     description = openapi()["info"]["description"]
     assert "open_inference_session" in description and "finish_reason" in description
+    document = (ROOT / "docs" / "websocket-api.md").read_text()
+    assert document.startswith("# ") and document.count("\n# ") == 0
+    headings = re.findall("^#+ .*$", document, re.MULTILINE)
+    assert [line for line in description.splitlines() if line.startswith("#")] == [f"#{line}" for line in headings]
+    assert "](" in document and "](" not in description  # links to files that are not served
 
 
 def test_page(short_app: LiveApp) -> None:

@@ -20,7 +20,7 @@ from openai_api.schemas import Error
 blueprint = Blueprint("api_docs", __name__)
 
 View = TypeVar("View", bound=Callable[..., Any])
-README = ROOT / "README.md"
+WEBSOCKET_API = ROOT / "docs" / "websocket-api.md"
 SWAGGER_FILES = Path(flask_swagger_ui.__file__).parent / "dist"
 # Swagger UI makes markup from strings.
 CONTENT_SECURITY_POLICY = (
@@ -186,6 +186,9 @@ def reference(model: type[BaseModel]) -> dict[str, str]:
 
 
 def websocket_section() -> str:
-    """Return what the README says of the WebSocket protocol, for which OpenAPI has no words."""
-    _, _, rest = README.read_text().partition("## The WebSocket API\n")
-    return "## The WebSocket API\n" + re.split(r"^## ", rest, maxsplit=1, flags=re.MULTILINE)[0]
+    """Return the document of the WebSocket protocol, for which OpenAPI has no words.
+
+    Its title is a section here. Its links lead to files that are not served, so only their words are kept.
+    """
+    text = re.sub(r"\[([^]]+)\]\([^)]+\)", r"\1", WEBSOCKET_API.read_text())
+    return re.sub("^#", "##", text, flags=re.MULTILINE)

@@ -12,7 +12,7 @@ const NOTES = {
   public: "The machine joins the public swarm and computes for everybody in it.",
   ownLoopback:
     "This swarm listens on this machine only: other machines cannot reach it, and the command works here alone. To let " +
-    "others in, start the program with SWARM_HOST_MADDRS=/ip4/0.0.0.0/tcp/31330; the README says more under “Swarms”.",
+    "others in, start the program with SWARM_HOST_MADDRS=/ip4/0.0.0.0/tcp/31330; docs/swarms.md says more.",
   loopback: "These addresses are this machine’s own: the command works here alone.",
   reachable: "The machine has to reach these addresses, and this one has to reach it.",
 };
