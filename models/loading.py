@@ -19,7 +19,8 @@ from swarm.background import Loop, growing_delays
 from swarm.errors import CacheFull, ModelUnavailable, SwarmError, SwarmUnreachable, format_blocks
 
 if TYPE_CHECKING:
-    from swarm.client.model import Swarm, SwarmModel
+    from swarm.client.membership import Swarm
+    from swarm.client.model import SwarmModel
     from swarm.client.session import HistoryBudget
     from swarm.local import LocalSwarm
 
@@ -174,7 +175,7 @@ class Models:
         """
         from swarm.compat import set_threads
 
-        from swarm.client.model import Swarm
+        from swarm.client.membership import Swarm
         from swarm.client.session import HistoryBudget
 
         set_threads(self.settings.CLIENT_THREADS)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from swarm.compat import kill_descendants
 
-from swarm.client.model import Swarm
+from swarm.client.membership import Swarm
 from swarm.supervision import HEALTHY_AFTER, backoff
 
 log = logging.getLogger(__name__)

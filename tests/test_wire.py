@@ -36,7 +36,8 @@ from transformers import BloomForCausalLM
 
 from swarm import wire
 from swarm.client import routing as state_module
-from swarm.client.model import Swarm, SwarmModel
+from swarm.client.membership import Swarm
+from swarm.client.model import SwarmModel
 from swarm.client.routing import SwarmState, cheapest_route, keep_some
 from swarm.client.session import ARGS_STRUCTURE, SessionLimits, SwarmSession, _Span
 from swarm.errors import ModelMismatch
