@@ -173,10 +173,9 @@ class Models:
 
         :raises SwarmUnreachable: if that fails
         """
-        from swarm.compat import set_threads
-
         from swarm.client.membership import Swarm
         from swarm.client.session import HistoryBudget
+        from swarm.process import set_threads
 
         set_threads(self.settings.CLIENT_THREADS)
         self._budget = HistoryBudget(self.settings.HISTORY_MB * 2**20)
@@ -240,7 +239,7 @@ class Models:
 
     def _bring_up(self, served: ServedModel, started: float) -> None:
         """Do what is left to be done until the model answers."""
-        from swarm.compat import spare_collector
+        from swarm.process import freeze_collector
 
         if served.model is None:
             self._start_server(served)
@@ -250,7 +249,7 @@ class Models:
         self._await_blocks(served, served.model)
         self._warm_up(served, served.model)
         served.ready = True
-        spare_collector()
+        freeze_collector()
         log.info("%s: ready after %.1f s", served.config.name, time.monotonic() - started)
 
     def _start_server(self, served: ServedModel) -> None:

@@ -1,12 +1,12 @@
-"""Make the released petals run on today's packages. Import this before petals; it is the only place that patches.
+"""Make the released petals run on today's packages. Import this before petals; it is the only place that patches them.
 
-Each patch is here for a fault that was seen to happen; the comment beside it says which.
+Each patch is here for a fault that was seen to happen; the comment beside it says which. ``swarm.lazy_imports``, which
+comes first, replaces one function of PyTorch's as well, but only for as long as one import takes.
 """
 
 import asyncio
 import concurrent.futures
 import contextlib
-import gc
 import logging
 import multiprocessing
 import os
@@ -32,8 +32,8 @@ import hivemind.utils.mpfuture
 import hivemind.utils.nested
 import hivemind.utils.tensor_descr
 import hivemind.utils.timed_storage
-import psutil
-import torch
+
+from swarm.process import kill_descendants
 
 log = logging.getLogger(__name__)
 
@@ -60,14 +60,6 @@ def _restore_hivemind_names() -> None:
         for name in names:
             if not hasattr(hivemind, name):
                 setattr(hivemind, name, getattr(home, name))
-
-
-def kill_descendants(pid: int | None = None) -> None:
-    """Kill every process below ``pid`` (default: this process) at once, ``p2pd`` among them."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        for process in psutil.Process(pid).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
 
 
 def _end_with_parent(process_class: type) -> None:
@@ -375,23 +367,3 @@ _close_connections_that_fail()
 _send_messages_whole()
 _accept_shared_dht()
 _read_peers_carefully()
-
-
-def spare_collector() -> None:
-    """Let the garbage collector leave alone, from now on, everything that is there already.
-
-    A program with these libraries has some 400,000 objects that live until its end. To look through them all takes a
-    fifth of a second or more, in which no token is made, and writes to them all, which ends their sharing with forked
-    processes.
-    """
-    gc.collect()
-    gc.freeze()
-
-
-def set_threads(count: int) -> None:
-    """Bound the threads of PyTorch's operators in this process.
-
-    With the default, one per core in every process, servers and clients on one machine fight for the cores: four
-    parallel sessions were four times slower in total than one.
-    """
-    torch.set_num_threads(count)
