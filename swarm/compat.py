@@ -316,28 +316,28 @@ def _read_peers_carefully() -> None:
     from hivemind.p2p import P2P
     from hivemind.utils import MSGPackSerializer
 
-    from swarm import wire
+    from swarm.wire import announcements, messages, packing, records, tensors
 
-    MSGPackSerializer.loads = staticmethod(wire.unpack)
-    MSGPackSerializer._decode_ext_types = staticmethod(wire.unpack_extension)
-    wire.check_compressions()
-    P2P.receive_protobuf = staticmethod(wire.receive)
+    MSGPackSerializer.loads = staticmethod(packing.unpack)
+    MSGPackSerializer._decode_ext_types = staticmethod(packing.unpack_extension)
+    tensors.check_compressions()
+    P2P.receive_protobuf = staticmethod(messages.receive)
     add_handler = P2P.add_binary_stream_handler
 
     async def add_bounded_handler(self: Any, name: str, handler: Callable[..., Any], balanced: bool = False) -> None:
-        await add_handler(self, name, wire.bound_streams(handler), balanced)
+        await add_handler(self, name, messages.bound_streams(handler), balanced)
 
     P2P.add_binary_stream_handler = add_bounded_handler
     storage = hivemind.dht.storage
-    storage.DictionaryDHTValue.unpackb = staticmethod(wire.unpack_dictionary)
-    storage.DHTLocalStorage.store_subkey = wire.bound_subkeys(storage.DHTLocalStorage.store_subkey)
+    storage.DictionaryDHTValue.unpackb = staticmethod(records.unpack_dictionary)
+    storage.DHTLocalStorage.store_subkey = records.bound_subkeys(storage.DHTLocalStorage.store_subkey)
     init = hivemind.DHT.__init__
 
     def __init__(self: Any, *args: Any, record_validators: Any = (), **kwargs: Any) -> None:
-        init(self, *args, record_validators=(*record_validators, wire.SaneRecords()), **kwargs)
+        init(self, *args, record_validators=(*record_validators, records.SaneRecords()), **kwargs)
 
     hivemind.DHT.__init__ = __init__
-    petals.utils.dht._get_remote_module_infos = wire.read_module_infos
+    petals.utils.dht._get_remote_module_infos = announcements.read_module_infos
 
 
 def use_view_reader(read: Callable[[Any], None]) -> None:

@@ -32,7 +32,6 @@ from petals.server.handler import TransformerConnectionHandler
 from petals.utils.misc import DUMMY, DUMMY_INT64
 from petals.utils.packaging import pack_args_kwargs
 
-from swarm import wire
 from swarm.client.head import Head
 from swarm.client.routing import MAX_SERVERS_OF_BLOCK, SwarmState
 from swarm.errors import (
@@ -46,6 +45,9 @@ from swarm.errors import (
     SwarmTimeout,
     format_blocks,
 )
+from swarm.wire.messages import receive
+from swarm.wire.replies import read_abilities, read_hidden, read_silence, reply_limit
+from swarm.wire.text import Malformed, clean, quoted
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -749,33 +751,33 @@ class _Span:
         :raises _ServerFailed: whatever is wrong with what comes back, or does not come
         """
         request = self._request(inputs)
-        reply = asyncio.ensure_future(self._call(request, wire.reply_limit(inputs.shape)))
+        reply = asyncio.ensure_future(self._call(request, reply_limit(inputs.shape)))
         try:
             await self._wait_while_alive(reply)
             response, error = reply.result()
             if error is not None:
-                raise self._refusal(wire.clean(error.message))
+                raise self._refusal(clean(error.message))
             return self._read(response, inputs.shape)
         except _ServerFailed:
             raise
         except (OSError, EOFError, P2PDaemonError, ControlFailure, P2PHandlerError, asyncio.TimeoutError) as failure:
-            reason = wire.clean(str(failure)) or type(failure).__name__
+            reason = clean(str(failure)) or type(failure).__name__
             error_ = SwarmTimeout(f"the server of {format_blocks(range(self.start, self.end))} was lost: {reason}")
             late = isinstance(failure, _StepTooSlow)
             raise _ServerFailed(error_, self._limits.recovery_timeout, offence=late) from failure
-        except wire.Malformed as failure:
+        except Malformed as failure:
             raise self._offence(f"sends what cannot be used: {failure}") from failure
         except Exception as failure:  # a way to fail that was not thought of; it came with this server's reply
             log.exception("the reply of the server %s cannot be read", self.peer_id)
-            raise self._offence(f"sends what cannot be read: {wire.quoted(failure)}") from failure
+            raise self._offence(f"sends what cannot be read: {quoted(failure)}") from failure
         finally:
             reply.cancel()
 
     def _read(self, response: runtime_pb2.ExpertResponse, shape: torch.Size) -> torch.Tensor:
         if response.metadata:
-            abilities = wire.read_abilities(response.metadata)
+            abilities = read_abilities(response.metadata)
             self.rewinds, self.spreads = abilities.rewind, abilities.spread
-        return wire.read_hidden(response.tensors, shape)
+        return read_hidden(response.tensors, shape)
 
     def _offence(self, what: str) -> _ServerFailed:
         return _ServerFailed(ModelMismatch(f"the server {self.peer_id} {what}"), REFUSAL_PATIENCE, offence=True)
@@ -804,7 +806,7 @@ class _Span:
         if writer.is_closing():  # uvloop would raise a RuntimeError for it
             raise ConnectionResetError("the connection is closed")
         await P2P.send_protobuf(request, writer)
-        return await wire.receive(runtime_pb2.ExpertResponse, reader, limit)
+        return await receive(runtime_pb2.ExpertResponse, reader, limit)
 
     async def _wait_while_alive(self, reply: asyncio.Future) -> None:
         """Wait for a reply; when it is late, ask the server whether it lives.
@@ -830,14 +832,14 @@ class _Span:
             reply = await stub.rpc_info(runtime_pb2.ExpertUID(uid=uid), timeout=self._limits.probe_timeout)
         except asyncio.TimeoutError:
             raise asyncio.TimeoutError(f"silent for {self._limits.probe_timeout:.1f} s") from None
-        silent_for = wire.read_silence(reply.serialized_info)
+        silent_for = read_silence(reply.serialized_info)
         if silent_for > self._limits.probe_timeout:
             raise asyncio.TimeoutError(f"its process has been silent for {silent_for:.1f} s")
 
     def _refusal(self, message: str) -> _ServerFailed:
         """Turn the error that a server answered with into ours. The texts are those of petals 2.2.0.
 
-        :param message: of any peer, as ``wire.clean`` returns it
+        :param message: of any peer, as ``clean`` returns it
         """
         if "allocate" in message and "max =" in message:
             error: SwarmError = SessionLengthExceeded(f"the server takes no session so long: {message}")
