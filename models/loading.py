@@ -19,9 +19,9 @@ from swarm.background import Loop, growing_delays
 from swarm.errors import CacheFull, ModelUnavailable, SwarmError, SwarmUnreachable, format_blocks
 
 if TYPE_CHECKING:
+    from swarm.client.history import HistoryBudget
     from swarm.client.membership import Swarm
     from swarm.client.model import SwarmModel
-    from swarm.client.session import HistoryBudget
     from swarm.local import LocalSwarm
 
 log = logging.getLogger(__name__)
@@ -173,8 +173,8 @@ class Models:
 
         :raises SwarmUnreachable: if that fails
         """
+        from swarm.client.history import HistoryBudget
         from swarm.client.membership import Swarm
-        from swarm.client.session import HistoryBudget
         from swarm.process import set_threads
 
         set_threads(self.settings.CLIENT_THREADS)
@@ -288,7 +288,7 @@ class Models:
 
     def _load_client(self, served: ServedModel) -> "SwarmModel":
         from swarm.client.model import SwarmModel
-        from swarm.client.session import SessionLimits
+        from swarm.client.terms import SessionLimits
 
         settings = self.settings
         served.report("loading tokenizer, embeddings and head")

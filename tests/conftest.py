@@ -15,7 +15,7 @@ from app import create_app
 from config import Settings
 from service import Service, get_service
 from swarm.client.model import SwarmModel
-from swarm.client.session import SessionLimits
+from swarm.client.terms import SessionLimits
 from swarm.local import LocalSwarm, ServerOptions
 from tests.support.processes import GUNICORN, Program, listening, running
 from tests.support.swarms import server_info

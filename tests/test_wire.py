@@ -35,10 +35,13 @@ from petals.utils.dht import compute_spans, declare_active_modules
 from transformers import BloomForCausalLM
 
 from swarm.client import routing as state_module
+from swarm.client.cheapest_route import cheapest_route
 from swarm.client.membership import Swarm
 from swarm.client.model import SwarmModel
-from swarm.client.routing import SwarmState, cheapest_route, keep_some
-from swarm.client.session import ARGS_STRUCTURE, SessionLimits, SwarmSession, _Span
+from swarm.client.routing import SwarmState, keep_some
+from swarm.client.session import SwarmSession
+from swarm.client.span import ARGS_STRUCTURE, Span
+from swarm.client.terms import SessionLimits, SessionTerms
 from swarm.errors import ModelMismatch
 from swarm.local import LocalSwarm
 from swarm.wire import messages, records
@@ -137,7 +140,7 @@ def test_silence_costs_one_wait(
     token_ids = tempted.tokenizer.encode(PROMPT)
     expected = greedy(reference, token_ids, TOKENS)
     limits = dataclasses.replace(tempted.limits, step_timeout=step_timeout, probe_after=0.2)
-    with SwarmSession(tempted.head, tempted.state, limits, tempted.budget, 64) as session:
+    with SwarmSession(tempted.head, SessionTerms(tempted.state, limits, tempted.budget, 64)) as session:
         assert run_greedy(session, token_ids, len(expected)) == expected
         (loss,) = session.losses
     assert enemy.asked == 1 and loss.peer_id == str(enemy.peer_id)
@@ -148,7 +151,7 @@ def test_more_servers_refuse_than_patience_lasts(
     tempted: SwarmModel, enemy: EvilServer, reference: BloomForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many refuse, another one that can compute is found; and offenders are not forgiven for a good step."""
-    monkeypatch.setattr("swarm.client.session.REFUSAL_PATIENCE", 0.5)
+    monkeypatch.setattr("swarm.client.span.REFUSAL_PATIENCE", 0.5)
     fakes = [PeerID(bytes([0, 36]) + random.randbytes(36)) for _ in range(12)]
     honest = [*tempted.state.manager.state.sequence_info.spans_by_priority]
     spans = [RemoteSpanInfo(fake, 0, 4, ServerInfo(ServerState.ONLINE, 1.0, 0, 4, inference_rps=1e5)) for fake in fakes]
@@ -156,16 +159,16 @@ def test_more_servers_refuse_than_patience_lasts(
     monkeypatch.setattr(sequence_info, "_sort_spans", lambda infos: ([*spans, *honest], ()))
     sequence_info.spans_by_priority = [*spans, *honest]
     monkeypatch.setattr(tempted.state.manager.ping_aggregator, "to_dict", dict)  # nobody is near
-    exchange, refused = _Span._exchange, []
+    exchange, refused = Span._exchange, []
 
-    async def refuse(self: _Span, inputs: torch.Tensor) -> torch.Tensor:
+    async def refuse(self: Span, inputs: torch.Tensor) -> torch.Tensor:
         if self.peer_id in fakes:
             refused.append(self.peer_id)
             await asyncio.sleep(0.1)
             raise self._offence("refuses")
         return await exchange(self, inputs)
 
-    monkeypatch.setattr(_Span, "_exchange", refuse)
+    monkeypatch.setattr(Span, "_exchange", refuse)
     enemy.answer = evil.tensors(0)
     token_ids = tempted.tokenizer.encode(PROMPT)
     expected = greedy(reference, token_ids, TOKENS)
@@ -233,7 +236,7 @@ def test_a_closed_session_opens_no_streams(model: SwarmModel) -> None:
 def test_a_step_that_lingers_harms_no_other(model: SwarmModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cancelled step may take long to end; then the next one has begun, with spans of its own."""
     impatient = dataclasses.replace(model.limits, connect_timeout=0.2)
-    session = SwarmSession(model.head, model.state, impatient, model.budget, 64)
+    session = SwarmSession(model.head, SessionTerms(model.state, impatient, model.budget, 64))
     expected = session.step([1, 2, 3])
     chain = session._chain
     cancelled, leave = asyncio.Event(), asyncio.Event()
@@ -249,7 +252,7 @@ def test_a_step_that_lingers_harms_no_other(model: SwarmModel, monkeypatch: pyte
     with session:
         session.truncate(0)
         with monkeypatch.context() as patch:
-            patch.setattr(_Span, "step", linger)
+            patch.setattr(Span, "step", linger)
             step = RemoteExpertWorker.run_coroutine(
                 chain.forward(session._head.embed([1, 2, 3]), chain.position), return_future=True
             )
@@ -273,7 +276,7 @@ def test_losses_far_apart_do_not_add_up(model: SwarmModel, monkeypatch: pytest.M
     """A long prompt may lose servers as often as it likes, if it goes on in between."""
     limits = dataclasses.replace(SessionLimits(), recovery_timeout=10.0)
     now = [0.0]
-    with SwarmSession(model.head, model.state, limits, model.budget, 2048) as session:
+    with SwarmSession(model.head, SessionTerms(model.state, limits, model.budget, 2048)) as session:
         forward, calls = session._chain.forward, 0
 
         async def lossy(inputs: torch.Tensor, start: int) -> torch.Tensor | None:

@@ -12,9 +12,11 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from swarm import weights
 from swarm.client.head import Head
+from swarm.client.history import HistoryBudget
 from swarm.client.membership import Swarm
-from swarm.client.routing import SwarmState
-from swarm.client.session import HistoryBudget, SessionLimits, SwarmSession
+from swarm.client.routing import CacheRelief, SwarmState
+from swarm.client.session import SwarmSession
+from swarm.client.terms import SessionLimits, SessionTerms
 from swarm.errors import ModelUnavailable, SessionLengthExceeded
 from swarm.tokenization import TextTokenizer
 
@@ -36,6 +38,7 @@ class SwarmModel:
         tokenizer: TextTokenizer,
         limits: SessionLimits,
         budget: HistoryBudget,
+        relief: CacheRelief | None = None,
     ) -> None:
         self.name = name
         self.tokenizer = tokenizer
@@ -43,7 +46,7 @@ class SwarmModel:
         self.parameters = count_parameters(model)
         self.generation_config: GenerationConfig = model.generation_config
         self.head = Head(model)
-        self.state = SwarmState(model.transformer.h.sequence_manager, name)
+        self.state = SwarmState(model.transformer.h.sequence_manager, name, relief)
         self.swarm = swarm
         swarm.follow(self.state)
         self.limits = limits
@@ -62,6 +65,7 @@ class SwarmModel:
         update_period: float = 10.0,
         limits: SessionLimits | None = None,
         budget: HistoryBudget | None = None,
+        relief: CacheRelief | None = None,
     ) -> "SwarmModel":
         """Load tokenizer, embeddings and head. The blocks need not be served yet.
 
@@ -71,6 +75,7 @@ class SwarmModel:
         :param update_period: seconds between two readings of the DHT
         :param limits: how long sessions wait for servers
         :param budget: memory for recovery, shared by all sessions of all models that are given the same one
+        :param relief: asked when the servers have no attention cache left for a session
         :raises ModelUnavailable: if the model's files cannot be had or are broken
         :raises SwarmUnreachable: while the swarm is being joined again
         """
@@ -90,7 +95,7 @@ class SwarmModel:
             # transformers raises all of these for files that are missing, cut short or of another kind.
             raise ModelUnavailable(f"{name}: {error}") from error
         budget = budget or HistoryBudget(DEFAULT_HISTORY_BYTES)
-        return cls(name, swarm, model.to(device).eval(), tokenizer, limits or SessionLimits(), budget)
+        return cls(name, swarm, model.to(device).eval(), tokenizer, limits or SessionLimits(), budget, relief)
 
     def open_session(self, max_length: int, rows: int = 1) -> SwarmSession:
         """Open an inference session for up to ``max_length`` tokens of each row. Its first step chooses the servers.
@@ -99,7 +104,7 @@ class SwarmModel:
         """
         if max_length > self.max_length:
             raise SessionLengthExceeded(f"{max_length} tokens exceed the {self.max_length} that {self.name} allows")
-        return SwarmSession(self.head, self.state, self.limits, self.budget, max_length, rows)
+        return SwarmSession(self.head, SessionTerms(self.state, self.limits, self.budget, max_length, rows))
 
     def close(self) -> None:
         """Stop following the swarm. Open sessions should be closed before."""

@@ -21,7 +21,7 @@ from hivemind.utils.timed_storage import get_dht_time
 from petals.data_structures import ServerInfo, ServerState
 from petals.utils.dht import declare_active_modules
 
-from swarm.client.session import ARGS_STRUCTURE, NO_PROMPTS_AND_HYPOTHESES
+from swarm.client.span import ARGS_STRUCTURE, NO_PROMPTS_AND_HYPOTHESES
 from swarm.wire.messages import receive
 
 STREAM = "TransformerConnectionHandler.rpc_inference"
