@@ -1,5 +1,6 @@
 """The swarm session against plain Transformers, over real servers that are killed, full or slow to come."""
 
+import asyncio
 import concurrent.futures
 import gc
 import logging
@@ -19,7 +20,7 @@ from transformers import BloomForCausalLM, PreTrainedTokenizerBase
 from swarm.client.history import HistoryBudget
 from swarm.client.model import SwarmModel
 from swarm.client.session import SwarmSession
-from swarm.client.span import Span
+from swarm.client.span import PREFILL_CHUNK, Span
 from swarm.client.terms import SessionTerms
 from swarm.errors import CacheFull, Cancelled, SessionClosed, SessionLengthExceeded
 from swarm.local import LocalSwarm
@@ -145,14 +146,33 @@ def test_cancelled_step_keeps_the_session(
         assert run_greedy(session, token_ids, len(expected)) == expected
 
 
-def test_cancel_from_another_thread(model: SwarmModel) -> None:
+def test_cancel_from_another_thread(model: SwarmModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def hang(*_: object) -> None:
+        await asyncio.sleep(60)
+
     canceller = Canceller()
+    with model.open_session(64) as session:
+        expected = session.step([3, 4])
+        with monkeypatch.context() as patch:
+            patch.setattr(Span, "_exchange", hang)
+            threading.Timer(0.1, canceller.cancel).start()
+            with pytest.raises(Cancelled):
+                session.step([5], waiter=canceller)
+        # The servers are let go, since nobody knows what they have processed; the tokens stay.
+        assert (session.position, session.route, session.token_ids) == (0, [], [3, 4, 5])
+        session.truncate(2)
+        torch.testing.assert_close(session.step(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_cancelled_between_the_pieces_of_a_prompt(model: SwarmModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However fast each piece is: the waiter looks before the next one, and what is processed stays processed."""
+    monkeypatch.setattr("swarm.client.session.CANCEL_POLL", 60.0)
+    canceller = Canceller()
+    canceller.cancel()
     with model.open_session(2048) as session:
-        threading.Timer(0.02, canceller.cancel).start()
         with pytest.raises(Cancelled):
             session.step([3] * 2000, waiter=canceller)
-        assert session.position == 0 and not session.route  # the servers are let go, and the tokens kept
-        assert len(session.token_ids) == 2000
+        assert (session.position, len(session.token_ids)) == (PREFILL_CHUNK, 2000)
         assert session.step().shape == (model.head.vocab_size,)
 
 

@@ -165,6 +165,8 @@ class SwarmSession:
                 if self.position > furthest:  # what was lost is there again, and more
                     lost_since, furthest = None, self.position
                 yield start, hidden
+                if self.position < self._length:
+                    waiter.look()  # each piece may be over before it is looked at while that is under way
                 continue
             lost_since = lost_since or time.monotonic()
             if time.monotonic() - lost_since > self._chain.terms.limits.recovery_timeout:
