@@ -11,12 +11,12 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import swarm.compat  # noqa: F401
 
 import torch
 from hivemind.moe.client.remote_expert_worker import RemoteExpertWorker
+from hivemind.p2p import PeerID
 
 from swarm.client.history import History
 from swarm.client.routing import MAX_SERVERS_OF_BLOCK, SwarmState
@@ -269,7 +269,7 @@ class _Search:
     """The search for a server that does its part of a step, from the first failure on."""
 
     def __init__(self) -> None:
-        self.tried: set[Any] = set()  # ids of peers that have failed; others are asked first
+        self.tried: set[PeerID] = set()  # ids of peers that have failed; others are asked first
         self.delays = _retry_delays()
         self._since: float | None = None
         self._patience = 0.0  # seconds, the longest of the failures'

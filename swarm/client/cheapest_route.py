@@ -6,6 +6,7 @@ from typing import Any
 
 import swarm.compat  # noqa: F401
 
+from hivemind.p2p import PeerID
 from petals.data_structures import RemoteSpanInfo
 
 # From which servers a route goes on at one block: those that are reached soonest.
@@ -18,7 +19,7 @@ DEFAULT_DELAY, LONGEST_DELAY = 0.15, 5.0  # seconds there: not measured, not rea
 
 
 def cheapest_route(
-    spans: Sequence[RemoteSpanInfo], start: int, end: int, pings: Mapping[Any, float], cache_tokens: int
+    spans: Sequence[RemoteSpanInfo], start: int, end: int, pings: Mapping[PeerID, float], cache_tokens: int
 ) -> list[RemoteSpanInfo] | None:
     """Return the spans that are expected to compute blocks [start, end) soonest; None if some have no server.
 
@@ -57,7 +58,7 @@ def cheapest_route(
 
 
 def _cheapest_door(
-    span: RemoteSpanInfo, doors: Sequence[tuple[float, Any]], pings: Mapping[Any, float], *, first: bool
+    span: RemoteSpanInfo, doors: Sequence[tuple[float, Any]], pings: Mapping[PeerID, float], *, first: bool
 ) -> tuple[float, Any]:
     """Return after how many seconds a span can begin that is not under way yet, and the way before it."""
     if first:

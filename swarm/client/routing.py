@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from swarm.compat import CALL_TIMEOUT, use_view_reader
 
+from hivemind.p2p import PeerID
 from petals.client.routing import RemoteSequenceManager
 from petals.data_structures import RemoteModuleInfo, RemoteSpanInfo, ServerState
 from petals.utils.dht import compute_spans, get_remote_module_infos
@@ -91,7 +92,7 @@ class SwarmState:
         self._answered_at: float | None = None  # seconds, monotonic
         self._failed_at: float | None = None  # seconds, monotonic
         # Peers that have answered rubbish: good steps until they are trusted again. The oldest are forgotten.
-        self._offenders: collections.OrderedDict[Any, int] = collections.OrderedDict()
+        self._offenders: collections.OrderedDict[PeerID, int] = collections.OrderedDict()
 
     def _read(self) -> None:
         if self._connected:  # else there is no DHT to read, and `connect` asks for a reading
@@ -210,7 +211,7 @@ class SwarmState:
         ]
 
     def route(
-        self, start: int, end: int, cache_tokens: int, avoid: Collection[Any] = frozenset()
+        self, start: int, end: int, cache_tokens: int, avoid: Collection[PeerID] = frozenset()
     ) -> list[RemoteSpanInfo]:
         """Return spans that together compute blocks [start, end) with the least expected latency.
 
@@ -231,7 +232,7 @@ class SwarmState:
             raise BlocksMissing(self.model, [block for block in range(start, end) if block not in held])
         return found
 
-    def has_others(self, start: int, end: int, avoid: Collection[Any]) -> bool:
+    def has_others(self, start: int, end: int, avoid: Collection[PeerID]) -> bool:
         """Whether peers that are not in ``avoid`` have blocks [start, end) all together."""
         manager = self.manager
         with manager.lock_changes:
@@ -239,7 +240,7 @@ class SwarmState:
         held = {block for span in spans if span.peer_id not in avoid for block in range(span.start, span.end)}
         return held.issuperset(range(start, end))
 
-    def ban(self, peer_id: object, *, offence: bool = False) -> None:
+    def ban(self, peer_id: PeerID, *, offence: bool = False) -> None:
         """Do not route to a peer for a while (petals' ``ban_timeout``, longer with every failure in a row).
 
         :param offence: whether it did what no sound server does. Single good answers do not make up for that
@@ -256,7 +257,7 @@ class SwarmState:
             info = manager.state.sequence_info
             info.spans_by_priority, info.spans_containing_block = info._sort_spans(info.block_infos)
 
-    def unban(self, peer_id: object) -> None:
+    def unban(self, peer_id: PeerID) -> None:
         """Forget the failures of a peer that has answered; those of an offender after it has answered often."""
         if peer_id in self._offenders:
             self._offenders[peer_id] -= 1
@@ -299,12 +300,12 @@ def read_view(manager: RemoteSequenceManager) -> None:
     manager.ready.set()
 
 
-def first_seen(manager: RemoteSequenceManager) -> dict[Any, float]:
+def first_seen(manager: RemoteSequenceManager) -> dict[PeerID, float]:
     """Return since when each server of the view is known, time.monotonic(); 0 for those that have computed."""
     return vars(manager).setdefault("first_seen", {})
 
 
-def preference(manager: RemoteSequenceManager, infos: Sequence[RemoteModuleInfo]) -> Callable[[Any], Any]:
+def preference(manager: RemoteSequenceManager, infos: Sequence[RemoteModuleInfo]) -> Callable[[PeerID], Any]:
     """Note which servers are there; return a key that puts those first which are most likely to be sound ones.
 
     Those that have computed come first, then those that are known for longest, and among these those whose pings are
@@ -320,10 +321,10 @@ def preference(manager: RemoteSequenceManager, infos: Sequence[RemoteModuleInfo]
     return lambda peer: (seen[peer], not math.isfinite(pings.get(peer, math.inf)), peer)
 
 
-def keep_some(infos: Sequence[RemoteModuleInfo], key: Callable[[Any], Any]) -> None:
+def keep_some(infos: Sequence[RemoteModuleInfo], key: Callable[[PeerID], Any]) -> None:
     """Leave only so many servers in the view that a route is found in milliseconds, by ``key`` the first ones."""
     spans = compute_spans(infos, min_state=ServerState.ONLINE)
-    kept: set[Any] = set()
+    kept: set[PeerID] = set()
     counts = [0] * len(infos)
     for peer in sorted(spans, key=key):
         blocks = range(spans[peer].start, spans[peer].end)

@@ -17,7 +17,7 @@ from hivemind.moe.client.remote_expert_worker import RemoteExpertWorker
 
 from swarm.client.chain import Chain, Loss
 from swarm.client.head import Head
-from swarm.client.span import PREFILL_CHUNK, Gap, Span
+from swarm.client.span import PREFILL_CHUNK, Span
 from swarm.client.terms import SessionTerms
 from swarm.errors import SessionClosed, SessionLengthExceeded, SwarmTimeout
 from swarm.waiter import PATIENT, Waiter
@@ -69,9 +69,8 @@ class SwarmSession:
         Empty before the first step, and while there is no server for some of the blocks.
         """
         spans = tuple(self._chain.spans)  # in one go: the event loop may be replacing some of them
-        if any(isinstance(span, Gap) for span in spans):
-            return []
-        return [(str(span.peer_id), span.start, span.end) for span in spans if isinstance(span, Span)]
+        route = [(str(span.peer_id), span.start, span.end) for span in spans if isinstance(span, Span)]
+        return route if len(route) == len(spans) else []  # there is a gap
 
     @property
     def losses(self) -> tuple[Loss, ...]:
