@@ -15,13 +15,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from swarm.compat import set_threads
-
 import openai
 
 from benchmarks.serving import serve_model
 from config import Settings
 from swarm.local import LocalSwarm
+from swarm.process import set_threads
 from tests.support.processes import GUNICORN, running
 
 QUESTIONS = ["Tell me about bees.", "Why is that so?", "Give me an example.", "And what do others think of it?"]

@@ -22,13 +22,12 @@ import threading
 import time
 from pathlib import Path
 
-from swarm.compat import set_threads
-
 import psutil
 import torch
 
 from swarm.client.model import SwarmModel
 from swarm.local import LocalServer, LocalSwarm, ServerOptions
+from swarm.process import set_threads
 from tests.support.hosts import Host, ServerOnHost
 from tests.support.swarms import server_info
 from tests.support.tiny import load_reference, make_tiny_bloom

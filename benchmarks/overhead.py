@@ -16,14 +16,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from swarm.compat import set_threads
-
 from websockets.sync.client import connect
 
 from benchmarks.serving import PROMPT, TOPICS, bare_loop, own_loop, serve_model
 from config import Settings
 from swarm.client.model import SwarmModel
 from swarm.local import LocalSwarm
+from swarm.process import set_threads
 from tests.support.processes import GUNICORN, Program, running
 
 

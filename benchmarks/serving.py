@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from swarm.compat import set_threads
+import swarm.compat  # noqa: F401
 
 import psutil
 import torch
@@ -36,6 +36,7 @@ from swarm import weights
 from swarm.client.model import SwarmModel
 from swarm.hardware import attn_cache_tokens, cpu_count
 from swarm.local import LocalServer, LocalSwarm, ServerOptions
+from swarm.process import set_threads
 from tests.support.processes import GUNICORN, Program, running
 from tests.support.swarms import server_info
 

@@ -19,8 +19,9 @@ from swarm.background import Loop, growing_delays
 from swarm.errors import CacheFull, ModelUnavailable, SwarmError, SwarmUnreachable, format_blocks
 
 if TYPE_CHECKING:
-    from swarm.client.model import Swarm, SwarmModel
-    from swarm.client.session import HistoryBudget
+    from swarm.client.history import HistoryBudget
+    from swarm.client.membership import Swarm
+    from swarm.client.model import SwarmModel
     from swarm.local import LocalSwarm
 
 log = logging.getLogger(__name__)
@@ -172,10 +173,9 @@ class Models:
 
         :raises SwarmUnreachable: if that fails
         """
-        from swarm.compat import set_threads
-
-        from swarm.client.model import Swarm
-        from swarm.client.session import HistoryBudget
+        from swarm.client.history import HistoryBudget
+        from swarm.client.membership import Swarm
+        from swarm.process import set_threads
 
         set_threads(self.settings.CLIENT_THREADS)
         self._budget = HistoryBudget(self.settings.HISTORY_MB * 2**20)
@@ -239,7 +239,7 @@ class Models:
 
     def _bring_up(self, served: ServedModel, started: float) -> None:
         """Do what is left to be done until the model answers."""
-        from swarm.compat import spare_collector
+        from swarm.process import freeze_collector
 
         if served.model is None:
             self._start_server(served)
@@ -249,7 +249,7 @@ class Models:
         self._await_blocks(served, served.model)
         self._warm_up(served, served.model)
         served.ready = True
-        spare_collector()
+        freeze_collector()
         log.info("%s: ready after %.1f s", served.config.name, time.monotonic() - started)
 
     def _start_server(self, served: ServedModel) -> None:
@@ -288,7 +288,7 @@ class Models:
 
     def _load_client(self, served: ServedModel) -> "SwarmModel":
         from swarm.client.model import SwarmModel
-        from swarm.client.session import SessionLimits
+        from swarm.client.terms import SessionLimits
 
         settings = self.settings
         served.report("loading tokenizer, embeddings and head")

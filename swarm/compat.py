@@ -1,12 +1,12 @@
-"""Make the released petals run on today's packages. Import this before petals; it is the only place that patches.
+"""Make the released petals run on today's packages. Import this before petals; it is the only place that patches them.
 
-Each patch is here for a fault that was seen to happen; the comment beside it says which.
+Each patch is here for a fault that was seen to happen; the comment beside it says which. ``swarm.lazy_imports``, which
+comes first, replaces one function of PyTorch's as well, but only for as long as one import takes.
 """
 
 import asyncio
 import concurrent.futures
 import contextlib
-import gc
 import logging
 import multiprocessing
 import os
@@ -32,8 +32,8 @@ import hivemind.utils.mpfuture
 import hivemind.utils.nested
 import hivemind.utils.tensor_descr
 import hivemind.utils.timed_storage
-import psutil
-import torch
+
+from swarm.process import kill_descendants
 
 log = logging.getLogger(__name__)
 
@@ -60,14 +60,6 @@ def _restore_hivemind_names() -> None:
         for name in names:
             if not hasattr(hivemind, name):
                 setattr(hivemind, name, getattr(home, name))
-
-
-def kill_descendants(pid: int | None = None) -> None:
-    """Kill every process below ``pid`` (default: this process) at once, ``p2pd`` among them."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        for process in psutil.Process(pid).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
 
 
 def _end_with_parent(process_class: type) -> None:
@@ -324,28 +316,28 @@ def _read_peers_carefully() -> None:
     from hivemind.p2p import P2P
     from hivemind.utils import MSGPackSerializer
 
-    from swarm import wire
+    from swarm.wire import announcements, messages, packing, records, tensors
 
-    MSGPackSerializer.loads = staticmethod(wire.unpack)
-    MSGPackSerializer._decode_ext_types = staticmethod(wire.unpack_extension)
-    wire.check_compressions()
-    P2P.receive_protobuf = staticmethod(wire.receive)
+    MSGPackSerializer.loads = staticmethod(packing.unpack)
+    MSGPackSerializer._decode_ext_types = staticmethod(packing.unpack_extension)
+    tensors.check_compressions()
+    P2P.receive_protobuf = staticmethod(messages.receive)
     add_handler = P2P.add_binary_stream_handler
 
     async def add_bounded_handler(self: Any, name: str, handler: Callable[..., Any], balanced: bool = False) -> None:
-        await add_handler(self, name, wire.bound_streams(handler), balanced)
+        await add_handler(self, name, messages.bound_streams(handler), balanced)
 
     P2P.add_binary_stream_handler = add_bounded_handler
     storage = hivemind.dht.storage
-    storage.DictionaryDHTValue.unpackb = staticmethod(wire.unpack_dictionary)
-    storage.DHTLocalStorage.store_subkey = wire.bound_subkeys(storage.DHTLocalStorage.store_subkey)
+    storage.DictionaryDHTValue.unpackb = staticmethod(records.unpack_dictionary)
+    storage.DHTLocalStorage.store_subkey = records.bound_subkeys(storage.DHTLocalStorage.store_subkey)
     init = hivemind.DHT.__init__
 
     def __init__(self: Any, *args: Any, record_validators: Any = (), **kwargs: Any) -> None:
-        init(self, *args, record_validators=(*record_validators, wire.SaneRecords()), **kwargs)
+        init(self, *args, record_validators=(*record_validators, records.SaneRecords()), **kwargs)
 
     hivemind.DHT.__init__ = __init__
-    petals.utils.dht._get_remote_module_infos = wire.read_module_infos
+    petals.utils.dht._get_remote_module_infos = announcements.read_module_infos
 
 
 def use_view_reader(read: Callable[[Any], None]) -> None:
@@ -375,23 +367,3 @@ _close_connections_that_fail()
 _send_messages_whole()
 _accept_shared_dht()
 _read_peers_carefully()
-
-
-def spare_collector() -> None:
-    """Let the garbage collector leave alone, from now on, everything that is there already.
-
-    A program with these libraries has some 400,000 objects that live until its end. To look through them all takes a
-    fifth of a second or more, in which no token is made, and writes to them all, which ends their sharing with forked
-    processes.
-    """
-    gc.collect()
-    gc.freeze()
-
-
-def set_threads(count: int) -> None:
-    """Bound the threads of PyTorch's operators in this process.
-
-    With the default, one per core in every process, servers and clients on one machine fight for the cores: four
-    parallel sessions were four times slower in total than one.
-    """
-    torch.set_num_threads(count)

@@ -73,7 +73,11 @@ def postpone(name: str) -> None:
 
 
 def _import_accelerate() -> None:
-    """accelerate, of which petals uses one function, imports all of PyTorch's training over several machines."""
+    """accelerate, of which petals uses one function, imports all of PyTorch's training over several machines.
+
+    It does not where PyTorch says that it cannot do that. So PyTorch says so here, for as long as this import takes. It
+    is the only patch outside of ``swarm.compat``, which imports this module first.
+    """
     is_available = torch.distributed.is_available
     torch.distributed.is_available = lambda: False
     try:

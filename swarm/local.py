@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from swarm.compat import kill_descendants
-
-from swarm.client.model import Swarm
+from swarm.client.membership import Swarm
+from swarm.process import kill_descendants
 from swarm.supervision import HEALTHY_AFTER, backoff
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,8 @@ from app import create_app
 from config import Settings
 from service import Service, get_service
 from swarm.client.model import SwarmModel
-from swarm.client.session import SessionLimits
+from swarm.client.routing import CacheRelief
+from swarm.client.terms import SessionLimits
 from swarm.local import LocalSwarm, ServerOptions
 from tests.support.processes import GUNICORN, Program, listening, running
 from tests.support.swarms import server_info
@@ -56,7 +57,7 @@ def tiny_server(model: Path, blocks: str, attn_cache_tokens: int = 65536, *, bat
     )
 
 
-def load_model(path: Path, swarm: LocalSwarm, **limits: float) -> SwarmModel:
+def load_model(path: Path, swarm: LocalSwarm, relief: CacheRelief | None = None, **limits: float) -> SwarmModel:
     """Load the client's part of a model and wait until all its blocks are served, and their servers answer."""
     model = SwarmModel.load(
         str(path),
@@ -65,6 +66,7 @@ def load_model(path: Path, swarm: LocalSwarm, **limits: float) -> SwarmModel:
         device="cpu",
         torch_dtype="float32",
         limits=dataclasses.replace(SessionLimits(), **limits),
+        relief=relief,
     )
     assert model.state.start(READY_TIMEOUT)
     assert model.state.wait(lambda: not model.state.missing_blocks(), READY_TIMEOUT), "the servers did not come up"

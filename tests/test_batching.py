@@ -26,8 +26,10 @@ from petals.utils.convert_block import QuantType, convert_block
 from petals.utils.misc import DUMMY, DUMMY_INT64
 from transformers import BloomForCausalLM, LlamaForCausalLM, PreTrainedTokenizerBase
 
+from swarm.client.history import HistoryBudget
 from swarm.client.model import SwarmModel
-from swarm.client.session import HistoryBudget, SwarmSession
+from swarm.client.session import SwarmSession
+from swarm.client.terms import SessionTerms
 from swarm.errors import SessionLengthExceeded
 from swarm.local import LocalSwarm
 from swarm.server.batching import (
@@ -41,7 +43,7 @@ from swarm.server.batching import (
 )
 from swarm.server.blocks import BloomBlocks, LlamaBlocks, Part, RaggedBlocks, make_ragged_blocks
 from swarm.server.serve import TRAINING_TOKENS
-from swarm.wire import check_inputs, check_room, rewound
+from swarm.wire.requests import check_inputs, check_room, rewound
 from tests.conftest import greedy, load_model, tiny_server
 from tests.support.tiny import make_tiny_bloom, make_tiny_falcon, make_tiny_llama
 from tests.test_session import PROMPTS, in_threads, infos, lose, run_greedy
@@ -831,7 +833,7 @@ def test_rows_restored_from_their_tokens(
     """When the inputs of the spans are not held any more."""
     token_ids = tokenizer.encode(PROMPTS[2])
     expected = expected_rows(reference, token_ids, 2, 6)
-    with SwarmSession(model.head, model.state, model.limits, HistoryBudget(0), 64, rows=2) as session:
+    with SwarmSession(model.head, SessionTerms(model.state, model.limits, HistoryBudget(0), 64, rows=2)) as session:
         logits = session.step(token_ids)
         generated = [[choices(logits, row)] for row in range(2)]
         for i in range(5):

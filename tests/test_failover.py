@@ -13,6 +13,7 @@ from generation.loop import Chunk, Detokenizer, generate
 from generation.parameters import GenerationParams
 from swarm.client.model import SwarmModel
 from swarm.client.session import SwarmSession
+from swarm.client.terms import SessionTerms
 from swarm.errors import BlocksMissing
 from swarm.local import LocalServer, LocalSwarm
 from tests.conftest import READY_TIMEOUT, greedy, load_model, tiny_server
@@ -174,7 +175,7 @@ def test_slow_but_living_server_is_not_given_up(model: SwarmModel, reference: Bl
     token_ids = model.tokenizer.encode(PROMPTS[0])
     expected = greedy(reference, token_ids, 10)
     impatient = dataclasses.replace(model.limits, probe_after=0.0005)
-    with SwarmSession(model.head, model.state, impatient, model.budget, 64) as session:
+    with SwarmSession(model.head, SessionTerms(model.state, impatient, model.budget, 64)) as session:
         assert run_greedy(session, token_ids, len(expected)) == expected
         assert session.recoveries == 0
 

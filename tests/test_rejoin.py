@@ -17,7 +17,8 @@ from transformers import BloomForCausalLM, PreTrainedTokenizerBase
 
 import swarm.client.node
 from config import Settings
-from swarm.client.model import Swarm, SwarmModel
+from swarm.client.membership import Swarm
+from swarm.client.model import SwarmModel
 from swarm.client.node import with_port
 from swarm.local import LocalSwarm
 from tests.conftest import READY_TIMEOUT, LiveApp, greedy, serve

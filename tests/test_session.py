@@ -1,5 +1,6 @@
 """The swarm session against plain Transformers, over real servers that are killed, full or slow to come."""
 
+import asyncio
 import concurrent.futures
 import gc
 import logging
@@ -16,13 +17,17 @@ from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure, P2PDaemonErro
 from petals.server.memory_cache import AllocationFailed
 from transformers import BloomForCausalLM, PreTrainedTokenizerBase
 
+from swarm.client.history import HistoryBudget
 from swarm.client.model import SwarmModel
-from swarm.client.session import HistoryBudget, SwarmSession
+from swarm.client.session import SwarmSession
+from swarm.client.span import PREFILL_CHUNK, Span
+from swarm.client.terms import SessionTerms
 from swarm.errors import CacheFull, Cancelled, SessionClosed, SessionLengthExceeded
 from swarm.local import LocalSwarm
 from swarm.server.serve import shorten_refusal
 from tests.conftest import greedy, load_model, tiny_server
 from tests.support.swarms import server_info
+from tests.support.waiters import Canceller
 
 SETTLED = 8  # equal readings in a row, each a twentieth of a second and more after the last
 PROMPTS = ["The quick brown fox", "Ein Schwarm von Servern", "分散された", "a"]
@@ -132,22 +137,43 @@ def test_cancelled_step_keeps_the_session(
 ) -> None:
     token_ids = tokenizer.encode(PROMPTS[1])
     expected = greedy(reference, token_ids, 8)
+    canceller = Canceller()
+    canceller.cancel()
     with model.open_session(2048) as session:
         with pytest.raises(Cancelled):
-            session.step([3] * 2000, cancelled=lambda: True)
+            session.step([3] * 2000, waiter=canceller)
         session.truncate(0)
         assert run_greedy(session, token_ids, len(expected)) == expected
 
 
-def test_cancel_from_another_thread(model: SwarmModel) -> None:
+def test_cancel_from_another_thread(model: SwarmModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def hang(*_: object) -> None:
+        await asyncio.sleep(60)
+
+    canceller = Canceller()
+    with model.open_session(64) as session:
+        expected = session.step([3, 4])
+        with monkeypatch.context() as patch:
+            patch.setattr(Span, "_exchange", hang)
+            threading.Timer(0.1, canceller.cancel).start()
+            with pytest.raises(Cancelled):
+                session.step([5], waiter=canceller)
+        # The servers are let go, since nobody knows what they have processed; the tokens stay.
+        assert (session.position, session.route, session.token_ids) == (0, [], [3, 4, 5])
+        session.truncate(2)
+        torch.testing.assert_close(session.step(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_cancelled_between_the_pieces_of_a_prompt(model: SwarmModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However fast each piece is: the waiter looks before the next one, and what is processed stays processed."""
+    monkeypatch.setattr("swarm.client.session.CANCEL_POLL", 60.0)
+    canceller = Canceller()
+    canceller.cancel()
     with model.open_session(2048) as session:
-        session.cancel()
         with pytest.raises(Cancelled):
-            session.step([3] * 2000)
+            session.step([3] * 2000, waiter=canceller)
+        assert (session.position, len(session.token_ids)) == (PREFILL_CHUNK, 2000)
         assert session.step().shape == (model.head.vocab_size,)
-        session.cancel()
-        with pytest.raises(Cancelled):
-            session.step([3])  # over in a few milliseconds
 
 
 def test_closed_session(model: SwarmModel) -> None:
@@ -222,7 +248,7 @@ def test_dropped_history_recovers_from_the_token_ids(
     token_ids = tokenizer.encode(PROMPTS[0])
     expected = greedy(reference, token_ids, 20)
     budget = HistoryBudget(limit=0)
-    with SwarmSession(model.head, model.state, model.limits, budget, 64) as session:
+    with SwarmSession(model.head, SessionTerms(model.state, model.limits, budget, 64)) as session:
         generated = run_greedy(session, token_ids, 10)
         for span in session._chain.spans:
             assert span.history.size == 0
@@ -234,7 +260,7 @@ def test_dropped_history_recovers_from_the_token_ids(
 
 def test_history_is_given_back(model: SwarmModel) -> None:
     budget = HistoryBudget(limit=2**20)
-    with SwarmSession(model.head, model.state, model.limits, budget, 64) as session:
+    with SwarmSession(model.head, SessionTerms(model.state, model.limits, budget, 64)) as session:
         session.step([5, 6, 7])
         assert budget.used == 2 * 3 * 64 * 4  # spans, tokens, hidden size, bytes
     wait_until(lambda: budget.used == 0, "the budget was not given back")
@@ -244,9 +270,9 @@ def lose(session: SwarmSession, index: int) -> None:
     """Cut the connection to a server under the session, as a network does."""
 
     async def cut() -> None:
-        streams = session._chain.spans[index]._streams
-        assert streams is not None
-        streams[1].close()
+        span = session._chain.spans[index]
+        assert isinstance(span, Span) and span._streams is not None
+        span._streams[1].close()
 
     RemoteExpertWorker.run_coroutine(cut())
 

@@ -209,7 +209,7 @@ def test_importing_the_app_starts_nothing() -> None:
 
 
 def test_the_app_may_be_started_before_its_swarm(tiny_bloom: Path, tmp_path: Path) -> None:
-    from swarm.client.model import Swarm
+    from swarm.client.membership import Swarm
     from swarm.local import LocalServer
     from tests.conftest import tiny_server
 

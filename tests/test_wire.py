@@ -34,13 +34,25 @@ from petals.data_structures import RemoteModuleInfo, RemoteSpanInfo, ServerInfo,
 from petals.utils.dht import compute_spans, declare_active_modules
 from transformers import BloomForCausalLM
 
-from swarm import wire
 from swarm.client import routing as state_module
-from swarm.client.model import Swarm, SwarmModel
-from swarm.client.routing import SwarmState, cheapest_route, keep_some
-from swarm.client.session import ARGS_STRUCTURE, SessionLimits, SwarmSession, _Span
+from swarm.client.cheapest_route import cheapest_route
+from swarm.client.membership import Swarm
+from swarm.client.model import SwarmModel
+from swarm.client.routing import SwarmState, keep_some
+from swarm.client.session import SwarmSession
+from swarm.client.span import ARGS_STRUCTURE, Span
+from swarm.client.terms import SessionLimits, SessionTerms
 from swarm.errors import ModelMismatch
 from swarm.local import LocalSwarm
+from swarm.wire import messages, records
+from swarm.wire.announcements import read_announcement, read_announcements
+from swarm.wire.messages import bound_streams, receive
+from swarm.wire.packing import MAX_LEVELS, read_metadata, unpack
+from swarm.wire.records import MAX_RECORD, is_sane, unpack_dictionary
+from swarm.wire.replies import read_abilities, read_hidden, read_silence
+from swarm.wire.requests import MAX_ROWS, check_call, read_session, read_step
+from swarm.wire.tensors import read_tensor
+from swarm.wire.text import MAX_NAME, MAX_TEXT, Malformed, clean
 from tests.conftest import greedy, load_model, tiny_server
 from tests.support import evil
 from tests.support.evil import EvilServer, bomb, framed
@@ -128,7 +140,7 @@ def test_silence_costs_one_wait(
     token_ids = tempted.tokenizer.encode(PROMPT)
     expected = greedy(reference, token_ids, TOKENS)
     limits = dataclasses.replace(tempted.limits, step_timeout=step_timeout, probe_after=0.2)
-    with SwarmSession(tempted.head, tempted.state, limits, tempted.budget, 64) as session:
+    with SwarmSession(tempted.head, SessionTerms(tempted.state, limits, tempted.budget, 64)) as session:
         assert run_greedy(session, token_ids, len(expected)) == expected
         (loss,) = session.losses
     assert enemy.asked == 1 and loss.peer_id == str(enemy.peer_id)
@@ -139,7 +151,7 @@ def test_more_servers_refuse_than_patience_lasts(
     tempted: SwarmModel, enemy: EvilServer, reference: BloomForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many refuse, another one that can compute is found; and offenders are not forgiven for a good step."""
-    monkeypatch.setattr("swarm.client.session.REFUSAL_PATIENCE", 0.5)
+    monkeypatch.setattr("swarm.client.span.REFUSAL_PATIENCE", 0.5)
     fakes = [PeerID(bytes([0, 36]) + random.randbytes(36)) for _ in range(12)]
     honest = [*tempted.state.manager.state.sequence_info.spans_by_priority]
     spans = [RemoteSpanInfo(fake, 0, 4, ServerInfo(ServerState.ONLINE, 1.0, 0, 4, inference_rps=1e5)) for fake in fakes]
@@ -147,16 +159,16 @@ def test_more_servers_refuse_than_patience_lasts(
     monkeypatch.setattr(sequence_info, "_sort_spans", lambda infos: ([*spans, *honest], ()))
     sequence_info.spans_by_priority = [*spans, *honest]
     monkeypatch.setattr(tempted.state.manager.ping_aggregator, "to_dict", dict)  # nobody is near
-    exchange, refused = _Span._exchange, []
+    exchange, refused = Span._exchange, []
 
-    async def refuse(self: _Span, inputs: torch.Tensor) -> torch.Tensor:
+    async def refuse(self: Span, inputs: torch.Tensor) -> torch.Tensor:
         if self.peer_id in fakes:
             refused.append(self.peer_id)
             await asyncio.sleep(0.1)
             raise self._offence("refuses")
         return await exchange(self, inputs)
 
-    monkeypatch.setattr(_Span, "_exchange", refuse)
+    monkeypatch.setattr(Span, "_exchange", refuse)
     enemy.answer = evil.tensors(0)
     token_ids = tempted.tokenizer.encode(PROMPT)
     expected = greedy(reference, token_ids, TOKENS)
@@ -224,7 +236,7 @@ def test_a_closed_session_opens_no_streams(model: SwarmModel) -> None:
 def test_a_step_that_lingers_harms_no_other(model: SwarmModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cancelled step may take long to end; then the next one has begun, with spans of its own."""
     impatient = dataclasses.replace(model.limits, connect_timeout=0.2)
-    session = SwarmSession(model.head, model.state, impatient, model.budget, 64)
+    session = SwarmSession(model.head, SessionTerms(model.state, impatient, model.budget, 64))
     expected = session.step([1, 2, 3])
     chain = session._chain
     cancelled, leave = asyncio.Event(), asyncio.Event()
@@ -240,7 +252,7 @@ def test_a_step_that_lingers_harms_no_other(model: SwarmModel, monkeypatch: pyte
     with session:
         session.truncate(0)
         with monkeypatch.context() as patch:
-            patch.setattr(_Span, "step", linger)
+            patch.setattr(Span, "step", linger)
             step = RemoteExpertWorker.run_coroutine(
                 chain.forward(session._head.embed([1, 2, 3]), chain.position), return_future=True
             )
@@ -264,7 +276,7 @@ def test_losses_far_apart_do_not_add_up(model: SwarmModel, monkeypatch: pytest.M
     """A long prompt may lose servers as often as it likes, if it goes on in between."""
     limits = dataclasses.replace(SessionLimits(), recovery_timeout=10.0)
     now = [0.0]
-    with SwarmSession(model.head, model.state, limits, model.budget, 2048) as session:
+    with SwarmSession(model.head, SessionTerms(model.state, limits, model.budget, 2048)) as session:
         forward, calls = session._chain.forward, 0
 
         async def lossy(inputs: torch.Tensor, start: int) -> torch.Tensor | None:
@@ -328,15 +340,15 @@ def test_an_evil_client_harms_nobody(
 
 def test_waiting_for_attention_cache_is_bounded(uids: list[str]) -> None:
     data = evil.request(uids, torch.zeros(1, 1, HIDDEN), alloc_timeout=600)[9:]
-    session = wire.read_session(runtime_pb2.ExpertRequest.FromString(data), 2048)
+    session = read_session(runtime_pb2.ExpertRequest.FromString(data), 2048)
     assert (session.alloc_timeout, session.max_length, session.batch_size) == (10.0, 8, 1)
-    with pytest.raises(wire.Malformed, match="Cannot allocate KV cache for 8 tokens, max = 7"):
-        wire.read_session(runtime_pb2.ExpertRequest.FromString(data), 7)
+    with pytest.raises(Malformed, match="Cannot allocate KV cache for 8 tokens, max = 7"):
+        read_session(runtime_pb2.ExpertRequest.FromString(data), 7)
 
 
 def test_one_peer_has_so_many_streams(monkeypatch: pytest.MonkeyPatch) -> None:
     """More are closed; and of messages that are on their way it may have two of the largest."""
-    monkeypatch.setattr(wire, "MAX_STREAMS", 2)
+    monkeypatch.setattr(messages, "MAX_STREAMS", 2)
 
     class Writer:
         closed = 0
@@ -350,28 +362,28 @@ def test_one_peer_has_so_many_streams(monkeypatch: pytest.MonkeyPatch) -> None:
         async def handler(*_: object) -> None:
             await over.wait()
 
-        handle = wire.bound_streams(handler)
+        handle = bound_streams(handler)
         infos = [type("Info", (), {"peer_id": one}) for one in (peer, peer, peer, other)]
         streams = [asyncio.create_task(handle(info, None, writer)) for info in infos]
         await asyncio.wait(streams, timeout=0.2)
         assert [stream.done() for stream in streams] == [False, False, True, False] and writer.closed == 1
         over.set()
         await asyncio.gather(*streams)
-        assert peer not in wire._senders and other not in wire._senders
+        assert peer not in messages._senders and other not in messages._senders
 
-        monkeypatch.setitem(wire._limits, "message", 100)
+        monkeypatch.setitem(messages._limits, "message", 100)
         errors = []
 
         async def read(*_: object) -> None:
             reader = asyncio.StreamReader()
             reader.feed_data(framed(b"", size=90))
             try:
-                await asyncio.wait_for(wire.receive(runtime_pb2.ExpertRequest, reader), 0.2)
-            except (wire.Malformed, asyncio.TimeoutError) as error:
+                await asyncio.wait_for(receive(runtime_pb2.ExpertRequest, reader), 0.2)
+            except (Malformed, asyncio.TimeoutError) as error:
                 errors.append(type(error))
 
-        monkeypatch.setattr(wire, "MAX_STREAMS", 3)
-        await asyncio.gather(*(wire.bound_streams(read)(infos[0], None, writer) for _ in range(3)))
+        monkeypatch.setattr(messages, "MAX_STREAMS", 3)
+        await asyncio.gather(*(bound_streams(read)(infos[0], None, writer) for _ in range(3)))
         assert sorted(error.__name__ for error in errors) == ["Malformed", "TimeoutError", "TimeoutError"]
 
     asyncio.run(scenario())
@@ -390,7 +402,7 @@ def member(value: Any) -> Any:
 
 def test_what_announcements_may_say() -> None:
     peer = PeerID(bytes([0, 36]) + random.randbytes(36)).to_base58()
-    (info,) = wire.read_announcements(
+    (info,) = read_announcements(
         "m.1",
         {
             peer: member(
@@ -398,10 +410,10 @@ def test_what_announcements_may_say() -> None:
             )
         },
     ).values()
-    assert info.public_name.startswith("a\\n\\x1b[31mbbb") and len(info.public_name) == wire.MAX_NAME
+    assert info.public_name.startswith("a\\n\\x1b[31mbbb") and len(info.public_name) == MAX_NAME
     assert info.inference_rps == 1e6 and info.next_pings == {peer: math.inf}
     assert (info.start_block, info.end_block, info.state) == (0, 4, ServerState.ONLINE)
-    sound = wire.read_announcements("m.1", {peer: member((2, 1.0)), "x": member(announcement())})
+    sound = read_announcements("m.1", {peer: member((2, 1.0)), "x": member(announcement())})
     assert [str(one) for one in sound] == [peer]
 
 
@@ -438,7 +450,7 @@ def test_what_announcements_may_say() -> None:
 )
 def test_announcements_that_cannot_be_true_are_left_out(value: Any) -> None:
     good, bad = (PeerID(bytes([0, 36]) + random.randbytes(36)).to_base58() for _ in range(2))
-    read = wire.read_announcements("m.1", {bad: member(value), good: member(announcement())})
+    read = read_announcements("m.1", {bad: member(value), good: member(announcement())})
     assert [str(peer) for peer in read] == [good]
 
 
@@ -446,7 +458,7 @@ def test_announcements_that_cannot_be_true_are_left_out(value: Any) -> None:
     "subkey", [123, None, b"Qm", "", "0OIl", "Qm", "x" * 5000, ("a",), PeerID(b"\x12\x20abc").to_base58()]
 )
 def test_what_is_no_peer_id(subkey: Any) -> None:
-    assert not wire.read_announcements("m.0", {subkey: member(announcement())})
+    assert not read_announcements("m.0", {subkey: member(announcement())})
 
 
 @dataclasses.dataclass
@@ -536,7 +548,7 @@ def test_our_nodes_keep_no_lies(members: Members) -> None:
     assert store(dumps("peer"), bomb()) == [False]
     assert store(bomb(), good) == [False]
     assert store(dumps(123), good) == [False]
-    assert store(dumps("peer"), bytes(wire.MAX_RECORD + 1)) == [False]
+    assert store(dumps("peer"), bytes(MAX_RECORD + 1)) == [False]
     assert isinstance(store(b"", bomb()), Exception)  # a whole dictionary
     assert store(dumps("peer"), good) == [True], "and it still answers"
 
@@ -544,7 +556,7 @@ def test_our_nodes_keep_no_lies(members: Members) -> None:
 def test_dictionaries_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     from hivemind.dht.storage import DHTLocalStorage
 
-    monkeypatch.setattr(wire, "MAX_SUBKEYS", 3)
+    monkeypatch.setattr(records, "MAX_SUBKEYS", 3)
     storage, key, until = DHTLocalStorage(), DHTID.generate("x"), get_dht_time() + 60
     assert [storage.store_subkey(key, str(n), b"\xc0", until) for n in range(5)] == [True] * 3 + [False] * 2
     assert storage.store_subkey(key, "1", b"\xc0", until + 1), "those that are there may tell news"
@@ -651,17 +663,17 @@ packed = values.map(MSGPackSerializer.dumps) | st.binary(max_size=80)
 @contextlib.contextmanager
 def only_malformed() -> Iterator[None]:
     """Whatever is sent, this is the only thing that may come of it."""
-    with contextlib.suppress(wire.Malformed):
+    with contextlib.suppress(Malformed):
         yield
 
 
 @QUICK
 @given(packed)
 def test_noise_for_packed_values(data: bytes) -> None:
-    for read in (wire.unpack, wire.unpack_dictionary, wire.read_metadata, wire.read_abilities, wire.read_silence):
+    for read in (unpack, unpack_dictionary, read_metadata, read_abilities, read_silence):
         with only_malformed():
             read(data)
-    assert wire.is_sane("peer", data, get_dht_time() + 1) in (True, False)
+    assert is_sane("peer", data, get_dht_time() + 1) in (True, False)
 
 
 @QUICK
@@ -670,20 +682,20 @@ def test_nesting_is_bounded(depth: int, code: int) -> None:
     data = msgpack.packb([])
     for _ in range(depth):
         data = msgpack.packb([msgpack.ExtType(code, data)])
-    if code == 0x40 and depth <= wire.MAX_LEVELS:
-        wire.unpack(data)
+    if code == 0x40 and depth <= MAX_LEVELS:
+        unpack(data)
     elif depth:
-        with pytest.raises(wire.Malformed):
-            wire.unpack(data)
+        with pytest.raises(Malformed):
+            unpack(data)
 
 
 @QUICK
 @given(values)
 def test_noise_for_announcements(value: Any) -> None:
-    read = wire.read_announcements("m.1", {value if isinstance(value, str | bytes | int) else "x": member(value)})
+    read = read_announcements("m.1", {value if isinstance(value, str | bytes | int) else "x": member(value)})
     assert all(isinstance(info, ServerInfo) for info in read.values())
     with only_malformed():
-        wire.read_announcement(value, 1)
+        read_announcement(value, 1)
 
 
 @QUICK
@@ -701,7 +713,7 @@ def test_noise_for_announcements(value: Any) -> None:
 )
 def test_noise_in_announcements(fields: dict[str, Any], throughput: Any) -> None:
     with only_malformed():
-        info = wire.read_announcement((2, throughput, fields), 0)
+        info = read_announcement((2, throughput, fields), 0)
         assert info.inference_rps is None or 0 < info.inference_rps <= 1e6
         assert info.public_name is None or len(info.public_name) <= 100 and info.public_name.isprintable()
 
@@ -720,11 +732,11 @@ proto_tensors = st.builds(
 @given(proto_tensors)
 def test_noise_for_tensors(tensor: runtime_pb2.Tensor) -> None:
     with only_malformed():
-        read = wire.read_tensor(tensor)
+        read = read_tensor(tensor)
         assert list(read.shape) == list(tensor.size)
         assert read.dtype == getattr(torch, tensor.dtype)
     with only_malformed():
-        read = wire.read_hidden([tensor], (1, 1, 4))
+        read = read_hidden([tensor], (1, 1, 4))
         assert read.shape == (1, 1, 4) and torch.isfinite(read).all()
 
 
@@ -744,11 +756,11 @@ def test_noise_for_requests(tensors: list[runtime_pb2.Tensor], fields: dict[str,
     metadata = MSGPackSerializer.dumps({**good, **fields})
     request = runtime_pb2.ExpertRequest(uid="m.0", tensors=tensors, metadata=metadata)
     with only_malformed():
-        wire.check_call(request)
+        check_call(request)
     with only_malformed():
-        session = wire.read_session(request, 16)
-        assert 1 <= session.batch_size <= wire.MAX_ROWS and 0 <= session.alloc_timeout <= 10
-        step = wire.read_step(request, fields, session, position=3, num_blocks=1, hidden_size=4)
+        session = read_session(request, 16)
+        assert 1 <= session.batch_size <= MAX_ROWS and 0 <= session.alloc_timeout <= 10
+        step = read_step(request, fields, session, position=3, num_blocks=1, hidden_size=4)
         assert 0 <= step.start <= 3 and step.hidden.shape[2] == 4
 
 
@@ -760,17 +772,17 @@ def test_noise_for_messages(data: bytes, kind: Any, whole: bool) -> None:
         reader.feed_data(framed(data, marker=data[:1] or b"\0") if whole else data)
         reader.feed_eof()
         with contextlib.suppress(EOFError):
-            return await wire.receive(kind, reader, 100)
+            return await receive(kind, reader, 100)
 
     with only_malformed():
         message, error = LOOP.run_until_complete(read()) or (None, None)
         if error is not None:
-            assert wire.clean(error.message).isprintable()
+            assert clean(error.message).isprintable()
         if isinstance(message, runtime_pb2.ExpertResponse):
-            wire.read_abilities(message.metadata)
-            wire.read_hidden(message.tensors, (1, 1, 4))
+            read_abilities(message.metadata)
+            read_hidden(message.tensors, (1, 1, 4))
         if isinstance(message, runtime_pb2.ExpertRequest):
-            wire.read_session(message, 16)
+            read_session(message, 16)
 
 
 LOOP = asyncio.new_event_loop()
@@ -779,9 +791,9 @@ LOOP = asyncio.new_event_loop()
 @QUICK
 @given(st.text())
 def test_texts_of_peers(text: str) -> None:
-    line = wire.clean(text)
-    assert line.isprintable() and len(line) <= wire.MAX_TEXT
-    if text.isprintable() and len(text) <= wire.MAX_TEXT:
+    line = clean(text)
+    assert line.isprintable() and len(line) <= MAX_TEXT
+    if text.isprintable() and len(text) <= MAX_TEXT:
         assert line == text
 
 
@@ -794,11 +806,11 @@ def test_what_is_packed_honestly_is_read() -> None:
     assert list(read.items()) == list(dictionary.items())
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         hidden = torch.randn(1, 3, 8).to(dtype)
-        assert torch.equal(wire.read_hidden([serialize_torch_tensor(hidden)], hidden.shape), hidden)
-        assert wire.read_hidden([serialize_torch_tensor(hidden[:, :0])], (1, 0, 8)).shape == (1, 0, 8)
+        assert torch.equal(read_hidden([serialize_torch_tensor(hidden)], hidden.shape), hidden)
+        assert read_hidden([serialize_torch_tensor(hidden[:, :0])], (1, 0, 8)).shape == (1, 0, 8)
     hidden = torch.randn(1, 3, 8)
     for compression in (runtime_pb2.FLOAT16, runtime_pb2.MEANSTD_16BIT):
-        read_hidden = wire.read_hidden([serialize_torch_tensor(hidden, compression)], hidden.shape)
-        torch.testing.assert_close(read_hidden, hidden, atol=0.01, rtol=0.01)
-    with pytest.raises(wire.Malformed, match="the compression UNIFORM_8BIT is not accepted"):
+        decompressed = read_hidden([serialize_torch_tensor(hidden, compression)], hidden.shape)
+        torch.testing.assert_close(decompressed, hidden, atol=0.01, rtol=0.01)
+    with pytest.raises(Malformed, match="the compression UNIFORM_8BIT is not accepted"):
         serialize_torch_tensor(hidden, runtime_pb2.UNIFORM_8BIT)

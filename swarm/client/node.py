@@ -9,7 +9,7 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from swarm.compat import await_dht, kill_descendants, repair_futures
+from swarm.compat import await_dht, repair_futures
 
 import hivemind
 import psutil
@@ -19,6 +19,7 @@ from hivemind.p2p import P2P
 from hivemind.proto import crypto_pb2
 
 from swarm.errors import SwarmUnreachable
+from swarm.process import kill_descendants
 
 Result = TypeVar("Result")
 

@@ -6,18 +6,20 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from swarm.compat import CALL_TIMEOUT, use_view_reader
 
+from hivemind.p2p import PeerID
 from petals.client.routing import RemoteSequenceManager
 from petals.data_structures import RemoteModuleInfo, RemoteSpanInfo, ServerState
 from petals.utils.dht import compute_spans, get_remote_module_infos
 from petals.utils.random import sample_up_to
 
 from swarm.background import FIRST_DELAY, Loop
+from swarm.client.cheapest_route import cheapest_route
 from swarm.errors import BlocksMissing, CacheFull, SessionLengthExceeded, SwarmError
 
 log = logging.getLogger(__name__)
@@ -25,13 +27,6 @@ log = logging.getLogger(__name__)
 # Routing takes time with the number of servers, and anybody can announce thousands. More than these of one block, or
 # in all, are not better for one session than these.
 MAX_SERVERS_OF_BLOCK, MAX_SERVERS = 16, 256
-# From which servers a route goes on at one block: those that are reached soonest.
-MAX_DOORS = 8
-# What a route is expected to cost, as petals reckons.
-OVERHEAD = 0.018  # seconds for a request
-DEFAULT_RPS = 300.0  # requests per second of a server that does not say
-FULL_DELAY = 10.0  # seconds to wait for attention cache
-DEFAULT_DELAY, LONGEST_DELAY = 0.15, 5.0  # seconds there: not measured, not reachable
 # A server that has answered rubbish is trusted again after so many good steps, an answer or two.
 GOOD_STEPS = 1000
 MAX_OFFENDERS = 10_000  # remembered; peers can have any number of names
@@ -52,6 +47,16 @@ class ServerView:
     ping: float | None = None  # seconds there and back, smoothed; None: not measured, or it does not answer
 
 
+class CacheRelief(Protocol):
+    """Whoever opens sessions, and can do without some of them."""
+
+    def free_attention_cache(self, model: str, tokens: int) -> bool:
+        """Take so many tokens of attention cache from sessions of a model that nobody uses. Does not wait.
+
+        :returns: whether there were any
+        """
+
+
 class SwarmState:
     """A view of the servers of one model, kept fresh from the DHT by a background thread.
 
@@ -60,12 +65,15 @@ class SwarmState:
     the DHT outlives its failures.
     """
 
-    def __init__(self, manager: RemoteSequenceManager, model: str) -> None:
+    def __init__(self, manager: RemoteSequenceManager, model: str, relief: CacheRelief | None = None) -> None:
+        """Make a view that is not read yet; see ``start``.
+
+        :param relief: asked when servers have no attention cache left for a session
+        """
         self.manager = manager
         self.model = model
         self.num_blocks = len(manager)
-        # Called on the event loop when servers have no attention cache left for so many tokens; tells if it frees some.
-        self.make_room: Callable[[int], bool] = lambda tokens: False
+        self._relief = relief
         self.cache_turn = asyncio.Lock()  # held by the session that waits for attention cache; for the event loop
         period = manager.config.update_period
         # A reading begins a period after the last one, or two when servers were slow to answer pings, and has a limit.
@@ -84,7 +92,7 @@ class SwarmState:
         self._answered_at: float | None = None  # seconds, monotonic
         self._failed_at: float | None = None  # seconds, monotonic
         # Peers that have answered rubbish: good steps until they are trusted again. The oldest are forgotten.
-        self._offenders: collections.OrderedDict[Any, int] = collections.OrderedDict()
+        self._offenders: collections.OrderedDict[PeerID, int] = collections.OrderedDict()
 
     def _read(self) -> None:
         if self._connected:  # else there is no DHT to read, and `connect` asks for a reading
@@ -127,6 +135,10 @@ class SwarmState:
         """Whether the view is older than a swarm that can be read lets it become."""
         age = self.view_age
         return age is not None and age > self.stale_after
+
+    def free_attention_cache(self, tokens: int) -> bool:
+        """Ask for attention cache for so many tokens of a session; return whether some will be free. Does not wait."""
+        return self._relief is not None and self._relief.free_attention_cache(self.model, tokens)
 
     def note_answer(self) -> None:
         """A step of some session has passed all blocks."""
@@ -199,7 +211,7 @@ class SwarmState:
         ]
 
     def route(
-        self, start: int, end: int, cache_tokens: int, avoid: Collection[Any] = frozenset()
+        self, start: int, end: int, cache_tokens: int, avoid: Collection[PeerID] = frozenset()
     ) -> list[RemoteSpanInfo]:
         """Return spans that together compute blocks [start, end) with the least expected latency.
 
@@ -220,7 +232,7 @@ class SwarmState:
             raise BlocksMissing(self.model, [block for block in range(start, end) if block not in held])
         return found
 
-    def has_others(self, start: int, end: int, avoid: Collection[Any]) -> bool:
+    def has_others(self, start: int, end: int, avoid: Collection[PeerID]) -> bool:
         """Whether peers that are not in ``avoid`` have blocks [start, end) all together."""
         manager = self.manager
         with manager.lock_changes:
@@ -228,7 +240,7 @@ class SwarmState:
         held = {block for span in spans if span.peer_id not in avoid for block in range(span.start, span.end)}
         return held.issuperset(range(start, end))
 
-    def ban(self, peer_id: object, *, offence: bool = False) -> None:
+    def ban(self, peer_id: PeerID, *, offence: bool = False) -> None:
         """Do not route to a peer for a while (petals' ``ban_timeout``, longer with every failure in a row).
 
         :param offence: whether it did what no sound server does. Single good answers do not make up for that
@@ -245,7 +257,7 @@ class SwarmState:
             info = manager.state.sequence_info
             info.spans_by_priority, info.spans_containing_block = info._sort_spans(info.block_infos)
 
-    def unban(self, peer_id: object) -> None:
+    def unban(self, peer_id: PeerID) -> None:
         """Forget the failures of a peer that has answered; those of an offender after it has answered often."""
         if peer_id in self._offenders:
             self._offenders[peer_id] -= 1
@@ -260,71 +272,6 @@ class SwarmState:
         """End the background thread; does not wait for it."""
         self.manager._thread.should_shutdown = True  # it runs if petals' own sessions were used
         self.reader.stop()
-
-
-def cheapest_route(
-    spans: Sequence[RemoteSpanInfo], start: int, end: int, pings: Mapping[Any, float], cache_tokens: int
-) -> list[RemoteSpanInfo] | None:
-    """Return the spans that are expected to compute blocks [start, end) soonest; None if some have no server.
-
-    A route stays with a server to the end of its span, or of the blocks. It is the shortest path through nodes
-    (server, block), found block by block, since edges lead to the same block or the next. The costs are those of
-    ``RemoteSequenceManager._build_inference_graph`` in petals.
-
-    :param pings: seconds there and back, by peer
-    """
-    # For each server at the present block: seconds until there, and (the way before, its span, the block it began at).
-    ways: dict[int, tuple[float, Any]] = {}
-    for block in range(start, end):
-        here = [(index, span) for index, span in enumerate(spans) if span.start <= block < span.end]
-        doors = sorted((way for index, way in ways.items() if spans[index].end == block), key=lambda way: way[0])
-        reached: dict[int, tuple[float, Any]] = {}
-        for index, span in here:
-            cost, before = _cheapest_door(span, doors[:MAX_DOORS], pings, first=block == start)
-            if cost < math.inf and not has_cache(span, cache_tokens):
-                cost += FULL_DELAY
-            best = (cost, (before, span, block))
-            if index in ways and ways[index][0] <= cost:
-                best = ways[index]
-            if best[0] < math.inf:
-                reached[index] = (best[0] + 1 / (span.server_info.inference_rps or DEFAULT_RPS), best[1])
-        ways = reached
-    goals = [(cost + _delay(pings.get(spans[index].peer_id)), way) for index, (cost, way) in ways.items()]
-    if not goals:
-        return None
-    _, way = min(goals, key=lambda goal: goal[0])
-    route: list[RemoteSpanInfo] = []
-    while way is not None:
-        way, span, begin = way
-        route.insert(0, RemoteSpanInfo(span.peer_id, begin, end, span.server_info))
-        end = begin
-    return route
-
-
-def _cheapest_door(
-    span: RemoteSpanInfo, doors: Sequence[tuple[float, Any]], pings: Mapping[Any, float], *, first: bool
-) -> tuple[float, Any]:
-    """Return after how many seconds a span can begin that is not under way yet, and the way before it."""
-    if first:
-        return _delay(pings.get(span.peer_id)) + OVERHEAD, None
-    found: tuple[float, Any] = (math.inf, None)
-    for cost, way in doors:
-        next_pings = way[1].server_info.next_pings
-        cost += _delay(next_pings.get(span.peer_id.to_base58()) if next_pings else None) + OVERHEAD
-        if cost < found[0]:
-            found = (cost, way)
-    return found
-
-
-def _delay(ping: float | None) -> float:
-    """Return seconds there, by seconds there and back."""
-    return DEFAULT_DELAY if ping is None else min(ping / 2, LONGEST_DELAY)
-
-
-def has_cache(span: RemoteSpanInfo, tokens: int) -> bool:
-    """Whether a server announces attention cache for so many tokens: keys and values of all its blocks."""
-    left = span.server_info.cache_tokens_left
-    return left is None or tokens * 2 * span.length <= left
 
 
 def read_view(manager: RemoteSequenceManager) -> None:
@@ -353,12 +300,12 @@ def read_view(manager: RemoteSequenceManager) -> None:
     manager.ready.set()
 
 
-def first_seen(manager: RemoteSequenceManager) -> dict[Any, float]:
+def first_seen(manager: RemoteSequenceManager) -> dict[PeerID, float]:
     """Return since when each server of the view is known, time.monotonic(); 0 for those that have computed."""
     return vars(manager).setdefault("first_seen", {})
 
 
-def preference(manager: RemoteSequenceManager, infos: Sequence[RemoteModuleInfo]) -> Callable[[Any], Any]:
+def preference(manager: RemoteSequenceManager, infos: Sequence[RemoteModuleInfo]) -> Callable[[PeerID], Any]:
     """Note which servers are there; return a key that puts those first which are most likely to be sound ones.
 
     Those that have computed come first, then those that are known for longest, and among these those whose pings are
@@ -374,10 +321,10 @@ def preference(manager: RemoteSequenceManager, infos: Sequence[RemoteModuleInfo]
     return lambda peer: (seen[peer], not math.isfinite(pings.get(peer, math.inf)), peer)
 
 
-def keep_some(infos: Sequence[RemoteModuleInfo], key: Callable[[Any], Any]) -> None:
+def keep_some(infos: Sequence[RemoteModuleInfo], key: Callable[[PeerID], Any]) -> None:
     """Leave only so many servers in the view that a route is found in milliseconds, by ``key`` the first ones."""
     spans = compute_spans(infos, min_state=ServerState.ONLINE)
-    kept: set[Any] = set()
+    kept: set[PeerID] = set()
     counts = [0] * len(infos)
     for peer in sorted(spans, key=key):
         blocks = range(spans[peer].start, spans[peer].end)

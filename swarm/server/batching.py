@@ -30,12 +30,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from swarm.compat import set_threads
+import swarm.compat  # noqa: F401
 
 import torch
 from petals.server.memory_cache import MemoryCache
 
 from swarm.hardware import return_free_memory
+from swarm.process import set_threads
 from swarm.server.blocks import Part, RaggedBlocks
 
 log = logging.getLogger(__name__)

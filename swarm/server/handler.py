@@ -23,8 +23,11 @@ from petals.data_structures import CHAIN_DELIMITER
 from petals.server import handler as petals_handler
 from petals.utils.misc import is_dummy
 
-from swarm import wire
 from swarm.server.batching import HandlerLine
+from swarm.wire.messages import MAX_MESSAGE, bound_total, limit_messages
+from swarm.wire.packing import read_metadata
+from swarm.wire.requests import SessionRequest, check_call, read_arguments, read_session, read_step, split_uids
+from swarm.wire.text import Malformed
 
 # What the first answer of a session says of the server; see the module's docstring.
 ABILITIES = MSGPackSerializer.dumps({"rewind": True, "spread": True})
@@ -46,7 +49,7 @@ class TransformerConnectionHandler(petals_handler.TransformerConnectionHandler):
     async def add_p2p_handlers(self, *args: Any, **kwargs: Any) -> None:
         hidden_size = next(iter(self.module_backends.values())).outputs_schema[0].shape[-1]
         # A step may bring all the tokens of a session, and deep prompts besides.
-        wire.limit_messages(wire.MAX_MESSAGE + 4 * hidden_size * self.inference_max_length)
+        limit_messages(MAX_MESSAGE + 4 * hidden_size * self.inference_max_length)
         if self.line is not None:
             await self.line.connect()
         await super().add_p2p_handlers(*args, **kwargs)
@@ -57,13 +60,13 @@ class TransformerConnectionHandler(petals_handler.TransformerConnectionHandler):
         """Serve one inference session: in batches, or by petals if it wants an adapter."""
         async with timeout(self.session_timeout):
             request = await asyncio.wait_for(anext(requests), self.step_timeout)
-            session = wire.read_session(request, self.inference_max_length)
+            session = read_session(request, self.inference_max_length)
             responses: Any
             if self.line is not None and not session.adapter and self._follow_each_other(request.uid):
                 responses = self._serve_session(self.line, request, session, requests, context)
             else:
                 request.metadata = MSGPackSerializer.dumps(
-                    {**wire.read_metadata(request.metadata), "alloc_timeout": session.alloc_timeout}
+                    {**read_metadata(request.metadata), "alloc_timeout": session.alloc_timeout}
                 )
                 responses = super().rpc_inference(achain(as_aiter(request), requests), context)
             async with contextlib.aclosing(responses):  # at once when the client is gone, not when it is collected
@@ -75,13 +78,13 @@ class TransformerConnectionHandler(petals_handler.TransformerConnectionHandler):
         return f"{CHAIN_DELIMITER}{uids}{CHAIN_DELIMITER}" in CHAIN_DELIMITER.join(["", *self.module_backends, ""])
 
     def _check_uids(self, uids: str) -> tuple[str, ...]:
-        return wire.split_uids(uids, self.module_backends, CHAIN_DELIMITER)
+        return split_uids(uids, self.module_backends, CHAIN_DELIMITER)
 
     async def _serve_session(
         self,
         line: HandlerLine,
         request: runtime_pb2.ExpertRequest,
-        wanted: wire.SessionRequest,
+        wanted: SessionRequest,
         requests: AsyncIterator[runtime_pb2.ExpertRequest],
         context: petals_handler.P2PContext,
     ) -> AsyncIterator[runtime_pb2.ExpertResponse]:
@@ -109,13 +112,13 @@ class TransformerConnectionHandler(petals_handler.TransformerConnectionHandler):
         line: HandlerLine,
         session: int,
         steps: AsyncIterator[tuple[runtime_pb2.ExpertRequest, dict[str, Any]]],
-        wanted: wire.SessionRequest,
+        wanted: SessionRequest,
         num_blocks: int,
     ) -> AsyncIterator[runtime_pb2.ExpertResponse]:
         position, abilities = 0, ABILITIES
         schema = next(iter(self.module_backends.values())).outputs_schema[0]
         async for request, metadata in steps:
-            step = wire.read_step(
+            step = read_step(
                 request, metadata, wanted, position=position, num_blocks=num_blocks, hidden_size=schema.shape[-1]
             )
             hidden = step.hidden
@@ -134,7 +137,7 @@ class TransformerConnectionHandler(petals_handler.TransformerConnectionHandler):
 
     async def _iterate_inference_steps(self, *args: Any) -> AsyncIterator[tuple[Any, dict]]:
         async for request, metadata in super()._iterate_inference_steps(*args):
-            wire.check_call(request)
+            check_call(request)
             batch_size, length = (*request.tensors[0].size, 0, 0)[:2]
             with self.inference_tokens.get_lock():
                 self.inference_tokens.value += batch_size * length
@@ -149,27 +152,27 @@ class TransformerConnectionHandler(petals_handler.TransformerConnectionHandler):
     async def rpc_push(
         self, request: runtime_pb2.ExpertRequest, context: petals_handler.P2PContext
     ) -> runtime_pb2.ExpertResponse:
-        wire.check_call(request)
+        check_call(request)
         return await super().rpc_push(request, context)
 
     async def rpc_forward(
         self, request: runtime_pb2.ExpertRequest, context: petals_handler.P2PContext
     ) -> runtime_pb2.ExpertResponse:
-        wire.check_call(request)
+        check_call(request)
         return await super().rpc_forward(request, context)
 
     async def rpc_backward(
         self, request: runtime_pb2.ExpertRequest, context: petals_handler.P2PContext
     ) -> runtime_pb2.ExpertResponse:
-        wire.check_call(request)
+        check_call(request)
         return await super().rpc_backward(request, context)
 
     async def _gather_inputs(
         self, requests: AsyncIterator[runtime_pb2.ExpertRequest], context: petals_handler.P2PContext
     ) -> tuple[str, list[torch.Tensor], dict]:
-        bounded = wire.bound_total(requests)
+        bounded = bound_total(requests)
         uids, tensors, metadata = await super()._gather_inputs(bounded, context)
-        wire.read_arguments(metadata.get("args_structure"), len(tensors))
+        read_arguments(metadata.get("args_structure"), len(tensors))
         return uids, tensors, metadata
 
     async def rpc_info(
@@ -196,7 +199,7 @@ class Pushes(asyncio.Queue):
 def shorten_malformed(record: logging.LogRecord) -> bool:
     """Leave the traceback out of a record that tells of a request which cannot be used: its sender was told."""
     error = record.exc_info[1] if record.exc_info else None
-    if isinstance(error, wire.Malformed):
+    if isinstance(error, Malformed):
         record.msg, record.args, record.exc_info = "a request was refused: %s", (error,), None
     return True
 

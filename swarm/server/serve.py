@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from swarm.compat import await_dht, kill_descendants, probe_nobody, set_threads, spare_collector, use_server_parts
+from swarm.compat import await_dht, probe_nobody, use_server_parts
 
 import hivemind
 import psutil
@@ -40,6 +40,7 @@ from petals.utils.dht import declare_active_modules
 from swarm import hardware, supervision, weights
 from swarm import lazy_imports as imports
 from swarm.errors import ModelUnavailable
+from swarm.process import freeze_collector, kill_descendants, set_threads
 from swarm.server.batching import Batcher, SharedMemoryCache
 from swarm.server.blocks import make_ragged_blocks
 from swarm.server.handler import TransformerConnectionHandler
@@ -199,7 +200,7 @@ class BatchingContainer(WatchedContainer):
             imports.load(ADAPTERS)
         else:
             blocks.warm_up()
-            spare_collector()
+            freeze_collector()
             hardware.return_free_memory()  # the weights were there twice while they were put in order
             self.batcher = Batcher(blocks, first.memory_cache, options["num_handlers"], self.threads)
         # Announces the blocks, and then runs.
@@ -290,7 +291,7 @@ def make_server(args: argparse.Namespace) -> Server:
     if args.batching:
         # The processes forked from here on share what is there already, for as long as nobody writes to it: and a
         # collection writes to every object. Here that is 90 MB.
-        spare_collector()
+        freeze_collector()
     with identity_file(args) as identity_path:
         server = Server(
             converted_model_name_or_path=path,

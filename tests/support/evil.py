@@ -21,8 +21,8 @@ from hivemind.utils.timed_storage import get_dht_time
 from petals.data_structures import ServerInfo, ServerState
 from petals.utils.dht import declare_active_modules
 
-from swarm import wire
-from swarm.client.session import ARGS_STRUCTURE, NO_PROMPTS_AND_HYPOTHESES
+from swarm.client.span import ARGS_STRUCTURE, NO_PROMPTS_AND_HYPOTHESES
+from swarm.wire.messages import receive
 
 STREAM = "TransformerConnectionHandler.rpc_inference"
 INFO = "TransformerConnectionHandler.rpc_info"
@@ -225,7 +225,7 @@ async def ask(p2p: P2P, peer_id: PeerID, messages: Sequence[bytes]) -> str:
     try:
         for message in messages:
             writer.write(message)
-            answer = wire.receive(runtime_pb2.ExpertResponse, reader)
+            answer = receive(runtime_pb2.ExpertResponse, reader)
             try:
                 _, error = await asyncio.wait_for(answer, ANSWER_TIMEOUT)
             except (asyncio.IncompleteReadError, ConnectionError):

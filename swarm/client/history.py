@@ -1,0 +1,74 @@
+"""The inputs that a span has received, kept so that other servers can compute what is lost; and their budget."""
+
+import itertools
+
+import torch
+
+
+class HistoryBudget:
+    """Memory for recovery that all sessions of a program share. Used on the event-loop thread only."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit  # bytes
+        self.used = 0  # bytes
+
+
+class History:
+    """The inputs that a span has received: all of them, or only the newest after the others were dropped."""
+
+    def __init__(self) -> None:
+        self.length = 0  # tokens received
+        self.size = 0  # bytes held
+        self._dropped = 0  # tokens whose inputs are not held any more
+        self._chunks: list[torch.Tensor] = []  # [1 or rows, tokens, hidden size] each
+
+    @property
+    def complete(self) -> bool:
+        return self._dropped == 0
+
+    def extend(self, hidden: torch.Tensor, end: int) -> None:
+        """Take from ``hidden``, which ends with the token before ``end``, what is not here yet."""
+        missing = end - self.length
+        if missing > 0:
+            chunk = hidden[:, hidden.shape[1] - missing :]
+            self._chunks.append(chunk)
+            self.size += chunk.numel() * chunk.element_size()
+            self.length = end
+
+    def read(self, start: int, end: int) -> torch.Tensor:
+        """Return the inputs of tokens [start, end), or of the first of them up to where the rows part ways."""
+        last = self._chunks[-1]
+        if (start, end) == (self.length - last.shape[1], self.length):
+            return last  # the common case, a step of decoding
+        self._join()
+        position = self._dropped
+        for chunk in self._chunks:
+            if start < position + chunk.shape[1]:
+                return chunk[:, start - position : end - position]
+            position += chunk.shape[1]
+        raise IndexError(f"the history ends before token {start}")
+
+    def _join(self) -> None:
+        """Make one chunk of those that all rows share, and one of the others."""
+        groups = [list(group) for _, group in itertools.groupby(self._chunks, key=lambda chunk: chunk.shape[0])]
+        self._chunks = [torch.cat(group, dim=1) if len(group) > 1 else group[0] for group in groups]
+
+    def truncate(self, length: int) -> None:
+        """Forget the inputs of the tokens after the first ``length``."""
+        if length >= self.length:
+            return
+        self._dropped = min(self._dropped, length)
+        self._join()
+        kept, position = [], self._dropped
+        for chunk in self._chunks:
+            if position < length:
+                kept.append(chunk[:, : length - position].clone())
+            position += chunk.shape[1]
+        self._chunks = kept
+        self.size = sum(chunk.numel() * chunk.element_size() for chunk in kept)
+        self.length = length
+
+    def drop(self) -> None:
+        """Forget all inputs."""
+        self._chunks.clear()
+        self.size, self._dropped = 0, self.length

@@ -1,0 +1,29 @@
+"""What a session is opened with: how long it may become, and for how long it waits for the swarm."""
+
+from dataclasses import dataclass
+
+from swarm.client.history import HistoryBudget
+from swarm.client.routing import SwarmState
+
+
+@dataclass(frozen=True)
+class SessionLimits:
+    """How long a session waits for the swarm."""
+
+    connect_timeout: float = 5.0  # seconds to open a stream to a server
+    step_timeout: float = 120.0  # seconds for one server to answer one step
+    probe_after: float = 1.0  # seconds a step may be late before its server is asked whether it lives
+    probe_timeout: float = 2.0  # seconds for that question, and for which a living server's process may be silent
+    recovery_timeout: float = 60.0  # seconds to wait for lost blocks to be served again
+    cache_timeout: float = 10.0  # seconds to wait for a server with free attention cache
+
+
+@dataclass(frozen=True)
+class SessionTerms:
+    """What a session is opened with. Its chain and its spans go by the same."""
+
+    state: SwarmState
+    limits: SessionLimits
+    budget: HistoryBudget
+    max_length: int  # tokens of a row, prefix included
+    rows: int = 1

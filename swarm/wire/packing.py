@@ -1,0 +1,104 @@
+"""Values that hivemind packs: messages' metadata, records of the DHT, arguments."""
+
+import math
+import threading
+from typing import Any
+
+import msgpack
+from hivemind.p2p.p2p_daemon_bindings.control import DEFAULT_MAX_MSG_SIZE
+from hivemind.utils import MSGPackSerializer
+
+from swarm.wire.text import MAX_NAME, Malformed, clean, quoted
+
+# What is packed goes in one message through p2pd, or in the metadata of one that carries tensors besides.
+MAX_PACKED = DEFAULT_MAX_MSG_SIZE  # bytes
+# A dictionary of the DHT has a member for each server of a block; nothing else has so many.
+MAX_MEMBERS = 2**14
+# A record has two levels of tuples, an argument structure has three. A level takes 40 kB of a stack of 8 MB.
+MAX_LEVELS = 16
+
+
+class _Nesting(threading.local):
+    levels = 0
+
+
+_nesting = _Nesting()
+
+
+def unpack(data: bytes) -> Any:
+    """Return what was packed by hivemind's ``MSGPackSerializer``.
+
+    :raises Malformed: if it cannot be read, is too large or nested too deeply
+    """
+    if len(data) > MAX_PACKED:
+        raise Malformed(f"{len(data)} bytes of packed values are more than {MAX_PACKED}")
+    try:
+        return msgpack.unpackb(
+            data, ext_hook=unpack_extension, raw=False, max_array_len=MAX_MEMBERS, max_map_len=MAX_MEMBERS
+        )
+    except Malformed:
+        raise
+    except Exception as error:  # msgpack's own, UnicodeDecodeError, and whatever a registered type raises
+        raise Malformed(f"packed values cannot be read: {clean(str(error)) or type(error).__name__}") from None
+
+
+def unpack_extension(code: int, data: bytes) -> Any:
+    """Read a tuple or one of hivemind's registered types; these call ``unpack`` for what is in them.
+
+    :raises Malformed: if it is of another type, or nested too deeply: each level takes its part of the stack
+    """
+    if _nesting.levels >= MAX_LEVELS:
+        raise Malformed(f"packed values are nested more than {MAX_LEVELS} levels deep")
+    _nesting.levels += 1
+    try:
+        if code == MSGPackSerializer._TUPLE_EXT_TYPE_CODE:
+            items = unpack(data)
+            if not isinstance(items, list):
+                raise Malformed(f"a packed tuple holds {quoted(items)}")
+            return tuple(items)
+        if code in MSGPackSerializer._ext_type_codes:
+            return MSGPackSerializer._ext_type_codes[code].unpackb(data)
+        raise Malformed(f"packed values of the unknown type {code}")
+    finally:
+        _nesting.levels -= 1
+
+
+def read_metadata(data: bytes) -> dict[str, Any]:
+    """Return the metadata of a message.
+
+    :raises Malformed: if it is no dictionary
+    """
+    metadata = unpack(data) if data else {}
+    if not isinstance(metadata, dict):
+        raise Malformed(f"metadata must be a dictionary, not {quoted(metadata)}")
+    return metadata
+
+
+def read_text(value: object, name: str, limit: int = MAX_NAME) -> str:
+    """Return a text.
+
+    :raises Malformed: if it is none, or longer than ``limit`` characters
+    """
+    if not isinstance(value, str) or len(value) > limit:
+        raise Malformed(f"{name} must be a text of at most {limit} characters, not {quoted(value)}")
+    return value
+
+
+def read_integer(value: object, name: str, low: int, high: int) -> int:
+    """Return a whole number.
+
+    :raises Malformed: if it is none, or not from ``low`` to ``high``
+    """
+    if type(value) is not int or not low <= value <= high:  # no bool and no float, which count and compare alike
+        raise Malformed(f"{name} must be a whole number from {low} to {high}, not {quoted(value)}")
+    return value
+
+
+def read_number(value: object, name: str, low: float = 0.0, high: float = math.inf) -> float:
+    """Return a number.
+
+    :raises Malformed: if it is none, or not from ``low`` to ``high``
+    """
+    if type(value) not in (int, float) or not low <= value <= high:  # type: ignore[operator]  # NaN is not between them
+        raise Malformed(f"{name} must be a number from {low:g} to {high:g}, not {quoted(value)}")
+    return float(value)  # type: ignore[arg-type]

@@ -1,0 +1,67 @@
+"""What a server answers a client: hidden states, what it can do, whether it lives."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from hivemind.proto import runtime_pb2
+
+from swarm.wire.packing import read_metadata, read_number
+from swarm.wire.tensors import FLOATING, is_finite, read_tensor
+from swarm.wire.text import Malformed, quoted
+
+# Beside the tensors of a reply: names of dtypes, metadata, or the text of an error.
+SLACK = 64 * 2**10  # bytes
+
+
+@dataclass(frozen=True)
+class Abilities:
+    """What a server of this project can do beyond petals; see ``swarm.server.handler``."""
+
+    rewind: bool
+    spread: bool
+
+
+def reply_limit(shape: Sequence[int]) -> int:
+    """Return how many bytes a reply with hidden states of this shape may have."""
+    return 4 * math.prod(shape) + SLACK
+
+
+def read_hidden(tensors: Sequence[runtime_pb2.Tensor], shape: Sequence[int]) -> torch.Tensor:
+    """Return the hidden states that a server answers with.
+
+    :param shape: the one that they must have
+    :raises Malformed: if there are none, or others, or they are not finite
+    """
+    if len(tensors) != 1:
+        raise Malformed(f"it answers with {len(tensors)} tensors instead of 1")
+    (tensor,) = tensors
+    if tuple(tensor.size) != tuple(shape):
+        raise Malformed(f"it answers with shape {quoted(list(tensor.size))} to {list(shape)}")
+    if tensor.dtype not in FLOATING:
+        raise Malformed(f"it answers with dtype {quoted(tensor.dtype)}")
+    hidden = read_tensor(tensor)
+    if not is_finite(hidden):
+        raise Malformed("it answers with hidden states that are not finite")
+    return hidden
+
+
+def read_abilities(metadata: bytes) -> Abilities:
+    """Return what the first reply of a session tells of the server.
+
+    :raises Malformed: if the metadata cannot be read
+    """
+    told = read_metadata(metadata)
+    rewind, spread = told.get("rewind", False), told.get("spread", False)
+    if type(rewind) is not bool or type(spread) is not bool:
+        raise Malformed(f"it tells of abilities {quoted(told)}")
+    return Abilities(rewind, spread)
+
+
+def read_silence(info: bytes) -> float:
+    """Return from a server's ``rpc_info`` for how many seconds the process that computes has been silent.
+
+    :raises Malformed: if it says nonsense
+    """
+    return read_number(read_metadata(info).get("silent_for", 0.0), "silent_for")
