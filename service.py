@@ -43,6 +43,13 @@ class Answer:
         """What was written so far, in each row."""
         return ["".join(pieces) for pieces in self._pieces.values()]
 
+    def encode(self, text: str) -> list[int]:
+        """Turn text into tokens that go on from the session.
+
+        :raises InvalidParameter, SessionLengthExceeded: if there is nothing to go on from, or too much to go on with
+        """
+        return self.session.encode(text)
+
     def score(self, token_ids: list[int], count: int) -> list[TokenLogprob]:
         """Tell how likely the tokens of a prompt are, all but its first."""
         return self.session.score(token_ids, count, self._waiter)

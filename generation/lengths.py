@@ -26,3 +26,19 @@ def token_budget(params: GenerationParams, session: Session, input_length: int) 
     if wanted > room:
         raise TooLong(f"{prefix} tokens and {wanted} new ones exceed the session's {session.max_length}")
     return wanted
+
+
+def needed_length(params: GenerationParams, prompt: int) -> int:
+    """Return how long a session must be for a request that comes without one.
+
+    :param prompt: tokens of its inputs
+    """
+    return max(params.max_length or prompt + (params.max_new_tokens or 0), prompt)
+
+
+def stateless_length(needed: int, longest: int) -> int:
+    """Return the length of a session for a request that comes without one.
+
+    It may be kept, and go on with a longer request: with twice the room what is computed again stays in proportion.
+    """
+    return min(2 * needed, max(needed, longest))
