@@ -46,9 +46,9 @@ def generate_text() -> Response:
         length = stateless_length(needed, model.max_length)
         session = service.sessions.temporary(model, length, owner=g.caller.owner, client=g.caller.client, waiter=waiter)
     with service.answering(g.caller, session, params, waiter, undo=True) as answer:
-        chunks = [
-            chunk for _, chunk in answer.generate(answer.encode(params.inputs) if input_ids is None else input_ids)
-        ]
+        if input_ids is None:
+            input_ids = answer.encode(params.inputs)
+        chunks = [chunk for _, chunk in answer.generate(input_ids)]
         if chunks[-1].finish_reason == "cancelled":
             raise Cancelled("the client has hung up")
     return jsonify(ok=True, outputs="".join(chunk.text for chunk in chunks))

@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 import pytest
 
 from errors import ApiError, SessionNotFound, ShuttingDown, TimedOut, TooManyRequests, TooManySessions
-from generation.loop import Detokenizer
+from generation.text import Detokenizer
 from inference_sessions import InferenceSession, InferenceSessions
 from swarm.errors import Cancelled, SessionLengthExceeded
 from swarm.tokenization import TextTokenizer

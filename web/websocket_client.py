@@ -1,4 +1,4 @@
-"""One open WebSocket, as a session's reply stream sees it: what is sent on it, and what its client asks for meanwhile."""
+"""One open WebSocket, as a reply stream sees it: what is sent on it, and what its client asks for meanwhile."""
 
 import json
 from typing import Any
