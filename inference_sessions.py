@@ -234,10 +234,6 @@ class InferenceSessions:
         """Sessions open at a time."""
         return self._places.places
 
-    @max_sessions.setter
-    def max_sessions(self, value: int) -> None:
-        self._places.places = value
-
     @property
     def awaited(self) -> bool:
         """Whether somebody waits for a session to be closed."""

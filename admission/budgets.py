@@ -46,13 +46,25 @@ class Budget:
         ticket, deadline = object(), time.monotonic() + timeout
         with self._changed:
             self._waiting.append(ticket)
-            try:
-                while self._waiting[0] is not ticket or self._free < amount:
-                    waiter.look()
-                    if time.monotonic() > deadline:
-                        raise Exhausted(f"{amount} of {self.total} did not become free within {timeout:.0f} s")
-                    self._changed.wait(POLL)
-                self._free -= amount
-            finally:
+        try:
+            while not self._taken(ticket, amount):
+                waiter.look()  # without the lock: it may take its time
+                if time.monotonic() > deadline:
+                    raise Exhausted(f"{amount} of {self.total} did not become free within {timeout:.0f} s")
+                with self._changed:
+                    self._changed.wait_for(lambda: self._is_next(ticket, amount), POLL)
+        finally:
+            with self._changed:
                 self._waiting.remove(ticket)
                 self._changed.notify_all()
+
+    def _taken(self, ticket: object, amount: int) -> bool:
+        """Take the amount if its turn has come; return whether it had."""
+        with self._changed:
+            if not self._is_next(ticket, amount):
+                return False
+            self._free -= amount
+            return True
+
+    def _is_next(self, ticket: object, amount: int) -> bool:
+        return self._waiting[0] is ticket and self._free >= amount

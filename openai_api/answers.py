@@ -8,7 +8,7 @@ import contextvars
 import queue
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from admission.access import Caller
@@ -153,9 +153,12 @@ class Answers:
             keep_warm=task.keep_warm,
             waiter=self._waiter,
         )
+        # For the log: a prompt may have come as tokens.
+        inputs = self._model.tokenizer.decode(task.token_ids) if self._service.settings.LOG_TEXTS else ""
+        params = replace(task.params, inputs=inputs, max_new_tokens=task.budget)
         # The first prompt of a request may be refused for the key's limit; the others wait for their turn.
         answering = self._service.answering(
-            self._caller, session, task.params, self._waiter, usage=self._usage, patient=number > 0
+            self._caller, session, params, self._waiter, usage=self._usage, patient=number > 0
         )
         with answering as answer:
             written = self._write(answer, task, number, first)

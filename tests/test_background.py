@@ -14,7 +14,7 @@ from inference_sessions import InferenceSessions
 from models import loading as models
 from models.loading import Models
 from swarm.background import Loop, forever, growing_delays
-from swarm.client.warm_sessions import SessionMemory
+from swarm.client.warm_sessions import WarmSessions
 from swarm.errors import CacheFull, ModelUnavailable, SwarmTimeout
 from tests.conftest import LiveApp
 from tests.support.client import call
@@ -85,7 +85,7 @@ def test_a_loop_tells_its_age_and_when_it_tries_again() -> None:
 
 def test_the_expirer_outlives_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of sessions, and of those that are kept: neither keeps the other from going on."""
-    memory = SessionMemory(1, 10, 1.0)
+    memory = WarmSessions(1, 10, 1.0)
     sessions = InferenceSessions(1, 1.0, memory=memory)
     expire, calls = sessions.expire, itertools.count()
     expired = threading.Event()

@@ -792,14 +792,14 @@ def test_place_in_the_queue(chat: Chat, chat_app: LiveApp) -> None:
 
 def test_failures_are_told_in_words_and_can_be_retried(chat: Chat, chat_app: LiveApp) -> None:
     sessions = chat_app.service.sessions
-    places, sessions.max_sessions = sessions.max_sessions, 0
+    places, sessions._places.places = sessions.max_sessions, 0
     sessions._places.timeout = 0.2
     try:
         chat.ask(wait=False)
         notice = chat.answers.first.locator(".notice")
         expect(notice).to_contain_text("The server says: all 0 inference sessions are taken")
     finally:
-        sessions.max_sessions = places
+        sessions._places.places = places
         sessions._places.timeout = 20.0
     notice.get_by_role("button", name="Retry").click()
     chat.answering(24)

@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,12 @@ from generation.lengths import token_budget
 from generation.loop import Chunk, end_tokens, generate
 from generation.parameters import GenerationParams, parse_generation
 from generation.text import CONTEXT_TOKENS, Detokenizer, StopMatcher, encode_inputs
-from swarm.errors import BlocksMissing, Cancelled, SessionLengthExceeded
+from swarm.errors import BlocksMissing, SessionLengthExceeded
 from swarm.tokenization import TextTokenizer
 from swarm.waiter import PATIENT, Waiter
 from tests.conftest import greedy
 from tests.support.tiny import make_tokenizer
+from tests.support.waiters import Ends
 
 PROMPTS = [
     "The quick brown fox",
@@ -59,17 +60,6 @@ examples = settings(deadline=None, derandomize=True, max_examples=200)
 def tokenizer(tiny_bloom: Path) -> PreTrainedTokenizerBase:
     """The tiny model's, from its files; conftest's would start a swarm."""
     return AutoTokenizer.from_pretrained(tiny_bloom)
-
-
-class Ends(Waiter):
-    """Somebody who waits until something is so."""
-
-    def __init__(self, ended: Callable[[], bool]) -> None:
-        self._ended = ended
-
-    def look(self) -> None:
-        if self._ended():
-            raise Cancelled("nobody waits any more")
 
 
 class ReferenceSession:

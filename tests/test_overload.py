@@ -16,6 +16,7 @@ from swarm.errors import Cancelled
 from swarm.local import LocalSwarm
 from tests.conftest import LiveApp, greedy, serve, tiny_server
 from tests.support.client import Socket, call, websocket
+from tests.support.waiters import Ends, Told
 from tests.test_session import wait_until
 
 PROMPT = "The quick brown fox"
@@ -266,7 +267,7 @@ def test_wait_is_bounded() -> None:
     with pytest.raises(WaitedTooLong):
         queue.take()
     with pytest.raises(Cancelled):
-        queue.take(cancelled=lambda: True)
+        queue.take(waiter=Ends(lambda: True))
     queue.give_back()
     queue.take()
 
@@ -296,7 +297,7 @@ class Line:
             on_position(position)
 
         try:
-            self.queue.take(client=name[0], on_position=tell, **options)
+            self.queue.take(client=name[0], waiter=Told(tell), **options)
         except QueueFull:
             self.refused.append(name)
         else:
@@ -411,9 +412,9 @@ def test_no_place_is_lost_or_there_twice(seed: int) -> None:
 
         for _ in range(100):
             client = rng.choice("aaab")
-            patient, cancelled = rng.random() < 0.2, lambda: rng.random() < 0.05
+            patient, waiter = rng.random() < 0.2, Told(sometimes_fail, lambda: rng.random() < 0.05)
             try:
-                queue.take(client=client, patient=patient, cancelled=cancelled, on_position=sometimes_fail)
+                queue.take(client=client, patient=patient, waiter=waiter)
             except (QueueFull, WaitedTooLong, Cancelled, RuntimeError) as error:
                 outcomes.append(type(error).__name__)
                 continue
