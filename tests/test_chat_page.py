@@ -624,7 +624,7 @@ def test_killed_server(context: BrowserContext, live_app: LiveApp, tiny_bloom: P
             live_app.service.settings, MODELS=(live_app.model_name,), INITIAL_PEERS=tuple(local.swarm.initial_peers)
         )
         with serve(settings) as app:
-            state = app.service.models.get(None).state
+            state = app.service.models.find(app.model_name).loaded.state
             assert state.wait(lambda: len(state.servers()) == 2, 60)
             chat = Chat(context.new_page())
             chat.page.goto(app.url)

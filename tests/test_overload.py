@@ -14,6 +14,7 @@ from admission.fair_queue import FairQueue, QueueFull, WaitedTooLong
 from config import Settings
 from swarm.errors import Cancelled
 from swarm.local import LocalSwarm
+from swarm.waiter import Waiter
 from tests.conftest import LiveApp, greedy, serve, tiny_server
 from tests.support.client import Socket, call, websocket
 from tests.support.waiters import Ends, Told
@@ -197,7 +198,7 @@ def test_who_hoards_sessions_gives_way(shared_app: LiveApp, hoard: list[str]) ->
 def test_who_hoards_attention_cache_loses_no_text(
     shared_app: LiveApp, hoard: list[str], reference: BloomForCausalLM
 ) -> None:
-    tokenizer = shared_app.service.models.get(None).tokenizer
+    tokenizer = shared_app.service.models.find(shared_app.model_name).loaded.tokenizer
     texts = [f"{number} bees, zwei Bienen" for number in range(24)]
     for session_id, text in zip(hoard, texts, strict=True):  # each takes the cache of one that is unused
         body = {"session_id": session_id, "inputs": text, "max_new_tokens": 1}
@@ -439,7 +440,13 @@ def test_who_has_left_is_not_waited_for() -> None:
     queue = FairQueue(1, max_waiting=2, timeout=30)
     queue.take()
     here = threading.Event()
-    waiting = threading.Thread(target=queue.take, kwargs={"present": here.is_set})
+
+    class Absent(Waiter):
+        @property
+        def attended(self) -> bool:
+            return here.is_set()
+
+    waiting = threading.Thread(target=queue.take, kwargs={"waiter": Absent()})
     waiting.start()
     wait_until(lambda: len(queue._waiting) == 1, "it does not wait")
     assert not queue.awaited

@@ -239,7 +239,6 @@ class SwarmModel:
         update_period: float = 10.0,
         limits: SessionLimits | None = None,
         budget: HistoryBudget | None = None,
-        relief=None,
     ) -> "SwarmModel":
         """Load tokenizer, embeddings and head. The blocks need not be served yet.
 
@@ -268,10 +267,7 @@ class SwarmModel:
             # transformers raises all of these for files that are missing, cut short or of another kind.
             raise ModelUnavailable(f"{name}: {error}") from error
         budget = budget or HistoryBudget(DEFAULT_HISTORY_BYTES)
-        self = cls(name, swarm, model.to(device).eval(), tokenizer, limits or SessionLimits(), budget)
-        if relief:
-            self.state.make_room = lambda tokens: relief.free_attention_cache(name, tokens)
-        return self
+        return cls(name, swarm, model.to(device).eval(), tokenizer, limits or SessionLimits(), budget)
 
     def open_session(self, max_length: int, rows: int = 1) -> SwarmSession:
         """Open an inference session for up to ``max_length`` tokens of each row. Its first step chooses the servers.

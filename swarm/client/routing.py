@@ -390,6 +390,3 @@ def keep_some(infos: Sequence[RemoteModuleInfo], key: Callable[[Any], Any]) -> N
 
 
 use_view_reader(read_view)
-
-
-class CacheRelief: ...

@@ -15,7 +15,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -46,7 +46,6 @@ from swarm.errors import (
     SwarmTimeout,
     format_blocks,
 )
-from swarm.waiter import PATIENT, Waiter
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -192,7 +191,7 @@ class SwarmSession:
         return len(self.token_ids) + len(self.branches[0])
 
     @torch.inference_mode()
-    def step(self, token_ids: Sequence[int] = (), *, waiter: Waiter = PATIENT) -> torch.Tensor:
+    def step(self, token_ids: Sequence[int] = (), *, cancelled: Callable[[], bool] | None = None) -> torch.Tensor:
         """Add tokens, process all that are unprocessed, and return the logits of the next token.
 
         :param cancelled: looked at often while waiting; when it returns true the step ends with ``Cancelled``
@@ -203,12 +202,12 @@ class SwarmSession:
             what this one did not
         """
         self.append(token_ids)
-        for _, hidden in self._process(waiter):
+        for _, hidden in self._process(cancelled):
             last = hidden[0, -1]
         return self._head.next_logits(last)
 
     @torch.inference_mode()
-    def step_rows(self, token_ids: Sequence[int], *, waiter: Waiter = PATIENT) -> torch.Tensor:
+    def step_rows(self, token_ids: Sequence[int], *, cancelled: Callable[[], bool] | None = None) -> torch.Tensor:
         """Add a token to each row, process all that are unprocessed, and return the logits of the rows' next tokens.
 
         :returns: logits of shape [rows, vocabulary], float32
@@ -217,23 +216,25 @@ class SwarmSession:
         self._check_room(1)
         for branch, token_id in zip(self.branches, token_ids, strict=True):
             branch.append(token_id)
-        for _, hidden in self._process(waiter):
+        for _, hidden in self._process(cancelled):
             last = hidden[:, -1]
         return self._head.logits(last)
 
     @torch.inference_mode()
-    def step_each(self, token_ids: Sequence[int], *, waiter: Waiter = PATIENT) -> Iterator[torch.Tensor]:
+    def step_each(
+        self, token_ids: Sequence[int], *, cancelled: Callable[[], bool] | None = None
+    ) -> Iterator[torch.Tensor]:
         """As ``step``, but yield the logits after each of the new tokens, in pieces of shape [tokens, vocabulary]."""
         done = len(self.token_ids)
         self.append(token_ids)
-        for start, hidden in self._process(waiter):
+        for start, hidden in self._process(cancelled):
             new = hidden[0, max(0, done - start) :]
             if len(new):  # after a loss what was there already comes again
                 for piece in new.split(LOGIT_ROWS):
                     yield self._head.logits(piece)
             done = max(done, start + hidden.shape[1])
 
-    def _process(self, waiter: Waiter) -> Iterator[tuple[int, torch.Tensor]]:
+    def _process(self, cancelled: Callable[[], bool] | None) -> Iterator[tuple[int, torch.Tensor]]:
         """Process what is unprocessed, at least the last token; yield positions and hidden states [1 or rows, n, h].
 
         After a loss that could not be mended in place positions that were there already may come again.
@@ -244,7 +245,7 @@ class SwarmSession:
             self._rewind(self.position - 1)
         lost_since, furthest = None, 0
         while (start := self.position) < self._length:
-            hidden = self._run(self._chain.forward(self._inputs(start), start), waiter)
+            hidden = self._run(self._chain.forward(self._inputs(start), start), cancelled)
             if hidden is not None:
                 if self.position > furthest:  # what was lost is there again, and more
                     lost_since, furthest = None, self.position
@@ -262,7 +263,7 @@ class SwarmSession:
         count = max(1, PREFILL_CHUNK // len(self.branches))
         return self._head.embed(*(branch[first : first + count] for branch in self.branches))
 
-    def _run(self, coroutine: Coroutine[Any, Any, Result], waiter: Waiter) -> Result:
+    def _run(self, coroutine: Coroutine[Any, Any, Result], cancelled: Callable[[], bool] | None) -> Result:
         """Run a coroutine on the event loop and wait for it, looking for cancellation."""
         if self.closed:
             coroutine.close()
@@ -279,11 +280,7 @@ class SwarmSession:
                 except concurrent.futures.TimeoutError:
                     if future.done():  # in the moment since; or the time-out was the step's own
                         return future.result()
-                try:
-                    if self._cancelled.is_set():
-                        raise Cancelled("the step was cancelled")
-                    waiter.look()
-                except Cancelled:
+                if self._cancelled.is_set() or (cancelled is not None and cancelled()):
                     self._cancelled.clear()
                     # Whether the servers process the step is not known any more, so they are let go. The tokens stay.
                     future.cancel()
