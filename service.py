@@ -175,7 +175,7 @@ class Service:
         :raises ModelNotFound, ModelNotAllowed, ModelUnavailable, ModelNotReady: if there is none
         """
         served = self.find(caller, name or self.settings.default_model)
-        served.loaded  # noqa: B018  raises if it is not
+        _ = served.loaded  # raises if it is not
         return served
 
     def find(self, caller: Caller, name: str) -> ServedModel:

@@ -184,7 +184,7 @@ def test_when_it_is_tried_again_is_told(monkeypatch: pytest.MonkeyPatch) -> None
         wait_until(lambda: served.retry_in() is not None, "the failure was not told")
         assert (served.status.state, served.status.message) == ("failed", "the hub is away; again in 30 s")
         with pytest.raises(ModelUnavailable, match="the hub is away"):
-            all_models.find(MODEL).loaded
+            _ = all_models.find(MODEL).loaded
     finally:
         all_models.close()
 
