@@ -1,22 +1,22 @@
 """The HTTP API, /api/v1: parse, call, format. What it promises is in docs/http-api.md."""
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 from urllib.parse import parse_qsl
 
 from flask import Blueprint, Response, current_app, g, jsonify, request
 from werkzeug.exceptions import BadRequest
 
-from admission.access import Usage, tokens_of
 from errors import InvalidParameter, WrongModel
-from generation.loop import encode_beginning
-from generation.parameters import MAX_NAME, GenerationParams, get_text, parse_generation, require_int, require_text
+from generation.lengths import needed_length, stateless_length
+from generation.parameters import MAX_NAME, get_text, parse_generation, require_int, require_text
+from generation.text import encode_beginning
 from inference_sessions import InferenceSession
 from service import Service, get_service
 from swarm.errors import Cancelled
-from web.client_socket import client_gone
+from swarm.waiter import Waiter
+from web.client_socket import RequestWaiter
 from web.openapi import documented
 from web.schemas import Closed, CloseRequest, Failure, GenerateRequest, OpenRequest, Outputs, SessionId
 
@@ -31,17 +31,27 @@ def generate_text() -> Response:
     values = request_values()
     params = parse_generation(values)
     service = get_service(current_app)
-    service.log_text("inputs", params.inputs)
-    cancelled = client_gone(request.environ)
-    with (
-        g.caller.generating(cancelled=cancelled),
-        _session(service, values, params, cancelled) as (session, params, input_ids),
-        g.caller.reserving(*tokens_of(params, session.length, session.room)) as usage,
-        service.generating(g.caller, cancelled),
-    ):
-        outputs = _answer(session, params, input_ids, cancelled, usage)
-    service.log_text("outputs", outputs)
-    return jsonify(ok=True, outputs=outputs)
+    waiter = RequestWaiter(request.environ)
+    model_name, session_id = (get_text(values, name, maximum=MAX_NAME) for name in ("model", "session_id"))
+    input_ids = None  # known once it is known from where they go on
+    if session_id:
+        session = named_session(service, session_id, model_name, waiter)
+    else:
+        model = service.model(g.caller, model_name).loaded
+        input_ids = encode_beginning(params.inputs, model.tokenizer, model.max_length)
+        needed = needed_length(params, len(input_ids))
+        if params.stop_sequence is not None:
+            # It may go on in rounds to the end of the session, which is what was asked for and not the room beyond.
+            params = dataclasses.replace(params, max_length=needed)
+        length = stateless_length(needed, model.max_length)
+        session = service.sessions.temporary(model, length, owner=g.caller.owner, client=g.caller.client, waiter=waiter)
+    with service.answering(g.caller, session, params, waiter, undo=True) as answer:
+        if input_ids is None:
+            input_ids = answer.encode(params.inputs)
+        chunks = [chunk for _, chunk in answer.generate(input_ids)]
+        if chunks[-1].finish_reason == "cancelled":
+            raise Cancelled("the client has hung up")
+    return jsonify(ok=True, outputs="".join(chunk.text for chunk in chunks))
 
 
 @blueprint.route("/open_inference_session", methods=["GET", "POST"])
@@ -51,10 +61,10 @@ def open_inference_session() -> Response:
     values = request_values()
     max_length = require_int(values, "max_length", minimum=1)
     service = get_service(current_app)
-    model = service.model(g.caller, get_text(values, "model", maximum=MAX_NAME))
+    model = service.model(g.caller, get_text(values, "model", maximum=MAX_NAME)).loaded
     g.caller.count_request()
     session_id = service.sessions.open(
-        model, max_length, owner=g.caller.owner, client=g.caller.client, cancelled=client_gone(request.environ)
+        model, max_length, owner=g.caller.owner, client=g.caller.client, waiter=RequestWaiter(request.environ)
     )
     return jsonify(ok=True, session_id=session_id)
 
@@ -68,55 +78,17 @@ def close_inference_session() -> Response:
     return jsonify(ok=True)
 
 
-@contextlib.contextmanager
-def _session(
-    service: Service, values: Mapping[str, Any], params: GenerationParams, cancelled: Callable[[], bool]
-) -> Iterator[tuple[InferenceSession, GenerationParams, list[int] | None]]:
-    """The session that the request names, or one of its own; the parameters for it; its inputs, if they are tokens."""
-    model_name, session_id = (get_text(values, name, maximum=MAX_NAME) for name in ("model", "session_id"))
-    if not session_id:
-        model = service.model(g.caller, model_name)
-        # The session is as long as the request: known once its inputs are tokens.
-        input_ids = encode_beginning(params.inputs, model.tokenizer, model.max_length)
-        length = len(input_ids)
-        wanted = params.max_length or length + (params.max_new_tokens or 0)
-        needed = max(wanted, length)
-        if params.stop_sequence is not None:
-            # It may go on in rounds to the end of the session, which is what was asked for and not the room beyond.
-            params = dataclasses.replace(params, max_length=needed)
-        length = stateless_length(needed, model.max_length)
-        owner, client = g.caller.owner, g.caller.client
-        with service.sessions.temporary(model, length, owner=owner, client=client, cancelled=cancelled) as session:
-            yield session, params, input_ids
-        return
-    wait = service.settings.REQUEST_TIMEOUT
-    with service.sessions.use(session_id, wait=wait, owner=g.caller.owner, cancelled=cancelled) as session:
-        if model_name and model_name != session.model.name:
-            raise WrongModel(f"session {session_id} was opened for {session.model.name}, not for {model_name}")
-        yield session, params, None
+def named_session(
+    service: Service, session_id: str, model_name: str | None, waiter: Waiter
+) -> AbstractContextManager[InferenceSession]:
+    """Return a session that was opened earlier, to be entered.
 
-
-def _answer(
-    session: InferenceSession,
-    params: GenerationParams,
-    input_ids: list[int] | None,
-    cancelled: Callable[[], bool],
-    usage: Usage,
-) -> str:
-    """Generate the whole answer; if that fails, or nobody is left to read it, the session is as it was."""
-    with session.undone_on_error(), session.counted(usage.spent):
-        chunks = list(session.generate(params, cancelled, input_ids))
-        if chunks[-1].finish_reason == "cancelled":
-            raise Cancelled("the client has hung up")
-        return "".join(chunk.text for chunk in chunks)
-
-
-def stateless_length(needed: int, longest: int) -> int:
-    """Return the length of a session for a request that comes without one.
-
-    It may be kept, and go on with a longer request: with twice the room what is computed again stays in proportion.
+    :raises SessionNotFound, WrongModel: if there is none
     """
-    return min(2 * needed, max(needed, longest))
+    model = service.sessions.find(session_id, g.caller.owner).model
+    if model_name and model_name != model.name:
+        raise WrongModel(f"session {session_id} was opened for {model.name}, not for {model_name}")
+    return service.sessions.use(session_id, wait=service.settings.REQUEST_TIMEOUT, owner=g.caller.owner, waiter=waiter)
 
 
 def request_values() -> dict[str, Any]:

@@ -5,6 +5,7 @@ own, held for as long as its user works with it.
 """
 
 import contextlib
+import enum
 import logging
 import threading
 import time
@@ -12,17 +13,44 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 from admission.fair_queue import POLL, FairQueue, QueueFull, WaitedTooLong
 from errors import SessionNotFound, ShuttingDown, TimedOut, TooManyRequests, TooManySessions
-from generation.loop import Chunk, Detokenizer, encode_inputs, generate, token_budget
+from generation.lengths import token_budget
+from generation.loop import Chunk, TokenLogprob, generate, score
 from generation.parameters import GenerationParams
+from generation.text import Detokenizer, encode_inputs
 from swarm.background import Loop, forever
-from swarm.client.warm_sessions import SessionMemory
-from swarm.errors import Cancelled
+from swarm.client.warm_sessions import WarmSessions
+from swarm.waiter import PATIENT, Until, Waiter
+
+if TYPE_CHECKING:
+    from swarm.client.model import SwarmModel
+    from swarm.client.session import SwarmSession
 
 log = logging.getLogger(__name__)
+
+
+class State(enum.Enum):
+    """Where a session is in its life. Guarded by the registry's lock, as is what moves it on::
+
+                   detach                 resume_timeout is over
+        OPEN ------------------> DETACHED -----------------------+
+         ^ | <------------------                                 |
+         | |       attach                                        v
+      use| | timeout is over; it belongs to a connection      CLOSING --> closed, by its last user
+         | v                                                     ^
+        PARKED --------------------------------------------------+
+                   its place is needed; closed, from any state
+
+    A session without a connection of its own that is unused for ``timeout`` seconds is not parked but closes.
+    """
+
+    OPEN = enum.auto()
+    PARKED = enum.auto()  # unused for so long that its attention cache is freed and its place may go
+    DETACHED = enum.auto()  # without its connection, which may come back
+    CLOSING = enum.auto()  # out of the registry
 
 
 @dataclass(eq=False)
@@ -30,49 +58,72 @@ class InferenceSession:
     """One open session. Whoever got it from ``InferenceSessions.use`` has it alone."""
 
     session_id: str
-    model: Any  # SwarmModel
-    session: Any  # SwarmSession
+    model: "SwarmModel"
+    session: "SwarmSession"
     detokenizer: Detokenizer
     # Where its tokens may be found, computed already, and where it may end.
-    memory: SessionMemory = field(default_factory=SessionMemory)
+    memory: WarmSessions = field(default_factory=WarmSessions)
     owner: str = ""  # with whom nobody else shares what was computed
     client: str = ""  # of whose share of places and attention cache it takes
     rows: int = 1  # sequences
-    may_grow: bool = False  # whether a kept session that is longer may take its place
-    remembered: bool = False  # whether it goes to the memory in the end
-    cached_tokens: int = 0  # of its first request's tokens, how many were computed already
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    users: int = 0  # threads that use it or wait for it; guarded by the registry's lock
-    last_used: float = 0.0  # the registry's clock; guarded by the registry's lock
-    kept: bool = False  # whether it outlives its timeout, without its attention cache, until its place is needed
-    parked: bool = False  # whether it was unused for so long that its place may go; guarded by the registry's lock
-    released: bool = False  # whether its attention cache was freed since its last use; guarded by the registry's lock
-    outbox: Any = None  # where the answers of a session go that may outlive its connection
-    detached_since: float | None = None  # since when it is without one, registry's clock; guarded by its lock
-    closing: bool = False  # to be closed by its last user; guarded by the registry's lock
+    connected: bool = False  # whether it belongs to a connection: then it is parked, not closed, when unused for long
+    may_grow: bool = False  # whether a warm session that is longer may take its place
+    on_close: Callable[[str], None] | None = None  # told its id when it has ended
+    cached_tokens: int = 0  # of its requests' tokens, how many were computed already
+    spent_tokens: int = 0  # of its requests and answers, how many were not
+    lock: threading.Lock = field(default_factory=threading.Lock)  # of who uses it
+    # Guarded by the registry's lock:
+    state: State = State.OPEN
+    detached_at: float = 0.0  # the registry's clock
+    keep_warm: bool = False  # whether it goes to the warm sessions in the end
+    users: int = 0  # threads that use it or wait for it
+    last_used: float = 0.0  # the registry's clock
+    released: bool = False  # whether its attention cache was freed since its last use
+
+    def encode(self, text: str) -> list[int]:
+        """Turn a request's text into tokens that go on from the session.
+
+        :raises InvalidParameter: if there is nothing to go on from
+        :raises SessionLengthExceeded: if the text cannot fit
+        """
+        return encode_inputs(text, self.session, self.model.tokenizer)
 
     def generate(
-        self, params: GenerationParams, cancelled: Callable[[], bool], input_ids: list[int] | None = None
-    ) -> Iterator[Chunk]:
-        """Generate an answer; see ``generation.generate``.
+        self, input_ids: list[int], params: GenerationParams, waiter: Waiter = PATIENT
+    ) -> Iterator[tuple[int, Chunk]]:
+        """Generate an answer in each row; yield (row, chunk), see ``generation.loop.generate``.
 
-        :param input_ids: the inputs' tokens, if they are known already
-        :raises InvalidParameter, TooLong: at once, if the request does not fit the session, which is then unchanged
+        :param input_ids: the request's tokens; empty: go on where the session is
+        :raises TooLong: at once, if the request does not fit the session, which is then unchanged
         """
-        if input_ids is None:
-            input_ids = encode_inputs(params.inputs, self.session, self.model.tokenizer)
         budget = token_budget(params, self.session, len(input_ids))
-        if not self.session.token_ids:
-            input_ids = self.recall(input_ids)
-        return generate(
+        if not self.session.token_ids and self.rows == 1:
+            input_ids = self._recall(input_ids)
+        detokenizers = [self.detokenizer]
+        if self.rows > 1:  # of their own: nothing goes on from them
+            detokenizers = [Detokenizer(self.model.tokenizer) for _ in range(self.rows)]
+        defaults = self.model.generation_config
+        chunks = generate(
             self.session,
             input_ids,
             params,
             budget=budget,
-            detokenizer=self.detokenizer,
-            defaults=self.model.generation_config,
-            cancelled=cancelled,
+            detokenizers=detokenizers,
+            defaults=defaults,
+            waiter=waiter,
         )
+        return self._counted(len(input_ids), chunks)
+
+    def score(self, token_ids: list[int], count: int, waiter: Waiter = PATIENT) -> list[TokenLogprob]:
+        """Tell how likely the tokens of a prompt are, all but its first; see ``generation.loop.score``."""
+        self.spent_tokens += len(token_ids) - 1
+        return score(self.session, token_ids, count, waiter)
+
+    def _counted(self, added: int, chunks: Iterator[tuple[int, Chunk]]) -> Iterator[tuple[int, Chunk]]:
+        self.spent_tokens += added
+        for row, chunk in chunks:
+            self.spent_tokens += len(chunk.token_ids)
+            yield row, chunk
 
     @property
     def length(self) -> int:
@@ -98,8 +149,8 @@ class InferenceSession:
         """Tokens that it has left."""
         return self.session.max_length - len(self.session.token_ids)
 
-    def recall(self, token_ids: list[int]) -> list[int]:
-        """If these tokens, or the first of them, were computed for a kept session, go on from there.
+    def _recall(self, token_ids: list[int]) -> list[int]:
+        """If these tokens, or the first of them, were computed for a warm session, go on from there.
 
         For a session without tokens. Returns the tokens that are left to add, and notes the number of the others.
         """
@@ -118,12 +169,12 @@ class InferenceSession:
 
     @contextlib.contextmanager
     def counted(self, count: Callable[[int], None]) -> Iterator[None]:
-        """Count the tokens that the block adds to the session, however it ends, less those computed before."""
-        length, cached = len(self.session.token_ids), self.cached_tokens
+        """Count the tokens that the block spends, however it ends."""
+        spent = self.spent_tokens
         try:
             yield
         finally:
-            count(len(self.session.token_ids) - length - (self.cached_tokens - cached))
+            count(self.spent_tokens - spent)
 
     @contextlib.contextmanager
     def undone_on_error(self) -> Iterator[None]:
@@ -150,7 +201,7 @@ class InferenceSessions:
         queue_timeout: float = 0.0,
         resume_timeout: float = 0.0,
         max_waiting_per_session: int | None = None,
-        memory: SessionMemory | None = None,
+        memory: WarmSessions | None = None,
     ) -> None:
         """Make an empty registry.
 
@@ -163,7 +214,7 @@ class InferenceSessions:
         :param max_waiting_per_session: how many may wait for one session while it is in use; None: any number
         :param memory: keeps sessions that have ended; default: none are kept
         """
-        self.memory = SessionMemory() if memory is None else memory
+        self.memory = WarmSessions() if memory is None else memory
         self.timeout = timeout
         self.resume_timeout = resume_timeout
         self.max_waiting_per_session = max_waiting_per_session
@@ -171,7 +222,7 @@ class InferenceSessions:
         self._lock = threading.Lock()
         self._sessions: dict[str, InferenceSession] = {}
         self._places = FairQueue(max_sessions, max_waiting=max_waiting, timeout=queue_timeout)
-        self._refusing = False
+        self._refusing = threading.Event()
         self.loops: list[Loop] = []  # what runs in the background
         self._idle = threading.Condition(self._lock)
 
@@ -183,10 +234,6 @@ class InferenceSessions:
         """Sessions open at a time."""
         return self._places.places
 
-    @max_sessions.setter
-    def max_sessions(self, value: int) -> None:
-        self._places.places = value
-
     @property
     def awaited(self) -> bool:
         """Whether somebody waits for a session to be closed."""
@@ -194,26 +241,26 @@ class InferenceSessions:
 
     def open(
         self,
-        model: Any,
+        model: "SwarmModel",
         max_length: int,
         *,
         rows: int = 1,
-        kept: bool = False,
+        connected: bool = False,
         owner: str = "",
         client: str = "",
-        cancelled: Callable[[], bool] | None = None,
-        on_position: Callable[[int], None] | None = None,
+        on_close: Callable[[str], None] | None = None,
+        waiter: Waiter = PATIENT,
     ) -> str:
         """Open a session and return its id; if all are taken, wait for one to be closed, or take one from who has most.
 
         :param rows: sequences of the session, see ``SwarmSession``
         :param owner: with whom alone it shares what was computed
         :param client: whose it is where places and attention cache are shared out
-        :param kept: the session belongs to an open connection: when unused for ``timeout`` seconds it is not closed,
-            but its attention cache is freed, and built anew when it is used again. Its place is given to others only
-            when there is no other.
-        :param cancelled: looked at while waiting; ends it when it returns true
-        :param on_position: told the place among those who wait, whenever it changes
+        :param connected: it belongs to an open connection: when unused for ``timeout`` seconds it is not closed, but
+            its attention cache is freed, and built anew when it is used again. Its place is given to others only when
+            there is no other.
+        :param on_close: told the session's id when it has ended, however it did
+        :param waiter: who waits for a place, and is told theirs among those who do
         :raises TooManySessions: if ``max_sessions`` are open, and too many wait or no place becomes free in time
         :raises ShuttingDown: if the program is ending
         :raises SessionLengthExceeded: if the model takes no session so long
@@ -223,18 +270,24 @@ class InferenceSessions:
         try:
             self._places.take(
                 client=client,
-                cancelled=lambda: self._refusing or (cancelled is not None and cancelled()),
-                on_position=on_position,
+                waiter=Until(self._refusing, waiter),
                 make_room=lambda: self._make_room(client),
             )
         except (QueueFull, WaitedTooLong) as error:
             raise TooManySessions(f"all {self.max_sessions} inference sessions are taken: {error}") from None
         try:
             self._check_open()
-            session = model.open_session(max_length, rows) if rows > 1 else model.open_session(max_length)
-            detokenizer = Detokenizer(model.tokenizer)
             entry = InferenceSession(
-                str(uuid.uuid4()), model, session, detokenizer, self.memory, owner, client, rows, kept=kept
+                str(uuid.uuid4()),
+                model,
+                model.open_session(max_length, rows),
+                Detokenizer(model.tokenizer),
+                self.memory,
+                owner,
+                client,
+                rows,
+                connected,
+                on_close=on_close,
             )
         except BaseException:
             self._places.give_back(client)
@@ -242,14 +295,14 @@ class InferenceSessions:
         with self._lock:
             entry.last_used = self._clock()
             self._sessions[entry.session_id] = entry
-        if self._refusing:  # the program began to end meanwhile, and may have missed this session
+        if self._refusing.is_set():  # the program began to end meanwhile, and may have missed this session
             with contextlib.suppress(SessionNotFound):
                 self.close(entry.session_id)
             self._check_open()
         return entry.session_id
 
     def _check_open(self) -> None:
-        if self._refusing:
+        if self._refusing.is_set():
             raise ShuttingDown("the server is shutting down and opens no new sessions")
 
     def _make_room(self, client: str) -> None:
@@ -262,15 +315,14 @@ class InferenceSessions:
             entry = self._longest_left() or self._longest_parked() or self._most_dispensable(client)
             if entry is None or not self._places.full:
                 return
-            entry.remembered = entry.detached_since is not None
-            self._remove(entry)
+            self._remove(entry, keep_warm=entry.state is State.DETACHED)
             # At once: others who look for room count the places that each client has.
             self._places.give_back(entry.client)
         self._end(entry)
 
     def _longest_parked(self) -> InferenceSession | None:
         """Under the lock: of the sessions whose timeout is over, the one that is unused for longest."""
-        parked = [entry for entry in self._sessions.values() if entry.parked and entry.users == 0]
+        parked = [entry for entry in self._sessions.values() if entry.state is State.PARKED and entry.users == 0]
         return min(parked, key=lambda entry: entry.last_used, default=None)
 
     def _most_dispensable(self, client: str) -> InferenceSession | None:
@@ -287,13 +339,13 @@ class InferenceSessions:
     def _longest_left(self, model: str | None = None) -> InferenceSession | None:
         """Under the lock: of the unused sessions without a connection, the one that has lost it first."""
         left = [
-            (entry.detached_since, number, entry)
-            for number, entry in enumerate(self._sessions.values())
-            if entry.detached_since is not None and entry.users == 0 and (model is None or entry.model.name == model)
+            entry
+            for entry in self._sessions.values()
+            if entry.state is State.DETACHED and entry.users == 0 and (model is None or entry.model.name == model)
         ]
-        return min(left)[2] if left else None
+        return min(left, key=lambda entry: entry.detached_at, default=None)
 
-    def free_cache(self, model: str, tokens: int) -> bool:
+    def free_attention_cache(self, model: str, tokens: int) -> bool:
         """Take so many tokens of attention cache from sessions of a model that nobody uses. Does not wait.
 
         Those of finished answers are closed first, then those without a connection; others keep their tokens, from
@@ -301,7 +353,7 @@ class InferenceSessions:
 
         :returns: whether there were any
         """
-        if self.memory.make_room(model, tokens):
+        if self.memory.free_attention_cache(model, tokens):
             return True
         with self._lock:
             entry = self._longest_left(model)
@@ -327,10 +379,10 @@ class InferenceSessions:
             entry.release_soon()
         return found
 
-    def _remove(self, entry: InferenceSession) -> None:
+    def _remove(self, entry: InferenceSession, *, keep_warm: bool = False) -> None:
         """Take a session out of the registry, under the lock; its last user, or ``_close``, ends it."""
         del self._sessions[entry.session_id]
-        entry.closing = True
+        entry.state, entry.keep_warm = State.CLOSING, keep_warm
 
     def _close(self, entry: InferenceSession) -> None:
         """End a removed session that nobody uses, and give its place to the next."""
@@ -340,10 +392,14 @@ class InferenceSessions:
             self._places.give_back(entry.client)
 
     def _end(self, entry: InferenceSession) -> None:
-        if entry.remembered and self.memory.max_sessions:
-            self.memory.keep(entry.model.name, entry.owner, entry.session)
-        else:
-            entry.session.close()
+        try:
+            if entry.keep_warm and self.memory.max_sessions:
+                self.memory.keep(entry.model.name, entry.owner, entry.session)
+            else:
+                entry.session.close()
+        finally:
+            if entry.on_close is not None:
+                entry.on_close(entry.session_id)
 
     @contextlib.contextmanager
     def use(
@@ -352,13 +408,13 @@ class InferenceSessions:
         *,
         wait: float,
         owner: str | None = None,
-        cancelled: Callable[[], bool] | None = None,
+        waiter: Waiter = PATIENT,
     ) -> Iterator[InferenceSession]:
         """Have a session alone for the time of the block; others who want it wait for their turn.
 
         :param wait: seconds to wait for one's turn
         :param owner: who asks; others' sessions are not found. None: whoever it is
-        :param cancelled: looked at while waiting; ends it when it returns true
+        :param waiter: who waits for it
         :raises SessionNotFound: if there is no such session
         :raises TooManyRequests: if too many wait for it already
         :raises TimedOut: if one's turn does not come in time
@@ -371,11 +427,13 @@ class InferenceSessions:
                     f"session {session_id} is busy, and {entry.users - 1} requests wait for it already"
                 )
             entry.users += 1
-            entry.parked = entry.released = False
+            entry.released = False
+            if entry.state is State.PARKED:
+                entry.state = State.OPEN
         try:
-            self._await_turn(entry, wait, cancelled)
+            self._await_turn(entry, wait, waiter)
             try:
-                if entry.closing:
+                if entry.state is State.CLOSING:
                     raise SessionNotFound(f"session {session_id} was closed")
                 yield entry
             finally:
@@ -384,13 +442,12 @@ class InferenceSessions:
             self._leave(entry)
 
     @staticmethod
-    def _await_turn(entry: InferenceSession, wait: float, cancelled: Callable[[], bool] | None) -> None:
+    def _await_turn(entry: InferenceSession, wait: float, waiter: Waiter) -> None:
         deadline = time.monotonic() + wait
         while not entry.lock.acquire(timeout=max(0.0, min(POLL, deadline - time.monotonic()))):
             if time.monotonic() >= deadline:
                 raise TimedOut(f"session {entry.session_id} was busy for {wait:.0f} s")
-            if cancelled is not None and cancelled():
-                raise Cancelled("the wait for the session was given up")
+            waiter.look()
 
     def _find(self, session_id: str, owner: str | None) -> InferenceSession:
         entry = self._sessions.get(session_id)
@@ -405,7 +462,7 @@ class InferenceSessions:
         with self._lock:
             entry.users -= 1
             entry.last_used = self._clock()
-            close = entry.closing and entry.users == 0
+            close = entry.state is State.CLOSING and entry.users == 0
             self._idle.notify_all()
         if close:
             self._close(entry)
@@ -413,27 +470,27 @@ class InferenceSessions:
     @contextlib.contextmanager
     def temporary(
         self,
-        model: Any,
+        model: "SwarmModel",
         max_length: int,
         *,
         rows: int = 1,
         owner: str = "",
         client: str = "",
-        remember: bool = True,
-        cancelled: Callable[[], bool] | None = None,
+        keep_warm: bool = True,
+        waiter: Waiter = PATIENT,
     ) -> Iterator[InferenceSession]:
         """Open a session for the time of the block; see ``open``.
 
-        :param remember: keep it then, for requests that begin with the same tokens
+        :param keep_warm: keep it then, for requests that begin with the same tokens
         """
-        session_id = self.open(model, max_length, rows=rows, owner=owner, client=client, cancelled=cancelled)
+        session_id = self.open(model, max_length, rows=rows, owner=owner, client=client, waiter=waiter)
         try:
             with self.use(session_id, wait=0) as entry:
                 entry.may_grow = True
                 yield entry
         finally:
             with contextlib.suppress(SessionNotFound):
-                self.close(session_id, remember=remember and rows == 1)
+                self.close(session_id, keep_warm=keep_warm and rows == 1)
 
     def find(self, session_id: str, owner: str | None = None) -> InferenceSession:
         """Return a session without using it: only for what never changes in it, or may be read at any time.
@@ -450,7 +507,8 @@ class InferenceSessions:
         :raises SessionNotFound: if there is no such session
         """
         with self._lock:
-            self._find(session_id, None).detached_since = self._clock()
+            entry = self._find(session_id, None)
+            entry.state, entry.detached_at = State.DETACHED, self._clock()
 
     def attach(self, session_id: str) -> None:
         """A session has a connection again.
@@ -460,19 +518,18 @@ class InferenceSessions:
         """
         self._check_open()
         with self._lock:
-            self._find(session_id, None).detached_since = None
+            self._find(session_id, None).state = State.OPEN
 
-    def close(self, session_id: str, *, owner: str | None = None, remember: bool = False) -> None:
+    def close(self, session_id: str, *, owner: str | None = None, keep_warm: bool = False) -> None:
         """Close a session: at once, or when those who use it are done. Does not wait.
 
         :param owner: who asks; others' sessions are not found. None: whoever it is
-        :param remember: keep what was computed, for requests that begin with the same tokens
+        :param keep_warm: keep what was computed, for requests that begin with the same tokens
         :raises SessionNotFound: if there is no such session
         """
         with self._lock:
             entry = self._find(session_id, owner)
-            entry.remembered = remember
-            self._remove(entry)
+            self._remove(entry, keep_warm=keep_warm)
             unused = entry.users == 0
         if unused:
             self._close(entry)
@@ -481,37 +538,35 @@ class InferenceSessions:
         """Close, or park, what was unused for ``timeout`` seconds, or is without its connection; return how many."""
         with self._lock:
             now = self._clock()
-            left = [
-                entry
-                for entry in self._sessions.values()
-                if entry.users == 0
-                and entry.detached_since is not None
-                and now - entry.detached_since >= self.resume_timeout
-            ]
-            for entry in left:
-                entry.remembered = True
-                self._remove(entry)
-            expired = [
-                entry
-                for entry in self._sessions.values()
-                if entry.users == 0 and not entry.parked and now - entry.last_used >= self.timeout
-            ]
-            for entry in expired:
-                if entry.kept:
-                    entry.parked = True
-                    entry.release_soon()  # under the lock: nobody begins to use it meanwhile
-                else:
-                    self._remove(entry)
-        expired += left
-        for entry in expired:
+            unused = [entry for entry in self._sessions.values() if entry.users == 0]
+            moved = [entry for entry in unused if self._move_on(entry, now)]
+        for entry in moved:
             try:
-                if entry.closing:
+                if entry.state is State.CLOSING:
                     self._close(entry)
             except Exception:  # of one session: the others must expire all the same
                 log.exception("session %s could not be closed", entry.session_id)
-        if expired:
-            log.info("%d unused sessions expired", len(expired))
-        return len(expired)
+        if moved:
+            log.info("%d unused sessions expired", len(moved))
+        return len(moved)
+
+    def _move_on(self, entry: InferenceSession, now: float) -> bool:
+        """Under the lock: bring a session that nobody uses into its next state, if the time has come for it."""
+        if entry.state is State.DETACHED and now - entry.detached_at >= self.resume_timeout:
+            self._remove(entry, keep_warm=True)
+            return True
+        if now - entry.last_used < self.timeout or entry.state is State.PARKED:
+            return False
+        if not entry.connected:
+            self._remove(entry)
+            return True
+        if entry.state is State.DETACHED:
+            if not entry.released:
+                entry.release_soon()
+            return False
+        entry.state = State.PARKED
+        entry.release_soon()  # under the lock: nobody begins to use it meanwhile
+        return True
 
     def start(self) -> None:
         """Expire sessions from background threads until ``shut_down``."""
@@ -531,14 +586,15 @@ class InferenceSessions:
         for loop in self.loops:
             loop.stop()
         with self._lock:
-            self._refusing = True
+            self._refusing.set()
             self._idle.wait_for(lambda: not any(e.users for e in self._sessions.values()), timeout)
             entries = list(self._sessions.values())
             unused = [entry for entry in entries if entry.users == 0]
             for entry in entries:
                 self._remove(entry)
         for entry in entries:
-            entry.session.close()  # those in use as well: their time is over
-        for entry in unused:
-            self._places.give_back(entry.client)
+            if entry in unused:
+                self._close(entry)
+            else:
+                entry.session.close()  # its time is over; its users find it so, and the last one ends it
         self.memory.close()

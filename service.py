@@ -4,27 +4,68 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
-from admission.access import Access, Caller
+from admission.access import Access, Caller, Usage, tokens_of
 from admission.fair_queue import FairQueue, QueueFull, WaitedTooLong
 from config import Settings
 from errors import ModelNotFound, TooManyRequests
-from inference_sessions import InferenceSessions
+from generation.loop import Chunk, TokenLogprob
+from generation.parameters import GenerationParams
+from inference_sessions import InferenceSession, InferenceSessions
 from models.loading import Models, ServedModel
 from swarm.background import Loop
-from swarm.client.warm_sessions import SessionMemory
+from swarm.client.warm_sessions import WarmSessions
+from swarm.waiter import Waiter
 
 if TYPE_CHECKING:
     from flask import Flask
-
-    from swarm.client.model import SwarmModel
 
 log = logging.getLogger(__name__)
 
 # For embedded servers to leave the swarm in order; a little more than each of them takes at most.
 CLOSE_TIMEOUT = 15.0  # seconds
+
+
+class Answer:
+    """An answer whose turn has come."""
+
+    def __init__(self, session: InferenceSession, params: GenerationParams, waiter: Waiter) -> None:
+        self.session = session
+        self._params = params
+        self._waiter = waiter
+        self._pieces: dict[int, list[str]] = {}  # of each row
+
+    @property
+    def texts(self) -> list[str]:
+        """What was written so far, in each row."""
+        return ["".join(pieces) for pieces in self._pieces.values()]
+
+    def encode(self, text: str) -> list[int]:
+        """Turn text into tokens that go on from the session.
+
+        :raises InvalidParameter, SessionLengthExceeded: if there is nothing to go on from, or too much to go on with
+        """
+        return self.session.encode(text)
+
+    def score(self, token_ids: list[int], count: int) -> list[TokenLogprob]:
+        """Tell how likely the tokens of a prompt are, all but its first."""
+        return self.session.score(token_ids, count, self._waiter)
+
+    def generate(self, input_ids: list[int]) -> Iterator[tuple[int, Chunk]]:
+        """Generate it; yield (row, chunk), as ``InferenceSession.generate`` does.
+
+        :raises TooLong: at once, if it does not fit the session, which is then unchanged
+        """
+        chunks = self.session.generate(input_ids, self._params, self._waiter)
+        return self._noted(chunks)
+
+    def _noted(self, chunks: Iterator[tuple[int, Chunk]]) -> Iterator[tuple[int, Chunk]]:
+        for row, chunk in chunks:
+            self._pieces.setdefault(row, []).append(chunk.text)
+            yield row, chunk
 
 
 class Service:
@@ -34,7 +75,6 @@ class Service:
         self.settings = settings
         self.created = int(time.time())
         self.access = Access(settings)
-        self.models = Models(settings)
         self.sessions = InferenceSessions(
             settings.MAX_SESSIONS,
             settings.SESSION_TIMEOUT,
@@ -42,9 +82,9 @@ class Service:
             queue_timeout=settings.QUEUE_TIMEOUT,
             resume_timeout=settings.RESUME_TIMEOUT,
             max_waiting_per_session=settings.MAX_WAITING_PER_SESSION,
-            memory=SessionMemory(settings.WARM_SESSIONS, settings.WARM_TOKENS, settings.WARM_TIMEOUT),
+            memory=WarmSessions(settings.WARM_SESSIONS, settings.WARM_TOKENS, settings.WARM_TIMEOUT),
         )
-        self.models.make_room = self.sessions.free_cache
+        self.models = Models(settings, relief=self.sessions)
         self._generations = FairQueue(
             settings.MAX_CONCURRENT_GENERATIONS, max_waiting=settings.MAX_QUEUE, timeout=settings.QUEUE_TIMEOUT
         )
@@ -64,30 +104,54 @@ class Service:
         self.sessions.start()
 
     @contextlib.contextmanager
-    def generating(
+    def answering(
         self,
         caller: Caller,
-        cancelled: Callable[[], bool],
-        on_position: Callable[[int], None] | None = None,
+        session: AbstractContextManager[InferenceSession],
+        params: GenerationParams,
+        waiter: Waiter,
         *,
-        present: Callable[[], bool] = lambda: True,
-    ) -> Iterator[None]:
-        """Have a place among the answers that are computed at a time; wait for it in a fair queue.
+        usage: Usage | None = None,
+        patient: bool = False,
+        undo: bool = False,
+    ) -> Iterator[Answer]:
+        """Have the block compute an answer: with its session, its places and the tokens that it may spend.
 
-        A request takes, in this order, its place among those of its key (``Caller.generating``), its session, and
-        this one. Who has a later one never waits for an earlier one, so that no two wait for each other; and a key that
-        is at its limit is told so at once, and not after waiting for a busy session.
+        They are taken in this order: the place among the answers of the caller's key, the session, the tokens, the
+        place among all answers. Who has a later one never waits for an earlier one, so that no two wait for each other;
+        and a key that is at its limit is told so at once, and not after waiting for a busy session.
 
-        :param caller: for whom; of whose share the place is
-        :param cancelled: looked at while waiting; ends it when it returns true
-        :param on_position: told the place in the queue, whenever it changes
-        :param present: whether the caller is still there; for those who are not, nobody else makes room
+        :param session: entered when its turn has come
+        :param waiter: who waits for all of this, and is told the place in the queue
+        :param usage: reserved already, for several answers; default: reserved here, by the request's parameters
+        :param patient: wait for a place of the key, rather than be refused
+        :param undo: whether the session is as before if the block fails: then its client can send the same again
         :raises TooManyRequests: if too many wait already, or no place becomes free in time
         :raises Cancelled: if the wait was ended
+        :raises: what entering the session does
         """
-        client = caller.client
+        self.log_text("inputs", params.inputs)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(caller.generating(patient=patient, waiter=waiter))
+            entry = stack.enter_context(session)
+            if usage is None:
+                usage = stack.enter_context(caller.reserving(*tokens_of(params, entry.length, entry.room)))
+            stack.enter_context(self._place(caller.client, waiter))
+            stack.enter_context(entry.counted(usage.spent))
+            if undo:
+                stack.enter_context(entry.undone_on_error())
+            answer = Answer(entry, params, waiter)
+            try:
+                yield answer
+            finally:
+                for text in answer.texts:
+                    self.log_text("outputs", text)
+
+    @contextlib.contextmanager
+    def _place(self, client: str, waiter: Waiter) -> Iterator[None]:
+        """Have a place among the answers that are computed at a time; wait for it in a fair queue."""
         try:
-            self._generations.take(client=client, cancelled=cancelled, on_position=on_position, present=present)
+            self._generations.take(client=client, waiter=waiter)
         except (QueueFull, WaitedTooLong) as error:
             places = self._generations.places
             raise TooManyRequests(f"{places} answers are computed at a time: {error}") from None
@@ -105,12 +169,14 @@ class Service:
         """Whether somebody who is there waits for a session, or for an answer's turn."""
         return self.sessions.awaited or self._generations.awaited
 
-    def model(self, caller: Caller, name: str | None) -> "SwarmModel":
-        """Return a model for a caller; None: the default model.
+    def model(self, caller: Caller, name: str | None) -> ServedModel:
+        """Return a model that is loaded, for a caller; None: the default model.
 
         :raises ModelNotFound, ModelNotAllowed, ModelUnavailable, ModelNotReady: if there is none
         """
-        return self.models.get(self.find(caller, name or self.settings.default_model).config.name)
+        served = self.find(caller, name or self.settings.default_model)
+        _ = served.loaded  # raises if it is not
+        return served
 
     def find(self, caller: Caller, name: str) -> ServedModel:
         """Return a model in whatever state it is. Others than the caller's are not told of.

@@ -4,19 +4,19 @@ A connection holds a thread only while one of its messages is handled.
 """
 
 import atexit
-import json
 import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from flask import Flask, Response, current_app, g, jsonify, request
 from flask.typing import ResponseReturnValue
 
-from admission.access import Caller, find_address, presented_key, tokens_of
+from admission.access import Caller, find_address, presented_key
 from admission.fair_pool import FairPool
 from config import Settings
-from errors import ApiError, InvalidParameter, SessionNotFound, ShuttingDown, TooManyRequests, describe, error_body
+from errors import ApiError, InvalidParameter, ShuttingDown, TooManyRequests, describe, error_body
 from generation.loop import Chunk
 from generation.parameters import (
     MAX_NAME,
@@ -29,12 +29,14 @@ from generation.parameters import (
     require_text,
     with_defaults,
 )
-from inference_sessions import InferenceSession
+from inference_sessions import InferenceSession, State
+from models.loading import ServedModel
 from service import Service, get_service
 from swarm.errors import Cancelled, SwarmError
 from web.browsers import origin_host, page_cookie
 from web.client_socket import take_socket
-from web.reply_stream import Outbox, Unreachable
+from web.reply_stream import ReplyStream, ReplyStreams, Unreachable
+from web.websocket_client import CLOSE, WebSocketClient, parse_message
 from web.websocket_hub import (
     CLOSING_LIMIT,
     GOING_AWAY,
@@ -50,14 +52,9 @@ from web.websocket_hub import (
 
 log = logging.getLogger(__name__)
 
-# Requests that a client may send ahead while an answer is running; one that sends more does not read its answers.
-MAX_PENDING, MAX_PENDING_SIZE = 64, 4_194_304  # messages, bytes
-ON_PURPOSE = (1000, 1005)  # normal, and without a code; a browser that reloads or closes a page sends 1001
 INTERNAL_ERROR = 1011
-RESUMED_ELSEWHERE = 4001  # ours
 # Threads for messages whose handling waits for nothing, beside those that have a session or wait for one.
 SPARE_THREADS = 8
-CLOSE = "close_inference_session"
 
 
 class WebSockets:
@@ -75,6 +72,7 @@ class WebSockets:
         # Those who have a session may all be answered, or wait for that; and so many may wait for a session.
         threads = settings.MAX_SESSIONS + 2 * settings.MAX_QUEUE + SPARE_THREADS
         self.pool = FairPool("websocket", threads)
+        self.streams = ReplyStreams()
         self._ending = ending
         self._watched = False
         self._lock = threading.Lock()
@@ -138,7 +136,8 @@ class Upgraded(Response):
 def generate_stream() -> ResponseReturnValue:
     """Begin a connection."""
     service = get_service(current_app)
-    websockets: WebSockets = current_app.extensions["petals_chat_websockets"]
+    app = current_app._get_current_object()  # type: ignore[attr-defined]
+    websockets = websockets_of(app)
     try:
         accepted = accept_handshake(request.environ)
     except BadHandshake as error:
@@ -148,7 +147,6 @@ def generate_stream() -> ResponseReturnValue:
     websocket = websockets.adopt(request.environ, address, accepted)
     if not origin_allowed(request.headers.get("Origin"), request.host, service.settings.WEBSOCKET_ORIGINS):
         websocket.close(POLICY_VIOLATION, "pages of this origin may not use this API")
-    app = current_app._get_current_object()  # type: ignore[attr-defined]
     connection = Connection(websocket, app, g.request_id, key, address)
     websocket.start(lambda: websockets.pool.submit(address, connection.serve))
     return Upgraded(websocket)
@@ -170,22 +168,30 @@ def origin_allowed(origin: str | None, host: str, allowed: Sequence[str]) -> boo
     return origin is None or "*" in allowed or origin in allowed or origin_host(origin) == host.lower()
 
 
+@dataclass(frozen=True)
+class Attached:
+    """What a connection has once it has an inference session."""
+
+    caller: Caller
+    served: ServedModel
+    entry: InferenceSession
+    stream: ReplyStream
+
+
 class Connection:
-    """One open WebSocket, as its session's client."""
+    """One open WebSocket: the protocol."""
 
     def __init__(self, websocket: WebSocket, app: Flask, request_id: str, key: str | None, address: str) -> None:
         self.websocket = websocket
+        self.client = WebSocketClient(websocket)
         self.service: Service = get_service(app)
         self.request_id = request_id
-        self.queue_updates = False
-        self.swarm_updates = False
         self._app = app
+        self._streams = websockets_of(app).streams
         self._key = key  # from the handshake, or from the message that opens the session
         self._address = address
-        self._caller: Caller | None = None
-        self._entry: InferenceSession | None = None  # its session
-        self._outbox: Outbox | None = None  # of its session
-        self._stopped = False
+        self._caller: Caller | None = None  # whoever has asked for a session
+        self._attached: Attached | None = None
 
     def serve(self) -> None:
         """Handle the next message, or the end. Called when there is one, by one thread at a time."""
@@ -194,7 +200,7 @@ class Connection:
             try:
                 going_on = self._serve()
             except Unreachable:
-                self.dismiss()  # if it is reachable: the session goes on over another connection
+                self.client.dismiss()  # if it is reachable: the session goes on over another connection
                 going_on = False
             except Exception:
                 log.exception("a WebSocket is given up")
@@ -211,7 +217,7 @@ class Connection:
         if self.service.ending.is_set():
             self.websocket.close(GOING_AWAY, "the server is shutting down")
             return False
-        if self._outbox is not None and not self._outbox.serves(self):
+        if self._attached is not None and not self._attached.stream.serves(self.client):
             raise Unreachable
         message = self.websocket.take()
         if message is None:
@@ -219,19 +225,14 @@ class Connection:
             return False
         held = self._handle(message)
         if not held:
-            self.go_on()
+            self.client.go_on()
         return True
-
-    def go_on(self) -> None:
-        """Handle what the client has sent meanwhile, when a thread is free. Does not wait."""
-        self.websocket.engaged = self._outbox is not None
-        self.websocket.done()
 
     def _leave(self) -> None:
         """Leave the session, however the end comes."""
         try:
-            if self._outbox is not None:
-                self._outbox.leave(self)
+            if self._attached is not None:
+                self._attached.stream.leave(self.client)
         finally:
             self.websocket.finish()
 
@@ -256,7 +257,7 @@ class Connection:
         except Unreachable:
             raise
         except Exception as error:
-            self.deliver(self._failure(error))
+            self.client.deliver(self._failure(error))
         return False
 
     def _open(self, request: dict[str, Any]) -> None:
@@ -264,35 +265,43 @@ class Connection:
         resumable = get_bool(request, "resumable")
         self._caller = caller = self._begin(request)
         caller.count_request()
-        model = self.service.model(caller, get_text(request, "model", maximum=MAX_NAME))
-        self._stopped = False
-        session_id = self.service.sessions.open(
-            model,
+        served = self.service.model(caller, get_text(request, "model", maximum=MAX_NAME))
+        self.client.begin()
+        sessions = self.service.sessions
+        session_id = sessions.open(
+            served.loaded,
             max_length,
-            kept=True,
+            connected=True,
             owner=caller.owner,
             client=caller.client,
-            cancelled=self._cancelled,
-            on_position=self._tell_place,
+            on_close=self._streams.discard,
+            waiter=self.client,
         )
-        self._entry = self.service.sessions.find(session_id)
-        self._outbox = Outbox(self.service, self._entry, self, resumable)
-        if resumable:
-            self._entry.outbox = self._outbox
-            timeout = self.service.settings.RESUME_TIMEOUT
-            self.deliver({"ok": True, "session_id": session_id, "resume_timeout": timeout})
-        else:
-            self.deliver({"ok": True})
+        entry = sessions.find(session_id)
+        stream = ReplyStream(self.service, entry, self.client, resumable)
+        self._attach(Attached(caller, served, entry, stream))
+        if not resumable:
+            self.client.deliver({"ok": True})
+            return
+        self._streams.add(stream)
+        if entry.state is State.CLOSING:  # meanwhile, and the stream may have been added after its end
+            self._streams.discard(session_id)
+        timeout = self.service.settings.RESUME_TIMEOUT
+        self.client.deliver({"ok": True, "session_id": session_id, "resume_timeout": timeout})
+
+    def _attach(self, attached: Attached | None) -> None:
+        self._attached = attached
+        self.client.engaged = attached is not None
 
     def _begin(self, request: dict[str, Any]) -> Caller:
         """Read what requests for a session have in common: who asks, and what they want to be told.
 
         Browsers cannot send headers with a WebSocket: the message may hold the key.
         """
-        if self._outbox is not None:
+        if self._attached is not None:
             raise InvalidParameter("this connection has an inference session already; open another connection")
-        self.queue_updates = get_bool(request, "queue_updates")
-        self.swarm_updates = get_bool(request, "swarm_updates")
+        self.client.queue_updates = get_bool(request, "queue_updates")
+        self.client.swarm_updates = get_bool(request, "swarm_updates")
         if token := get_text(request, "page_token"):
             return self.service.access.page(token, self._address)
         return self.service.access.caller(get_text(request, "api_key") or self._key, self._address)
@@ -307,112 +316,53 @@ class Connection:
         answers = get_int(request, "answers", minimum=0)
         caller = self._begin(request)
         entry = self.service.sessions.find(session_id, caller.owner)
-        if entry.outbox is None:
-            raise SessionNotFound(f"the session {session_id} is not resumable")
-        caller.check_model(entry.model.name)
-        self._stopped = False
+        stream = self._streams.find(session_id)
+        served = self.service.find(caller, entry.model.name)
+        self.client.begin()
         # Before it is attached: an answer that ends at once lets another thread go on here.
-        self._caller, self._entry, self._outbox = caller, entry, entry.outbox
+        self._caller = caller
+        self._attach(Attached(caller, served, entry, stream))
         try:
-            return entry.outbox.attach(self, received, answers)
+            return stream.attach(self.client, received, answers)
         except BaseException:
-            self._caller = self._entry = self._outbox = None
+            self._caller = None
+            self._attach(None)
             raise
 
     def _close(self) -> None:
-        if self._outbox is not None:
-            self._outbox.close(self)
-        self._entry = self._outbox = None
-        self.deliver({"ok": True})
+        if self._attached is not None:
+            self._attached.stream.close(self.client)
+        self._attach(None)
+        self.client.deliver({"ok": True})
 
     def _generate(self, request: dict[str, Any]) -> None:
         if self._caller is not None:
             self._caller.count_request()
-        if self._entry is not None and get_bool(request, "model_defaults"):
-            defaults = self.service.models.served[self._entry.model.name].config.generation
-            request = with_defaults(request, defaults)
+        if self._attached is not None and get_bool(request, "model_defaults"):
+            request = with_defaults(request, self._attached.served.config.generation)
         params = parse_generation(request)
-        if self._entry is None or self._outbox is None or self._caller is None:
+        if self._attached is None:
             raise InvalidParameter("send open_inference_session before generate")
         # Who has asked already to close the session wants none of the answers before.
-        self._stopped = False
+        self.client.begin()
         self.websocket.look_anew()
-        with self._outbox.answering(self):
+        entry, stream = self._attached.entry, self._attached.stream
+        with stream.answering(self.client):
             try:
-                self._answer(params, self._entry, self._outbox, self._caller)
+                self._answer(params, self._attached.caller, entry, stream)
             except Cancelled:  # before the answer began
-                self._outbox.send(answer([Chunk("", (), "cancelled")]), self._entry.length)
+                stream.send(response_of([Chunk("", (), "cancelled")]), entry.length)
             except Exception as error:
-                self._outbox.send(self._failure(error))
+                stream.send(self._failure(error))
 
-    def _answer(self, params: GenerationParams, entry: InferenceSession, outbox: Outbox, caller: Caller) -> None:
-        self.service.log_text("inputs", params.inputs)
+    def _answer(self, params: GenerationParams, caller: Caller, entry: InferenceSession, stream: ReplyStream) -> None:
         wait = self.service.settings.REQUEST_TIMEOUT
-        with (
-            caller.generating(cancelled=outbox.cancelled),
-            self.service.sessions.use(entry.session_id, wait=wait, cancelled=outbox.cancelled) as session,
-            caller.reserving(*tokens_of(params, session.length, session.room)) as usage,
-            self.service.generating(caller, outbox.cancelled, outbox.tell_place, present=lambda: outbox.attended),
-            session.counted(usage.spent),
-        ):
-            outbox.compute()
-            for chunks in rounds(outbox.follow(session.generate(params, outbox.cancelled)), params):
-                response = answer(chunks)
-                self.service.log_text("outputs", response["outputs"])
-                outbox.send(response, entry.length)
-
-    def _tell_place(self, place: int) -> None:
-        """Tell a client that wants to know how many wait for a session before it."""
-        if self.queue_updates:
-            self.offer({"ok": True, "queue": {"position": place}})
-
-    def _cancelled(self) -> bool:
-        """Whether the client does not want to wait any more, or has gone."""
-        return self.stopped() or not self.connected
-
-    def stopped(self) -> bool:
-        """Whether the client has stopped the answer; other messages wait for the answer to end."""
-        while not self._stopped and (message := self.websocket.look()) is not None:
-            kind = kind_of(message)
-            self._stopped = kind in ("stop", CLOSE)
-            if kind == "stop":
-                self.websocket.withdraw()
-            count, size = self.websocket.ahead
-            if count > MAX_PENDING or size > MAX_PENDING_SIZE:
-                self.websocket.close(POLICY_VIOLATION, "too many requests sent ahead")
-        return self._stopped
-
-    @property
-    def connected(self) -> bool:
-        """Whether the client is there, as far as one knows."""
-        return self.websocket.connected
-
-    @property
-    def closed_on_purpose(self) -> bool:
-        """Whether the client has closed the connection, and not because it leaves the page or loses its network."""
-        return self.websocket.close_code in ON_PURPOSE
-
-    def deliver(self, *messages: dict[str, Any]) -> None:
-        """Send messages; wait while the client takes no data.
-
-        :raises Unreachable: if the client is gone, or takes none for too long
-        """
-        try:
-            self.websocket.send(*map(json.dumps, messages))
-        except Closed as error:
-            raise Unreachable(str(error)) from error
-
-    def offer(self, message: dict[str, Any]) -> None:
-        """Send a message, or the next one in its place if the client takes no data. Does not wait."""
-        self.websocket.offer(json.dumps(message))
-
-    def abandon(self) -> None:
-        """Break the connection off: whoever sends on it is woken. Does not wait."""
-        self.websocket.abandon()
-
-    def dismiss(self) -> None:
-        """Close the connection because the client has resumed its session on another one. Does not wait."""
-        self.websocket.close(RESUMED_ELSEWHERE, "resumed elsewhere")
+        session = self.service.sessions.use(entry.session_id, wait=wait, waiter=stream)
+        with self.service.answering(caller, session, params, stream) as answer:
+            stream.compute()
+            chunks = answer.generate(answer.encode(params.inputs))
+            for group in rounds(stream.follow(chunks), params):
+                stream.send(response_of(group), entry.length)
 
     def _failure(self, error: Exception) -> dict[str, Any]:
         """Log a failure and return what to tell the client of it."""
@@ -422,30 +372,6 @@ class Connection:
         else:
             log.info("WebSocket request refused: %s", error if isinstance(error, (ApiError, SwarmError)) else status)
         return error_body(error, self.request_id, traced=self.service.settings.TRACEBACKS)
-
-
-def parse_message(message: str | bytes) -> dict[str, Any]:
-    """Read a message.
-
-    :raises InvalidParameter: if it is not a JSON object in a text frame
-    """
-    if not isinstance(message, str):
-        raise InvalidParameter("messages must be JSON in text frames, not binary frames")
-    try:
-        request = json.loads(message)
-    except (ValueError, RecursionError):
-        raise InvalidParameter("the message is not valid JSON") from None
-    if not isinstance(request, dict):
-        raise InvalidParameter("the message must be a JSON object")
-    return request
-
-
-def kind_of(message: str | bytes) -> Any:
-    """Return the type of a message; None if it has none."""
-    try:
-        return parse_message(message).get("type")
-    except InvalidParameter:
-        return None  # told to the client when its turn comes
 
 
 def rounds(chunks: Iterator[Chunk], params: GenerationParams) -> Iterator[list[Chunk]]:
@@ -461,7 +387,7 @@ def rounds(chunks: Iterator[Chunk], params: GenerationParams) -> Iterator[list[C
             group, count = [], 0
 
 
-def answer(chunks: list[Chunk]) -> dict[str, Any]:
+def response_of(chunks: list[Chunk]) -> dict[str, Any]:
     """Return the response for the chunks of a round."""
     response: dict[str, Any] = {
         "ok": True,
@@ -473,6 +399,12 @@ def answer(chunks: list[Chunk]) -> dict[str, Any]:
         response["finish_reason"] = chunks[-1].finish_reason
         response["stop_sequence"] = chunks[-1].stop_sequence
     return response
+
+
+def websockets_of(app: Flask) -> WebSockets:
+    """Return what an app has of them."""
+    found: WebSockets = app.extensions["petals_chat_websockets"]
+    return found
 
 
 def register(app: Flask, settings: Settings) -> None:

@@ -27,6 +27,7 @@ from admission.rates import MAX_CLIENTS, Exceeded, Rates, whole_seconds
 from config import Settings
 from errors import ConfigError, ModelNotAllowed, TooManyRequests, Unauthorized
 from generation.parameters import GenerationParams
+from swarm.waiter import PATIENT, Waiter
 from web.browsers import PageCookie, page_cookie
 
 if TYPE_CHECKING:
@@ -185,10 +186,10 @@ class Caller:
         return self._limits.concurrent
 
     @contextlib.contextmanager
-    def generating(self, *, patient: bool = False, cancelled: Callable[[], bool] | None = None) -> Iterator[None]:
+    def generating(self, *, patient: bool = False, waiter: Waiter = PATIENT) -> Iterator[None]:
         """Count an answer that is being computed.
 
-        :param patient: wait while there are too many, until ``cancelled``
+        :param patient: wait while there are too many
         :raises TooManyRequests: if there are too many already
         """
         if not self.concurrent:
@@ -196,7 +197,7 @@ class Caller:
             return
         with self._access.places.of(self.client, self.concurrent) as places:
             try:
-                places.take(patient=patient, cancelled=cancelled)
+                places.take(patient=patient, waiter=waiter)
             except (QueueFull, WaitedTooLong):
                 who = "this API key" if self._key else "each address without an API key"
                 answers = "answer" if self.concurrent == 1 else "answers"

@@ -11,7 +11,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from swarm.errors import Cancelled
+from swarm.waiter import PATIENT, Waiter
 
 # How often somebody who waits looks whether they still want to: hanging up is noticed within this time.
 POLL = 0.1  # seconds
@@ -34,8 +34,8 @@ class _Ticket:
 
     client: str
     patient: bool
-    present: Callable[[], bool]  # whether they are still there to be served
-    busy_since: float | None = None  # time.monotonic() when it began with its callbacks, which may take long
+    waiter: Waiter
+    busy_since: float | None = None  # time.monotonic() when its waiter began to look, which may take long
     position: int = 0  # in the queue, 1 for the next one
     served: bool = False
     refusal: str = ""  # why they were turned away, if they were
@@ -66,38 +66,33 @@ class FairQueue:
         *,
         client: str = "",
         patient: bool = False,
-        cancelled: Callable[[], bool] | None = None,
-        on_position: Callable[[int], None] | None = None,
+        waiter: Waiter = PATIENT,
         make_room: Callable[[], None] | None = None,
-        present: Callable[[], bool] = lambda: True,
     ) -> None:
         """Take a place, waiting for one if need be; it must be given back.
 
-        Nobody waits for another's callbacks: who is in one for longer than ``GRACE`` is passed over meanwhile.
+        Nobody waits while another looks: who does that for longer than ``GRACE`` is passed over meanwhile.
 
         :param client: whose share of the places it is
         :param patient: wait even if too many do already, and give way to nobody in that
-        :param cancelled: looked at while waiting; ends it when it returns true
-        :param on_position: told the place in the queue, 1 for the next one, whenever it changes
-        :param present: whether who waits is still there; see ``awaited``. Called under the queue's lock
+        :param waiter: who waits
         :param make_room: called, without any lock, while no place is free; may give places back. Must not wait
         :raises QueueFull, WaitedTooLong, Cancelled: if there is no place
         """
         if make_room is not None and self.full:
             make_room()
-        ticket = _Ticket(client, patient, present)
+        ticket = _Ticket(client, patient, waiter)
         deadline = time.monotonic() + self.timeout
         try:
             self._join(ticket)
             told = 0
             while not self._is_served(ticket):
-                if cancelled is not None and cancelled():
-                    raise Cancelled("the wait for a place was given up")
+                waiter.look()
                 if time.monotonic() > deadline:
                     raise WaitedTooLong(f"none became free within {self.timeout:.0f} s")
-                if on_position is not None and ticket.position != told:
+                if ticket.position != told:
                     told = ticket.position
-                    on_position(told)
+                    waiter.position(told)
                 self._listen(ticket)
                 ticket.woken.wait(POLL)
                 ticket.woken.clear()
@@ -111,7 +106,7 @@ class FairQueue:
     def awaited(self) -> bool:
         """Whether somebody waits who is there."""
         with self._lock:
-            return any(ticket.present() for ticket in self._waiting)
+            return any(ticket.waiter.attended for ticket in self._waiting)
 
     @property
     def full(self) -> bool:
@@ -146,7 +141,7 @@ class FairQueue:
                 self._turn_one_away(ticket.client)
 
     def _is_served(self, ticket: _Ticket) -> bool:
-        """Whether a ticket has its place; if not, its callbacks may be called now.
+        """Whether a ticket has its place; if not, its waiter looks now.
 
         :raises QueueFull: if it was turned away
         """
@@ -157,7 +152,7 @@ class FairQueue:
             return ticket.served
 
     def _listen(self, ticket: _Ticket) -> None:
-        """A ticket's callbacks are done; a place may have become free meanwhile."""
+        """A ticket's waiter has looked; a place may have become free meanwhile."""
         with self._lock:
             ticket.busy_since = None
             if self._taken < self.places:

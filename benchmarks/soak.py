@@ -111,7 +111,7 @@ def expected_texts(path: Path) -> dict[str, list[str]]:
 
 def whole_text(tokenizer: Any, token_ids: list[int]) -> str:
     """Decode; what may become a character with the next token is left out."""
-    from generation.loop import Detokenizer
+    from generation.text import Detokenizer
     from swarm.tokenization import TextTokenizer
 
     detokenizer = Detokenizer(TextTokenizer(tokenizer))

@@ -4,7 +4,6 @@ Nothing heavy is imported before ``start``: importing the app costs nothing.
 """
 
 import contextlib
-import functools
 import logging
 import re
 import threading
@@ -17,11 +16,13 @@ from config import ModelConfig, Settings
 from errors import ModelNotFound, ModelNotReady
 from swarm.background import Loop, growing_delays
 from swarm.errors import CacheFull, ModelUnavailable, SwarmError, SwarmUnreachable, format_blocks
+from swarm.waiter import Until
 
 if TYPE_CHECKING:
     from swarm.client.history import HistoryBudget
     from swarm.client.membership import Swarm
     from swarm.client.model import SwarmModel
+    from swarm.client.routing import CacheRelief
     from swarm.local import LocalSwarm
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,18 @@ class ServedModel:
             return ModelStatus("failed", f"{self.error}; again {'now' if wait is None else f'in {wait:.0f} s'}")
         return ModelStatus("ready", "ready") if self.ready else ModelStatus("loading", self.progress)
 
+    @property
+    def loaded(self) -> "SwarmModel":
+        """The model, once it has answered: whatever the swarm is like now, its sessions wait until it is there again.
+
+        :raises ModelUnavailable, ModelNotReady: if it failed to load, or is not loaded yet
+        """
+        if self.model is not None and self.ready:
+            return self.model
+        if self.error is not None:
+            raise self.error
+        raise ModelNotReady(f"{self.config.name} is not ready yet: {self.status.message}")
+
     @staticmethod
     def _swarm_status(model: "SwarmModel") -> ModelStatus | None:
         """What is wrong with the swarm, if anything is, whatever the model itself is like."""
@@ -96,10 +109,10 @@ class ServedModel:
 class Models:
     """All models of the program, and the swarm behind them."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, relief: "CacheRelief | None" = None) -> None:
+        """:param relief: who frees attention cache when the servers have none left"""
         self.settings = settings
-        # Called when a model's servers have no attention cache left for so many tokens; see SwarmState.make_room.
-        self.make_room: Callable[[str, int], bool] = lambda name, tokens: False
+        self._relief = relief
         self.served = {config.name: ServedModel(config) for config in settings.models()}
         self._local: LocalSwarm | None = None
         self._swarm: Swarm | None = None
@@ -121,19 +134,6 @@ class Models:
         if served is None:
             raise ModelNotFound(f"no model {name!r} is served here")
         return served
-
-    def get(self, name: str | None) -> "SwarmModel":
-        """Return a model that can be used; None: the default model.
-
-        :raises ModelNotFound: if no such model is served
-        :raises ModelUnavailable, ModelNotReady: if it failed to load, or is not loaded yet
-        """
-        served = self.find(name or self.settings.default_model)
-        if served.model is not None and served.ready:
-            return served.model  # whatever the swarm is like now: its sessions wait until it is there again
-        if served.error is not None:
-            raise served.error
-        raise ModelNotReady(f"{served.config.name} is not ready yet: {served.status.message}")
 
     @property
     def initial_peers(self) -> list[str]:
@@ -245,7 +245,6 @@ class Models:
             self._start_server(served)
             with self._loading:
                 served.model = self._load_client(served)
-            served.model.state.make_room = functools.partial(self.make_room, served.config.name)
         self._await_blocks(served, served.model)
         self._warm_up(served, served.model)
         served.ready = True
@@ -306,6 +305,7 @@ class Models:
                 cache_timeout=settings.QUEUE_TIMEOUT,
             ),
             budget=self._budget,
+            relief=self._relief,
         )
 
     def _await_blocks(self, served: ServedModel, model: "SwarmModel") -> None:
@@ -320,7 +320,7 @@ class Models:
         served.report("computing a first token")
         token_id = next(iter(model.tokenizer.get_vocab().values()))
         with model.open_session(max_length=2) as session:
-            session.step([token_id], cancelled=self._stop.is_set)
+            session.step([token_id], waiter=Until(self._stop))
 
     def close(self) -> None:
         """Let go of all models, then of the swarm; embedded servers end."""

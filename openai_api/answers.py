@@ -7,15 +7,19 @@ whoever reads can do something else while nothing comes.
 import contextvars
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from admission.access import Caller
-from generation.loop import Chunk, TokenLogprob, generate, generate_rows, score
+from generation.loop import Chunk, TokenLogprob
 from generation.parameters import GenerationParams
-from service import Service
+from service import Answer, Service
 from swarm.errors import Cancelled
+from swarm.waiter import Until, Waiter
+
+if TYPE_CHECKING:
+    from swarm.client.model import SwarmModel
 
 # Prompts of one request that are computed at a time: as a server computes 8 in hardly more time than 1, and others are
 # left places.
@@ -32,7 +36,7 @@ class Task:
     params: GenerationParams
     choices: int = 1
     scored: bool = False  # whether the prompt's own log-probabilities are wanted
-    remember: bool = True  # whether the session may be kept for who goes on from it
+    keep_warm: bool = True  # whether the session may be kept for who goes on from it
     open_ended: bool = False  # whether the budget is what there is room for, and not what was asked for
 
     @property
@@ -67,24 +71,27 @@ class Done:
     unwritten: Sequence[int] = ()  # answers that have neither pieces nor scores: only the prompt's text was wanted
 
 
+Event = Piece | Scores | Done
+
+
 class Answers:
     """Computes answers in the background. Iterate for the events; in the end, or instead, ``close``."""
 
     def __init__(
-        self, service: Service, caller: Caller, model: Any, tasks: Sequence[Task], gone: Callable[[], bool]
+        self, service: Service, caller: Caller, model: "SwarmModel", tasks: Sequence[Task], waiter: Waiter
     ) -> None:
         """Begin.
 
-        :param gone: whether the client has hung up; ends everything
+        :param waiter: who waits for them; its end ends everything
         :raises TooManyRequests: if it would cost more tokens than the caller has left
         """
         self._service = service
         self._caller = caller
         self._model = model
         self._tasks = tasks
-        self._gone = gone
         self._stop = threading.Event()
-        self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._waiter = Until(self._stop, waiter)
+        self._events: queue.SimpleQueue[Event | BaseException] = queue.SimpleQueue()
         self._numbers = iter(range(len(tasks)))
         workers = min(len(tasks), PROMPTS_AT_A_TIME, caller.concurrent or PROMPTS_AT_A_TIME)
         # All at once, so that a list of prompts is not refused in its midst.
@@ -96,7 +103,7 @@ class Answers:
             run = contextvars.copy_context().run
             threading.Thread(target=run, args=(self._work,), name="answer", daemon=True).start()
 
-    def events(self, patience: float | None = None) -> Iterator[Piece | Scores | Done | None]:
+    def events(self, patience: float | None = None) -> Iterator[Event | None]:
         """Yield what comes, in the order in which it comes, until all prompts are done with.
 
         :param patience: after so many seconds of silence yield None
@@ -119,15 +126,11 @@ class Answers:
         """End what is still being computed; does not wait."""
         self._stop.set()
 
-    def _cancelled(self) -> bool:
-        return self._stop.is_set() or self._gone()
-
     def _work(self) -> None:
         """Answer one prompt after the other, until none is left."""
         try:
             while (number := next(self._numbers, None)) is not None:  # atomic under the interpreter's lock
-                if self._cancelled():
-                    raise Cancelled("the client has hung up")
+                self._waiter.look()
                 task = self._tasks[number]
                 first = number * task.choices  # of each prompt there are equally many
                 if task.budget or task.scored:
@@ -141,55 +144,36 @@ class Answers:
                 self._usage.close()
 
     def _answer(self, number: int, task: Task, first: int) -> Done:
-        service, cancelled = self._service, self._cancelled
-        opened = service.sessions.temporary(
+        session = self._service.sessions.temporary(
             self._model,
             task.length,
             rows=task.choices,
             owner=self._caller.owner,
             client=self._caller.client,
-            remember=task.remember,
-            cancelled=cancelled,
+            keep_warm=task.keep_warm,
+            waiter=self._waiter,
         )
+        # For the log: a prompt may have come as tokens.
+        inputs = self._model.tokenizer.decode(task.token_ids) if self._service.settings.LOG_TEXTS else ""
+        params = replace(task.params, inputs=inputs, max_new_tokens=task.budget)
         # The first prompt of a request may be refused for the key's limit; the others wait for their turn.
-        allowed = self._caller.generating(patient=number > 0, cancelled=cancelled)
-        with allowed, opened as entry, service.generating(self._caller, cancelled):
-            written: list[int] = []  # an entry for each token
-            try:
-                self._write(entry, task, number, first, written)
-            finally:
-                self._usage.spent(len(task.token_ids) - entry.cached_tokens + len(written))
-            return Done(entry.cached_tokens, len(written))
+        answering = self._service.answering(
+            self._caller, session, params, self._waiter, usage=self._usage, patient=number > 0
+        )
+        with answering as answer:
+            written = self._write(answer, task, number, first)
+            return Done(answer.session.cached_tokens, written)
 
-    def _write(self, entry: Any, task: Task, number: int, first: int, written: list[int]) -> None:
-        token_ids = list(task.token_ids)
+    def _write(self, answer: Answer, task: Task, number: int, first: int) -> int:
+        """Put the events of a prompt; return how many tokens its answers have."""
+        token_ids, written = list(task.token_ids), 0
         if task.scored:
             assert task.params.logprobs is not None
-            self._events.put(Scores(number, score(entry.session, token_ids, task.params.logprobs, self._cancelled)))
-            token_ids = token_ids[-1:]
-        elif task.choices == 1:
-            token_ids = entry.recall(token_ids)
-        for index, chunk in self._chunks(entry, task, token_ids) if task.budget else ():
+            self._events.put(Scores(number, answer.score(token_ids, task.params.logprobs)))
+            token_ids = token_ids[-1:]  # which is all that is left of the prompt
+        for row, chunk in answer.generate(token_ids) if task.budget else ():
             if chunk.finish_reason == "cancelled":
                 raise Cancelled("the client has hung up")
-            written += chunk.token_ids
-            self._events.put(Piece(first + index, chunk))
-
-    def _chunks(self, entry: Any, task: Task, token_ids: Sequence[int]) -> Iterator[tuple[int, Chunk]]:
-        options: dict[str, Any] = {
-            "budget": task.budget,
-            "defaults": self._model.generation_config,
-            "cancelled": self._cancelled,
-        }
-        if task.choices > 1:
-            # The prompt's last token may be all that is left of it.
-            return generate_rows(
-                entry.session,
-                token_ids,
-                task.params,
-                rows=task.choices,
-                tokenizer=self._model.tokenizer,
-                **options,
-            )
-        chunks = generate(entry.session, token_ids, task.params, detokenizer=entry.detokenizer, **options)
-        return ((0, chunk) for chunk in chunks)
+            written += len(chunk.token_ids)
+            self._events.put(Piece(first + row, chunk))
+        return written

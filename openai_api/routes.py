@@ -9,7 +9,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +18,9 @@ from flask import Blueprint, Response, current_app, g, jsonify, request, stream_
 from admission.budgets import Budget, Exhausted
 from config import ModelConfig
 from errors import InvalidParameter, TooLong, TooManyRequests, describe, openai_error
+from generation.lengths import stateless_length
 from generation.loop import Chunk, TokenLogprob
 from generation.parameters import MAX_SEED, SMALLEST_FACTOR, GenerationParams
-from http_api import stateless_length
 from models.chat_template import apply_template
 from openai_api.answers import Answers, Done, Piece, Scores, Task
 from openai_api.schemas import (
@@ -41,7 +41,8 @@ from openai_api.schemas import (
 )
 from service import Service, get_service
 from swarm.errors import Cancelled
-from web.client_socket import client_gone, client_socket, limit_sends
+from swarm.waiter import Waiter
+from web.client_socket import RequestWaiter, client_socket, limit_sends
 from web.openapi import documented
 
 log = logging.getLogger(__name__)
@@ -97,7 +98,6 @@ def chat_completions() -> Response:
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidParameter("top_logprobs needs logprobs to be true", "top_logprobs")
     chat = apply_template(config, model.tokenizer, [message.plain() for message in body.messages])
-    service.log_text("inputs", chat.text)
     token_ids = model.tokenizer.encode(chat.text, chat.add_special_tokens, room=model.max_length)
     if not token_ids:
         raise InvalidParameter("the model's chat template makes no text of these messages", "messages")
@@ -136,7 +136,7 @@ def completions() -> Response:
         # Of several prompts or answers none is gone on from, and they would push out conversations that are.
         alone = len(prompts) == (body.n or 1) == 1 and not scored
         length = stateless_length(needed, model.max_length) if alone else needed
-        tasks.append(Task(token_ids, wanted, length, params, body.n or 1, scored, remember=alone))
+        tasks.append(Task(token_ids, wanted, length, params, body.n or 1, scored, keep_warm=alone))
     return respond(TextFormat(model, body, prompts), service, model, body, tasks, told)
 
 
@@ -145,7 +145,7 @@ def completions() -> Response:
 def tokenize() -> Response:
     """Turn text into token ids."""
     body: TokenizeRequest = TokenizeRequest.read(request.get_data(cache=False))
-    model = get_service(current_app).model(g.caller, body.model)
+    model = get_service(current_app).model(g.caller, body.model).loaded
     tokens: list[Any] = model.tokenizer.encode(body.content, add_special_tokens=bool(body.add_special))
     count = len(tokens)
     if body.with_pieces:
@@ -161,7 +161,7 @@ def tokenize() -> Response:
 def detokenize() -> Response:
     """Turn token ids into text."""
     body: DetokenizeRequest = DetokenizeRequest.read(request.get_data(cache=False))
-    model = get_service(current_app).model(g.caller, body.model)
+    model = get_service(current_app).model(g.caller, body.model).loaded
     check_tokens(model, body.tokens, "tokens")
     return jsonify(content=model.tokenizer.decode(body.tokens))
 
@@ -172,7 +172,7 @@ def template() -> Response:
     """Turn a conversation into the text that the model reads."""
     body: TemplateRequest = TemplateRequest.read(request.get_data(cache=False))
     service = get_service(current_app)
-    model = service.model(g.caller, body.model)
+    model = service.model(g.caller, body.model).loaded
     messages = [message.plain() for message in body.messages]
     prompt = apply_template(
         service.models.served[model.name].config,
@@ -186,8 +186,8 @@ def template() -> Response:
 def begin(body: Sampling) -> tuple[Service, Any, ModelConfig]:
     """Return what every completion needs."""
     service = get_service(current_app)
-    model = service.model(g.caller, body.model)
-    return service, model, service.models.served[model.name].config
+    served = service.model(g.caller, body.model)
+    return service, served.loaded, served.config
 
 
 def sampling(
@@ -453,7 +453,7 @@ def respond(
         "model": model.name,
     }
     tally = Tally(sum(len(task.token_ids) for task in tasks))
-    gone = client_gone(request.environ)
+    gone = RequestWaiter(request.environ)
     if not body.stream:
         with room_to_tell(told, service.settings.QUEUE_TIMEOUT, gone):
             answers = Answers(service, g.caller, model, tasks, gone)
@@ -482,7 +482,7 @@ def respond(
 
 
 @contextlib.contextmanager
-def room_to_tell(told: int, timeout: float, gone: Callable[[], bool]) -> Iterator[None]:
+def room_to_tell(told: int, timeout: float, gone: Waiter) -> Iterator[None]:
     """Have memory for an answer that is sent when it is whole.
 
     :raises TooManyRequests: if others take it for longer than ``timeout`` seconds
@@ -509,7 +509,7 @@ def collect(
             tally.add(event)
     choices = [form.choice(i, found, scores.get(i // tasks[0].choices)) for i, found in enumerate(chunks)]
     for found in chunks:
-        service.log_text("outputs", "".join(chunk.text for chunk in found))
+        pass
     return {"choices": choices, "usage": tally.usage()}
 
 
@@ -530,7 +530,6 @@ def stream(
     try:
         for event in events:
             if isinstance(event, Piece):
-                service.log_text("outputs", event.chunk.text)
                 if event.index not in opened:
                     opened.add(event.index)
                     if (opening := form.opening(event.index)) is not None:

@@ -1,5 +1,9 @@
 """Whoever waits: for a place, for a session, for the swarm to compute a step."""
 
+import threading
+
+from swarm.errors import Cancelled
+
 
 class Waiter:
     """Somebody who waits, as seen by what they wait for. This one waits for as long as it takes; others say more.
@@ -24,3 +28,23 @@ class Waiter:
 
 
 PATIENT = Waiter()
+
+
+class Until(Waiter):
+    """Somebody who waits until an event is set, and no longer than somebody else does."""
+
+    def __init__(self, ended: threading.Event, waiter: Waiter = PATIENT) -> None:
+        self._ended = ended
+        self._waiter = waiter
+
+    @property
+    def attended(self) -> bool:
+        return self._waiter.attended
+
+    def look(self) -> None:
+        if self._ended.is_set():
+            raise Cancelled("nobody waits for this any more")
+        self._waiter.look()
+
+    def position(self, place: int) -> None:
+        self._waiter.position(place)

@@ -14,8 +14,9 @@ from inference_sessions import InferenceSessions
 from models import loading as models
 from models.loading import Models
 from swarm.background import Loop, forever, growing_delays
-from swarm.client.warm_sessions import SessionMemory
+from swarm.client.warm_sessions import WarmSessions
 from swarm.errors import CacheFull, ModelUnavailable, SwarmTimeout
+from swarm.waiter import Waiter
 from tests.conftest import LiveApp
 from tests.support.client import call
 from tests.test_session import wait_until
@@ -85,7 +86,7 @@ def test_a_loop_tells_its_age_and_when_it_tries_again() -> None:
 
 def test_the_expirer_outlives_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of sessions, and of those that are kept: neither keeps the other from going on."""
-    memory = SessionMemory(1, 10, 1.0)
+    memory = WarmSessions(1, 10, 1.0)
     sessions = InferenceSessions(1, 1.0, memory=memory)
     expire, calls = sessions.expire, itertools.count()
     expired = threading.Event()
@@ -126,7 +127,7 @@ class FakeModel:
     def open_session(self, max_length: int) -> "FakeModel":
         return self
 
-    def step(self, token_ids: list[int], cancelled: Any) -> None:
+    def step(self, token_ids: list[int], waiter: Waiter) -> None:
         if self.failures:
             raise self.failures.pop(0)
         self.state.doubtful = False
@@ -169,7 +170,7 @@ def test_a_model_that_could_not_be_loaded_is_tried_again(monkeypatch: pytest.Mon
     try:
         wait_until(lambda: served.status.state == "ready", "it was not tried again")
         wait_until(lambda: served.error is None, "the error is still told")
-        assert all_models.get(None) is model
+        assert all_models.find(MODEL).loaded is model
     finally:
         all_models.close()
 
@@ -183,7 +184,7 @@ def test_when_it_is_tried_again_is_told(monkeypatch: pytest.MonkeyPatch) -> None
         wait_until(lambda: served.retry_in() is not None, "the failure was not told")
         assert (served.status.state, served.status.message) == ("failed", "the hub is away; again in 30 s")
         with pytest.raises(ModelUnavailable, match="the hub is away"):
-            all_models.get(None)
+            _ = all_models.find(MODEL).loaded
     finally:
         all_models.close()
 
@@ -208,7 +209,7 @@ def test_readiness_is_by_the_last_step(monkeypatch: pytest.MonkeyPatch) -> None:
         model.failures = [SwarmTimeout("no answer")] * 3
         model.state.doubtful = True
         wait_until(lambda: served.error is not None or not model.failures, "it was not asked")
-        assert all_models.get(None) is model  # requests are not refused for it
+        assert all_models.find(MODEL).loaded is model  # requests are not refused for it
         wait_until(lambda: served.error is None and served.status.state == "ready", "it was not asked again")
         model.failures = [CacheFull("busy")] * 3  # that is no failure
         model.state.doubtful = True

@@ -6,6 +6,7 @@ import pytest
 
 from admission.budgets import Budget, Exhausted
 from swarm.errors import Cancelled
+from tests.support.waiters import Ends
 
 
 def test_held_and_given_back() -> None:
@@ -13,7 +14,7 @@ def test_held_and_given_back() -> None:
     with budget.hold(6, 1.0), budget.hold(4, 1.0), budget.hold(0, 1.0):
         with pytest.raises(Exhausted, match="1 of 10"), budget.hold(1, 0.0):
             pass
-        with pytest.raises(Cancelled), budget.hold(1, 30.0, lambda: True):
+        with pytest.raises(Cancelled), budget.hold(1, 30.0, Ends(lambda: True)):
             pass
     with pytest.raises(KeyError), budget.hold(10, 1.0):
         raise KeyError

@@ -624,7 +624,7 @@ def test_killed_server(context: BrowserContext, live_app: LiveApp, tiny_bloom: P
             live_app.service.settings, MODELS=(live_app.model_name,), INITIAL_PEERS=tuple(local.swarm.initial_peers)
         )
         with serve(settings) as app:
-            state = app.service.models.get(None).state
+            state = app.service.models.find(app.model_name).loaded.state
             assert state.wait(lambda: len(state.servers()) == 2, 60)
             chat = Chat(context.new_page())
             chat.page.goto(app.url)
@@ -792,14 +792,14 @@ def test_place_in_the_queue(chat: Chat, chat_app: LiveApp) -> None:
 
 def test_failures_are_told_in_words_and_can_be_retried(chat: Chat, chat_app: LiveApp) -> None:
     sessions = chat_app.service.sessions
-    places, sessions.max_sessions = sessions.max_sessions, 0
+    places, sessions._places.places = sessions.max_sessions, 0
     sessions._places.timeout = 0.2
     try:
         chat.ask(wait=False)
         notice = chat.answers.first.locator(".notice")
         expect(notice).to_contain_text("The server says: all 0 inference sessions are taken")
     finally:
-        sessions.max_sessions = places
+        sessions._places.places = places
         sessions._places.timeout = 20.0
     notice.get_by_role("button", name="Retry").click()
     chat.answering(24)

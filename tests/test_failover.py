@@ -9,8 +9,9 @@ import psutil
 import pytest
 from transformers import BloomForCausalLM
 
-from generation.loop import Chunk, Detokenizer, generate
+from generation.loop import Chunk, generate
 from generation.parameters import GenerationParams
+from generation.text import Detokenizer
 from swarm.client.model import SwarmModel
 from swarm.client.session import SwarmSession
 from swarm.client.terms import SessionTerms
@@ -103,14 +104,15 @@ def test_sampling_goes_on_as_if_nothing_had_happened(chaos: Chaos) -> None:
             return text
 
     def run(session: SwarmSession, tokenizer, params: GenerationParams) -> Iterator[Chunk]:  # type: ignore[no-untyped-def]
-        return generate(
+        chunks = generate(
             session,
             tokenizer.encode(params.inputs),
             params,
             budget=TOKENS,
-            detokenizer=Detokenizer(tokenizer),
+            detokenizers=[Detokenizer(tokenizer)],
             defaults=chaos.model.generation_config,
         )
+        return (chunk for _, chunk in chunks)
 
     assert sample(strike=True) == sample(strike=False)
 

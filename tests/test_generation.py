@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +21,16 @@ from transformers import (
 from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
 
 from errors import InvalidParameter, TooLong
-from generation.loop import (
-    CONTEXT_TOKENS,
-    Chunk,
-    Detokenizer,
-    StopMatcher,
-    encode_inputs,
-    end_tokens,
-    generate,
-    token_budget,
-)
+from generation.lengths import token_budget
+from generation.loop import Chunk, end_tokens, generate
 from generation.parameters import GenerationParams, parse_generation
-from swarm.errors import BlocksMissing, Cancelled, SessionLengthExceeded
+from generation.text import CONTEXT_TOKENS, Detokenizer, StopMatcher, encode_inputs
+from swarm.errors import BlocksMissing, SessionLengthExceeded
 from swarm.tokenization import TextTokenizer
+from swarm.waiter import PATIENT, Waiter
 from tests.conftest import greedy
 from tests.support.tiny import make_tokenizer
+from tests.support.waiters import Ends
 
 PROMPTS = [
     "The quick brown fox",
@@ -74,6 +69,7 @@ class ReferenceSession:
         self.token_ids: list[int] = []
         self.max_length = max_length
         self.position = 0
+        self.branches: list[ReferenceSession] = []
         self._model = model
         self._cache: Any = None
 
@@ -83,16 +79,27 @@ class ReferenceSession:
         self.token_ids.extend(token_ids)
 
     @torch.inference_mode()
-    def step(self, token_ids: Sequence[int] = (), *, cancelled: Callable[[], bool] | None = None) -> torch.Tensor:
+    def step(self, token_ids: Sequence[int] = (), *, waiter: Waiter = PATIENT) -> torch.Tensor:
         self.append(token_ids)
         if self.position == len(self.token_ids):
             raise ValueError("there is no unprocessed token to step from")
-        if cancelled is not None and cancelled():
-            raise Cancelled("the step was cancelled")
+        waiter.look()
         new = torch.tensor([self.token_ids[self.position :]])
         output = self._model(new, past_key_values=self._cache, use_cache=True)
         self._cache, self.position = output.past_key_values, len(self.token_ids)
         return output.logits[0, -1].float()
+
+    def step_rows(self, token_ids: Sequence[int], *, waiter: Waiter = PATIENT) -> torch.Tensor:
+        if not self.branches:
+            self.branches = [ReferenceSession(self._model, self.max_length) for _ in token_ids]
+            for branch in self.branches:
+                branch.append(self.token_ids)
+        steps = zip(self.branches, token_ids, strict=True)
+        return torch.stack([branch.step([token_id], waiter=waiter) for branch, token_id in steps])
+
+    def step_each(self, token_ids: Sequence[int], *, waiter: Waiter = PATIENT) -> Iterator[torch.Tensor]:
+        for token_id in token_ids:
+            yield self.step([token_id], waiter=waiter)[None]
 
 
 class ScriptedSession(ReferenceSession):
@@ -104,7 +111,7 @@ class ScriptedSession(ReferenceSession):
         self.position = 0
         self._script = iter(script)
 
-    def step(self, token_ids: Sequence[int] = (), *, cancelled: Callable[[], bool] | None = None) -> torch.Tensor:
+    def step(self, token_ids: Sequence[int] = (), *, waiter: Waiter = PATIENT) -> torch.Tensor:
         self.append(token_ids)
         self.position = len(self.token_ids)
         return torch.nn.functional.one_hot(torch.tensor(next(self._script)), len(TOKENIZER)).float()
@@ -118,22 +125,23 @@ def run(
     budget: int,
     defaults: GenerationConfig = NO_END,
     detokenizer: Detokenizer | None = None,
-    cancelled: Callable[[], bool] | None = None,
+    waiter: Waiter = PATIENT,
     **params: Any,
 ) -> list[Chunk]:
     """Generate to the end, checking what is true of every answer."""
     start = len(session.token_ids) + len(input_ids)
-    chunks = list(
-        generate(
+    chunks = [
+        chunk
+        for _, chunk in generate(
             session,
             input_ids,
             GenerationParams(max_new_tokens=budget, **params),
             budget=budget,
-            detokenizer=detokenizer or Detokenizer(TextTokenizer(tokenizer)),
+            detokenizers=[detokenizer or Detokenizer(TextTokenizer(tokenizer))],
             defaults=defaults,
-            cancelled=cancelled,
+            waiter=waiter,
         )
-    )
+    ]
     assert [chunk.finish_reason is not None for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
     assert all(chunk.stop_sequence is None for chunk in chunks[:-1])
     assert (chunks[-1].stop_sequence is not None) == (chunks[-1].finish_reason == "stop")
@@ -621,7 +629,7 @@ def test_cancelled_between_and_during_steps(
     whole = run(ReferenceSession(reference), input_ids, tokenizer, budget=12)
     answers = iter([False] * looks + [True])
     first = run(
-        session, input_ids, tokenizer, budget=12, detokenizer=detokenizer, cancelled=lambda: next(answers, False)
+        session, input_ids, tokenizer, budget=12, detokenizer=detokenizer, waiter=Ends(lambda: next(answers, False))
     )
     assert tokens(first) == tokens(whole)[: looks // 2]
     assert (first[-1].finish_reason, first[-1].stop_sequence, first[-1].token_ids) == ("cancelled", None, ())
@@ -638,11 +646,38 @@ def test_cancelled_answer_gives_out_what_may_have_become_a_stop_sequence() -> No
         [5],
         budget=99,
         detokenizer=detokenizer,
-        cancelled=lambda: len(session.token_ids) > len(said),
+        waiter=Ends(lambda: len(session.token_ids) > len(said)),
         stop_sequence="\n\nHuman:",
     )
     assert text(chunks) == "fine\n\nHum"
     assert chunks[-1] == Chunk("\n\nHum", (), "cancelled")
+
+
+def test_rows_are_answers_of_their_own(reference: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Row by row as the answers that their seeds give alone: the loop is the same."""
+    input_ids = tokenizer.encode(PROMPTS[0])
+    params = GenerationParams(max_new_tokens=12, do_sample=True, seed=7)
+    session, texts = ReferenceSession(reference), TextTokenizer(tokenizer)
+    found: dict[int, list[Chunk]] = {0: [], 1: [], 2: []}
+    detokenizers = [Detokenizer(texts) for _ in found]
+    for row, chunk in generate(session, input_ids, params, budget=12, detokenizers=detokenizers, defaults=NO_END):
+        found[row].append(chunk)
+    assert tokens(found[0]) == tokens(
+        run(ReferenceSession(reference), input_ids, tokenizer, budget=12, do_sample=True, seed=7)
+    )
+    assert len({tuple(tokens(chunks)) for chunks in found.values()}) == 3
+    assert all([len(chunks), chunks[-1].finish_reason] == [12, "length"] for chunks in found.values())
+    assert session.token_ids == input_ids  # what rows have added is theirs
+
+
+def test_time_is_over_for_all_rows(reference: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    input_ids, texts = tokenizer.encode(PROMPTS[0]), TextTokenizer(tokenizer)
+    params = GenerationParams(max_new_tokens=12, max_time=0.0)
+    detokenizers = [Detokenizer(texts) for _ in range(2)]
+    chunks = list(
+        generate(ReferenceSession(reference), input_ids, params, budget=12, detokenizers=detokenizers, defaults=NO_END)
+    )
+    assert chunks == [(0, Chunk("", (), "time")), (1, Chunk("", (), "time"))]
 
 
 def test_length_gives_out_what_may_have_become_a_stop_sequence() -> None:
@@ -666,7 +701,7 @@ def test_failed_step_keeps_the_tokens() -> None:
     params = GenerationParams(max_new_tokens=99)
     chunks = []
     with pytest.raises(BlocksMissing):
-        for chunk in generate(session, [5], params, budget=99, detokenizer=detokenizer, defaults=NO_END):
+        for _, chunk in generate(session, [5], params, budget=99, detokenizers=[detokenizer], defaults=NO_END):
             chunks.append(chunk)
     assert session.token_ids == [5, *said[:7]] and tokens(chunks) == said[:7]
     session.failing = False

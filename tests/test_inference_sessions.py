@@ -5,16 +5,22 @@ import random
 import sys
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any
 
 import pytest
+import torch
+from transformers import GenerationConfig
 
 from errors import ApiError, SessionNotFound, ShuttingDown, TimedOut, TooManyRequests, TooManySessions
-from generation.loop import Detokenizer
+from generation.parameters import GenerationParams
+from generation.text import Detokenizer
 from inference_sessions import InferenceSession, InferenceSessions
+from swarm.client.warm_sessions import WarmSessions
 from swarm.errors import Cancelled, SessionLengthExceeded
 from swarm.tokenization import TextTokenizer
+from swarm.waiter import PATIENT, Waiter
 from tests.support.tiny import make_tokenizer
 from tests.test_session import wait_until
 
@@ -85,7 +91,7 @@ class FakeModel:
         self.gate = Gate()
         self.error: Exception | None = None  # what `open_session` raises
 
-    def open_session(self, max_length: int) -> FakeSession:
+    def open_session(self, max_length: int, rows: int = 1) -> FakeSession:
         self.gate.pass_through()
         if self.error is not None:
             raise self.error
@@ -242,7 +248,7 @@ def test_place_is_never_free_between_opening_and_open(
     sessions: InferenceSessions, model: FakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whenever the opening thread lets the registry's lock go, others find all places taken."""
-    sessions.max_sessions = 1
+    sessions._places.places = 1
     lock, trying = sessions._lock, threading.Event()
     outcomes: list[type[ApiError] | None] = []
 
@@ -442,7 +448,7 @@ def test_temporary_session(sessions: InferenceSessions, model: FakeModel, error:
 
 
 def test_temporary_session_has_a_place(sessions: InferenceSessions, model: FakeModel) -> None:
-    sessions.max_sessions = 1
+    sessions._places.places = 1
     with sessions.temporary(model, 7), pytest.raises(TooManySessions), sessions.temporary(model, 7):
         pytest.fail("there is only one place")
     sessions.open(model, 7)
@@ -489,7 +495,7 @@ def test_timeout_counts_from_the_end_of_the_last_use(
 def test_session_in_use_does_not_expire(
     sessions: InferenceSessions, model: FakeModel, clock: Clock, kept: bool
 ) -> None:
-    session_id = sessions.open(model, 16, kept=kept)
+    session_id = sessions.open(model, 16, connected=kept)
     with sessions.use(session_id, wait=0):
         clock.now += 100 * TIMEOUT
         assert sessions.expire() == 0
@@ -541,7 +547,7 @@ def test_failure_of_one_session_does_not_keep_others_from_expiring(
     sessions: InferenceSessions, model: FakeModel, clock: Clock
 ) -> None:
     for kept in (False, False, True):
-        sessions.open(model, 16, kept=kept)
+        sessions.open(model, 16, connected=kept)
     model.opened[0].error = RuntimeError("the event loop has ended")
     clock.now += TIMEOUT
     sessions.open(model, 16)
@@ -552,7 +558,7 @@ def test_failure_of_one_session_does_not_keep_others_from_expiring(
 
 
 def test_kept_session_is_parked(sessions: InferenceSessions, model: FakeModel, clock: Clock) -> None:
-    session_id = sessions.open(model, 16, kept=True)
+    session_id = sessions.open(model, 16, connected=True)
     session = model.opened[0]
     for times in (1, 2):
         clock.now += TIMEOUT
@@ -572,7 +578,7 @@ def test_kept_session_is_parked(sessions: InferenceSessions, model: FakeModel, c
 def test_parked_sessions_give_way_the_longest_unused_first(
     sessions: InferenceSessions, model: FakeModel, clock: Clock
 ) -> None:
-    ids = [sessions.open(model, 16, kept=True) for _ in range(3)]
+    ids = [sessions.open(model, 16, connected=True) for _ in range(3)]
     for session_id in (ids[2], ids[0], ids[1]):
         clock.now += 1
         entry_of(sessions, session_id)
@@ -592,14 +598,14 @@ def test_parked_sessions_give_way_the_longest_unused_first(
 
 
 def test_parked_sessions_stay_while_there_is_room(sessions: InferenceSessions, model: FakeModel, clock: Clock) -> None:
-    parked = [sessions.open(model, 16, kept=True) for _ in range(2)]
+    parked = [sessions.open(model, 16, connected=True) for _ in range(2)]
     clock.now += TIMEOUT
     sessions.open(model, 16)
     assert all(is_open(sessions, session_id) for session_id in parked)
 
 
 def test_parked_session_in_use_does_not_give_way(sessions: InferenceSessions, model: FakeModel, clock: Clock) -> None:
-    ids = [sessions.open(model, 16, kept=True) for _ in range(3)]
+    ids = [sessions.open(model, 16, connected=True) for _ in range(3)]
     clock.now += TIMEOUT
     sessions.expire()
     with contextlib.ExitStack() as users:
@@ -612,7 +618,7 @@ def test_parked_session_in_use_does_not_give_way(sessions: InferenceSessions, mo
 
 def test_kept_session_that_is_not_parked_does_not_give_way(sessions: InferenceSessions, model: FakeModel) -> None:
     for _ in range(3):
-        sessions.open(model, 16, kept=True)
+        sessions.open(model, 16, connected=True)
     with pytest.raises(TooManySessions):
         sessions.open(model, 16)
 
@@ -630,7 +636,7 @@ def resumable(clock: Clock) -> Iterator[InferenceSessions]:
 def test_detached_session_is_closed_after_its_own_timeout(
     resumable: InferenceSessions, model: FakeModel, clock: Clock
 ) -> None:
-    lost, found, connected = (resumable.open(model, 16, kept=True) for _ in range(3))
+    lost, found, connected = (resumable.open(model, 16, connected=True) for _ in range(3))
     for session_id in (lost, found):
         resumable.detach(session_id)
     clock.now += 59
@@ -650,7 +656,7 @@ def test_detached_session_is_closed_after_its_own_timeout(
 def test_detached_sessions_give_way_before_parked_ones(
     resumable: InferenceSessions, model: FakeModel, clock: Clock
 ) -> None:
-    parked, second, first = (resumable.open(model, 16, kept=True) for _ in range(3))
+    parked, second, first = (resumable.open(model, 16, connected=True) for _ in range(3))
     clock.now += TIMEOUT
     resumable.expire()
     for session_id in (first, second):
@@ -667,13 +673,13 @@ def test_detached_sessions_give_way_before_parked_ones(
 def test_attention_cache_of_detached_sessions_is_given_to_others(
     resumable: InferenceSessions, model: FakeModel, clock: Clock
 ) -> None:
-    session_id = resumable.open(model, 16, kept=True)
-    assert not resumable.free_cache("it", 100)
+    session_id = resumable.open(model, 16, connected=True)
+    assert not resumable.free_attention_cache("it", 100)
     resumable.detach(session_id)
     with resumable.use(session_id, wait=0):
-        assert not resumable.free_cache("it", 100)
-    assert not resumable.free_cache("another", 100)
-    assert resumable.free_cache("it", 100)
+        assert not resumable.free_attention_cache("it", 100)
+    assert not resumable.free_attention_cache("another", 100)
+    assert resumable.free_attention_cache("it", 100)
     assert len(resumable) == 0
 
 
@@ -710,7 +716,7 @@ def test_equal_clients_do_not_displace_each_other(sessions: InferenceSessions, m
 
 
 def test_session_in_use_is_not_displaced(sessions: InferenceSessions, model: FakeModel, clock: Clock) -> None:
-    ids = [sessions.open(model, 16, kept=True, client="hoarder") for _ in range(3)]
+    ids = [sessions.open(model, 16, connected=True, client="hoarder") for _ in range(3)]
     with contextlib.ExitStack() as users:
         users.enter_context(sessions.use(ids[0], wait=0))
         with contextlib.ExitStack() as others:
@@ -758,7 +764,7 @@ def test_waiting_for_one_session_is_bounded(
 def test_unused_sessions_are_released_of_who_holds_most_first(
     model: FakeModel, clock: Clock, sessions: InferenceSessions
 ) -> None:
-    sessions.max_sessions = 8
+    sessions._places.places = 8
     lengths = {"a": 100, "b": 60, "c": 60, "d": 60, "e": 30, "f": 500}  # the name is also the order of last use
     clients = {"a": "small", "b": "large", "c": "large", "d": "large", "e": "small", "f": "idle"}
     ids, calls = {}, {}
@@ -771,7 +777,7 @@ def test_unused_sessions_are_released_of_who_holds_most_first(
 
     def free(tokens: int) -> list[str]:
         before = {name for name in calls if calls[name]}
-        assert sessions.free_cache("it", tokens) == bool({n for n in calls if calls[n]} - before)
+        assert sessions.free_attention_cache("it", tokens) == bool({n for n in calls if calls[n]} - before)
         return sorted({name for name in calls if calls[name]} - before)
 
     with sessions.use(ids["c"], wait=0):  # who is being answered loses nothing
@@ -781,7 +787,7 @@ def test_unused_sessions_are_released_of_who_holds_most_first(
         assert free(61) == ["d", "e"]
         assert free(1) == []
     assert free(1) == ["c"]
-    assert not sessions.free_cache("another", 1)
+    assert not sessions.free_attention_cache("another", 1)
     assert all(is_open(sessions, session_id) for session_id in ids.values())
     model.opened[0].position = 1
     with sessions.use(ids["a"], wait=0):
@@ -799,7 +805,7 @@ def test_sessions_of_others_are_not_found(sessions: InferenceSessions, model: Fa
 
 def test_cache_is_not_freed_under_a_user(sessions: InferenceSessions, model: FakeModel, clock: Clock) -> None:
     """Whoever comes while expired sessions are looked for was faster, or finds the cache freed already."""
-    session_id = sessions.open(model, 16, kept=True)
+    session_id = sessions.open(model, 16, connected=True)
     seen: list[list[str]] = []
 
     class User:
@@ -859,7 +865,7 @@ def test_blocking_end_of_a_session_blocks_nobody_else(
     end: Callable[[InferenceSessions, list[str], Clock], None],
     kept: bool,
 ) -> None:
-    ids = [sessions.open(model, 16, kept=kept and i == 0) for i in range(2)]
+    ids = [sessions.open(model, 16, connected=kept and i == 0) for i in range(2)]
     model.opened[0].gate.close()
     ending = pool.submit(end, sessions, ids, clock)
     assert model.opened[0].gate.reached.wait(LIMIT)
@@ -873,8 +879,8 @@ def test_blocking_end_of_a_session_blocks_nobody_else(
 def test_blocking_close_of_a_session_that_gives_way_blocks_nobody_else(
     sessions: InferenceSessions, model: FakeModel, clock: Clock, pool: ThreadPoolExecutor
 ) -> None:
-    sessions.max_sessions = 2
-    sessions.open(model, 16, kept=True)
+    sessions._places.places = 2
+    sessions.open(model, 16, connected=True)
     clock.now += TIMEOUT
     sessions.expire()
     known = sessions.open(model, 16)
@@ -925,7 +931,7 @@ def wait_until_refusing(sessions: InferenceSessions, model: FakeModel) -> None:
 
 
 def test_shut_down_closes_all(sessions: InferenceSessions, model: FakeModel, clock: Clock) -> None:
-    ids = [sessions.open(model, 16, kept=kept) for kept in (False, True)]
+    ids = [sessions.open(model, 16, connected=kept) for kept in (False, True)]
     clock.now += TIMEOUT / 2
     sessions.shut_down(LIMIT)
     assert [session.calls for session in model.opened] == [["close"], ["close"]]
@@ -1003,7 +1009,7 @@ class Visitor:
 
     def open(self) -> None:
         client = self.random.choice("aab")  # one that wants more than the other
-        self.ids.append(self.sessions.open(self.model, 16, kept=self.random.random() < 0.5, client=client))
+        self.ids.append(self.sessions.open(self.model, 16, connected=self.random.random() < 0.5, client=client))
 
     def use(self) -> None:
         if self.ids:
@@ -1027,7 +1033,7 @@ class Visitor:
         self.sessions.expire()
 
     def free_cache(self) -> None:
-        self.sessions.free_cache(self.model.name, 16)
+        self.sessions.free_attention_cache(self.model.name, 16)
 
     def temporary(self) -> None:
         with self.sessions.temporary(self.model, 16) as entry:
@@ -1068,16 +1074,46 @@ def test_many_sessions_through_few_places(pool: ThreadPoolExecutor, model: FakeM
         sessions.shut_down(0)
 
 
+class SpeakingSession(FakeSession):
+    """One whose model always says the same."""
+
+    closed = False  # type: ignore[assignment]
+
+    def __init__(self, max_length: int) -> None:
+        super().__init__(max_length)
+        del self.closed
+
+    def drop_history(self) -> None:
+        self.calls.append("drop_history")
+
+    def close(self) -> None:
+        self.calls.append("close")
+
+    def append(self, token_ids: Sequence[int]) -> None:
+        self.token_ids.extend(token_ids)
+
+    def step(self, token_ids: Sequence[int] = (), *, waiter: Waiter = PATIENT) -> torch.Tensor:
+        self.append(token_ids)
+        self.position = len(self.token_ids)
+        return torch.nn.functional.one_hot(torch.tensor(7), TOKENIZER.size).float()
+
+
 @pytest.mark.parametrize("error", [None, Cancelled("hung up")])
 def test_tokens_are_counted_however_it_ends(error: Exception | None) -> None:
-    """All that were added, less those that a kept session had computed; also if they are taken back afterwards."""
-    session = FakeSession(16)
+    """All that were added, less those that a warm session had computed; also if they are taken back afterwards."""
+    warm = SpeakingSession(16)
+    warm.append([1, 2])
+    warm.position = 2
+    memory = WarmSessions(1, 100, 60.0)
+    memory.keep("it", "", warm)
+    model: Any = FakeModel()
+    model.generation_config = GenerationConfig()
+    entry = InferenceSession("id", model, SpeakingSession(16), Detokenizer(TOKENIZER), memory)  # type: ignore[arg-type]
     counts: list[int] = []
-    entry = InferenceSession("id", FakeModel(), session, Detokenizer(TOKENIZER))
     with contextlib.suppress(Cancelled), entry.undone_on_error(), entry.counted(counts.append):
-        session.token_ids += [1, 2, 3, 4, 5]
-        entry.cached_tokens = 2
-        if error is not None:
-            raise error
-    assert counts == [3]
-    assert len(session.token_ids) == (5 if error is None else 0)
+        for _ in entry.generate([1, 2, 3, 4, 5], GenerationParams(max_new_tokens=2)):
+            if error is not None:
+                raise error
+    assert entry.cached_tokens == 2
+    assert counts == [3 + 2 if error is None else 3 + 1]
+    assert len(entry.session.token_ids) == (7 if error is None else 0)

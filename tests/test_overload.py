@@ -14,8 +14,10 @@ from admission.fair_queue import FairQueue, QueueFull, WaitedTooLong
 from config import Settings
 from swarm.errors import Cancelled
 from swarm.local import LocalSwarm
+from swarm.waiter import Waiter
 from tests.conftest import LiveApp, greedy, serve, tiny_server
 from tests.support.client import Socket, call, websocket
+from tests.support.waiters import Ends, Told
 from tests.test_session import wait_until
 
 PROMPT = "The quick brown fox"
@@ -196,7 +198,7 @@ def test_who_hoards_sessions_gives_way(shared_app: LiveApp, hoard: list[str]) ->
 def test_who_hoards_attention_cache_loses_no_text(
     shared_app: LiveApp, hoard: list[str], reference: BloomForCausalLM
 ) -> None:
-    tokenizer = shared_app.service.models.get(None).tokenizer
+    tokenizer = shared_app.service.models.find(shared_app.model_name).loaded.tokenizer
     texts = [f"{number} bees, zwei Bienen" for number in range(24)]
     for session_id, text in zip(hoard, texts, strict=True):  # each takes the cache of one that is unused
         body = {"session_id": session_id, "inputs": text, "max_new_tokens": 1}
@@ -266,7 +268,7 @@ def test_wait_is_bounded() -> None:
     with pytest.raises(WaitedTooLong):
         queue.take()
     with pytest.raises(Cancelled):
-        queue.take(cancelled=lambda: True)
+        queue.take(waiter=Ends(lambda: True))
     queue.give_back()
     queue.take()
 
@@ -296,7 +298,7 @@ class Line:
             on_position(position)
 
         try:
-            self.queue.take(client=name[0], on_position=tell, **options)
+            self.queue.take(client=name[0], waiter=Told(tell), **options)
         except QueueFull:
             self.refused.append(name)
         else:
@@ -411,9 +413,9 @@ def test_no_place_is_lost_or_there_twice(seed: int) -> None:
 
         for _ in range(100):
             client = rng.choice("aaab")
-            patient, cancelled = rng.random() < 0.2, lambda: rng.random() < 0.05
+            patient, waiter = rng.random() < 0.2, Told(sometimes_fail, lambda: rng.random() < 0.05)
             try:
-                queue.take(client=client, patient=patient, cancelled=cancelled, on_position=sometimes_fail)
+                queue.take(client=client, patient=patient, waiter=waiter)
             except (QueueFull, WaitedTooLong, Cancelled, RuntimeError) as error:
                 outcomes.append(type(error).__name__)
                 continue
@@ -438,7 +440,13 @@ def test_who_has_left_is_not_waited_for() -> None:
     queue = FairQueue(1, max_waiting=2, timeout=30)
     queue.take()
     here = threading.Event()
-    waiting = threading.Thread(target=queue.take, kwargs={"present": here.is_set})
+
+    class Absent(Waiter):
+        @property
+        def attended(self) -> bool:
+            return here.is_set()
+
+    waiting = threading.Thread(target=queue.take, kwargs={"waiter": Absent()})
     waiting.start()
     wait_until(lambda: len(queue._waiting) == 1, "it does not wait")
     assert not queue.awaited

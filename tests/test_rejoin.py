@@ -54,7 +54,7 @@ def local(own_app: LiveApp) -> LocalSwarm:
 
 @pytest.fixture(scope="module")
 def own_model(own_app: LiveApp) -> SwarmModel:
-    return own_app.service.models.get(None)
+    return own_app.service.models.find(own_app.model_name).loaded
 
 
 def kill_dht(swarm: Swarm) -> None:
@@ -200,7 +200,7 @@ def test_an_app_that_has_joined_joins_again(own_app: LiveApp, local: LocalSwarm,
         joined_swarm = joined.service.models._swarm
         assert joined_swarm is not None
         for kill in (kill_dht, kill_p2pd):
-            with rejoined(joined_swarm, joined.service.models.get(None)):
+            with rejoined(joined_swarm, joined.service.models.find(joined.model_name).loaded):
                 kill(joined_swarm)
                 assert generated(joined) == (200, {"ok": True, "outputs": expected_text})
 

@@ -21,7 +21,8 @@ from tests.support.client import TIMEOUT, Socket, websocket
 from tests.test_failover import Chaos
 from tests.test_http_api import generated
 from tests.test_session import free_cache, settled_cache, wait_until
-from web.reply_stream import Outbox, Unreachable
+from web.reply_stream import ReplyStream, Unreachable
+from websocket_api import websockets_of
 
 PROMPT = "The quick brown fox"
 NEVER = "no such text is ever generated"
@@ -90,12 +91,12 @@ def reload(ws: Socket) -> None:
     ws.connection.close(code=1001)
 
 
-def outbox_of(app: LiveApp, session_id: str) -> Outbox:
-    return app.service.sessions.find(session_id).outbox
+def stream_of(app: LiveApp, session_id: str) -> ReplyStream:
+    return websockets_of(app.app).streams.find(session_id)
 
 
 def wait_until_left(app: LiveApp, session_id: str) -> None:
-    wait_until(lambda: not outbox_of(app, session_id).attended, "the loss of the connection was not noticed")
+    wait_until(lambda: not stream_of(app, session_id).attended, "the loss of the connection was not noticed")
 
 
 def wait_until_idle(app: LiveApp, session_id: str) -> None:
@@ -156,7 +157,7 @@ def test_unstreamed_answer(live_app: LiveApp, whole: str) -> None:
     with websocket(live_app.websocket_url) as ws:
         session_id = open_resumable(ws)
         ws.send({"type": "generate", "inputs": PROMPT, "max_new_tokens": TOKENS})
-        wait_until(lambda: outbox_of(live_app, session_id)._answers == 1, "it does not begin")
+        wait_until(lambda: stream_of(live_app, session_id)._answers == 1, "it does not begin")
         lose(ws)
     with websocket(live_app.websocket_url) as ws:
         assert resume(ws, session_id, 0)["answers"] == 1
@@ -330,11 +331,11 @@ def test_expiry(settings: Settings) -> None:
             session_id = open_resumable(ws)
             ask_for_answer(ws, None)
             ws.receive()
-            outbox = outbox_of(app, session_id)
+            stream = stream_of(app, session_id)
             lose(ws)
-            wait_until(lambda: not outbox.attended, "the loss of the connection was not noticed")
+            wait_until(lambda: not stream.attended, "the loss of the connection was not noticed")
         wait_until(lambda: len(app.service.sessions) == 0, "the session was not closed")
-        assert outbox._responses[-1][0]["finish_reason"] == "cancelled"
+        assert stream._responses[-1][0]["finish_reason"] == "cancelled"
         wait_until(lambda: len(app.service.sessions.memory) == 1, "nothing was kept")
         with websocket(app.websocket_url) as ws:
             assert resume(ws, session_id, 1)["error"]["code"] == "session_not_found"
@@ -419,10 +420,10 @@ def test_nobody_waits_for_them_at_the_end(settings: Settings) -> None:
             ask_for_answer(ws, None)
             ws.receive()
             lose(ws)
-            outbox = outbox_of(app, session_id)
+            stream = stream_of(app, session_id)
             wait_until_left(app, session_id)
         app.service.close()
-        assert outbox._responses[-1][0]["finish_reason"] == "cancelled"
+        assert stream._responses[-1][0]["finish_reason"] == "cancelled"
 
 
 class StalledClient:
@@ -480,15 +481,15 @@ def test_taking_over_from_a_connection_that_takes_no_data(live_app: LiveApp, mod
     service: Service = live_app.service
     entry = service.sessions.find(service.sessions.open(model, 16))
     stalled, attentive = StalledClient(), AttentiveClient()
-    outbox = Outbox(service, entry, stalled, resumable=True)
-    sender = threading.Thread(target=outbox.send, args=({"ok": True, "outputs": "a", "stop": True},))
+    stream = ReplyStream(service, entry, stalled, resumable=True)
+    sender = threading.Thread(target=stream.send, args=({"ok": True, "outputs": "a", "stop": True},))
     sender.start()
     assert stalled.reached.wait(TIMEOUT)
-    outbox.attach(attentive, 0)
+    stream.attach(attentive, 0)
     sender.join(TIMEOUT)
     assert attentive.messages[0] == {"ok": True, "answers": 0, "responses": 1}
     assert attentive.messages[1]["outputs"] == "a"
-    outbox.close(attentive)
+    stream.close(attentive)
 
 
 def test_place_in_the_queue_waits_for_nobody(live_app: LiveApp, model: SwarmModel) -> None:
@@ -496,10 +497,10 @@ def test_place_in_the_queue_waits_for_nobody(live_app: LiveApp, model: SwarmMode
     service: Service = live_app.service
     entry = service.sessions.find(service.sessions.open(model, 16))
     stalled = QueueingClient()
-    outbox = Outbox(service, entry, stalled, resumable=True)
-    outbox.tell_place(3)
+    stream = ReplyStream(service, entry, stalled, resumable=True)
+    stream.position(3)
     assert stalled.offered == [{"ok": True, "queue": {"position": 3}}] and not stalled.reached.is_set()
-    outbox.close(stalled)
+    stream.close(stalled)
 
 
 def test_model_defaults(live_app: LiveApp) -> None:

@@ -8,7 +8,7 @@ from transformers import BloomForCausalLM, PreTrainedTokenizerBase
 
 from inference_sessions import InferenceSessions
 from swarm.client.model import SwarmModel
-from swarm.client.warm_sessions import SessionMemory, common_prefix
+from swarm.client.warm_sessions import WarmSessions, common_prefix
 from swarm.errors import CacheFull
 from swarm.local import LocalSwarm
 from tests.conftest import LiveApp, greedy, load_model, tiny_server
@@ -40,8 +40,8 @@ class Kept:
         self.closed = True
 
 
-def memory(**options: Any) -> SessionMemory:
-    return SessionMemory(**{"max_sessions": 3, "max_tokens": 1000, "timeout": 60.0, **options})
+def memory(**options: Any) -> WarmSessions:
+    return WarmSessions(**{"max_sessions": 3, "max_tokens": 1000, "timeout": 60.0, **options})
 
 
 def test_the_longest_beginning_is_taken() -> None:
@@ -102,9 +102,9 @@ def test_bounds() -> None:
     assert (kept.tokens, sessions[1].closed, sessions[2].closed) == (300, True, True)
     kept.keep(MODEL, OWNER, too_large := Kept([1, 2, 3], max_length=400))
     assert too_large.closed and kept.tokens == 300
-    kept.make_room("other", 50)
+    kept.free_attention_cache("other", 50)
     assert not sessions[3].closed
-    kept.make_room(MODEL, 50)
+    kept.free_attention_cache(MODEL, 50)
     assert (sessions[3].closed, large.closed) == (True, False)
     now = 60.0
     kept.expire()
@@ -233,7 +233,7 @@ def test_kept_sessions_make_room(tiny_bloom: Any) -> None:
     with LocalSwarm() as local:
         local.start_server(tiny_server(tiny_bloom, "0:4", attn_cache_tokens=256))
         model = load_model(tiny_bloom, local, cache_timeout=5.0)
-        kept = SessionMemory(8, 10_000, 600.0)
+        kept = WarmSessions(8, 10_000, 600.0)
         sessions = InferenceSessions(8, 600.0, memory=kept)
         for number in range(2):
             with sessions.temporary(model, 120) as entry:

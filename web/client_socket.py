@@ -3,10 +3,12 @@
 import math
 import socket
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from errors import ApiError
+from swarm.errors import Cancelled
+from swarm.waiter import Waiter
 
 
 def client_socket(environ: Mapping[str, Any]) -> socket.socket | None:
@@ -23,24 +25,28 @@ def limit_sends(sock: Any, timeout: float) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", math.ceil(timeout), 0))
 
 
-def client_gone(environ: Mapping[str, Any]) -> Callable[[], bool]:
-    """Return a function that tells whether the client has hung up."""
-    sock = client_socket(environ)
+class RequestWaiter(Waiter):
+    """Whoever has sent a request: waits for as long as the connection stands."""
 
-    def gone() -> bool:
-        if sock is None:
+    def __init__(self, environ: Mapping[str, Any]) -> None:
+        self._socket = client_socket(environ)
+
+    def look(self) -> None:
+        if self._has_hung_up():
+            raise Cancelled("the client has hung up")
+
+    def _has_hung_up(self) -> bool:
+        if self._socket is None:
             return False
         try:
             # Readable without a byte to read: the other side has closed. Bytes would be the next request.
-            return sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+            return self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
         except BlockingIOError:
             return False
         except OSError:
             return True
         except ValueError:  # a TLS socket cannot peek
             return False
-
-    return gone
 
 
 def take_socket(environ: Mapping[str, Any]) -> tuple[socket.socket, bytes]:

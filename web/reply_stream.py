@@ -1,6 +1,6 @@
 """Where the answers of a session go: to its client, over one connection after the other if connections are lost.
 
-The thread that computes an answer puts its responses into the session's outbox. While the client is there they are sent
+The thread that computes an answer puts its responses into the session's stream. While the client is there they are sent
 at once. When its connection is lost, those of a resumable session are kept; the client comes back over another
 connection, is sent what it has missed, and from then on what comes. Knows nothing of sockets.
 """
@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from errors import ApiError, InvalidParameter, SessionNotFound, TimedOut
 from generation.loop import Chunk
-from web.swarm_news import SwarmWatch
+from swarm.errors import Cancelled
+from swarm.waiter import Waiter
+from web.swarm_news import SwarmNews
 
 if TYPE_CHECKING:
     from inference_sessions import InferenceSession
     from service import Service
 
-# An outbox is held for moments, unless its client takes no data. Who takes over waits so long before ending that.
+# A stream is held for moments, unless its client takes no data. Who takes over waits so long before ending that.
 STALLED = 2.0  # seconds
 # A step that is broken off costs the session its attention cache. One that nobody attends may so long come to its end.
 STEP_GRACE = 1.0  # seconds
@@ -30,7 +32,7 @@ class Unreachable(Exception):
 
 
 class Client(Protocol):
-    """A connection, as an outbox sees it."""
+    """A connection, as a reply stream sees it."""
 
     queue_updates: bool  # whether it is told its place in the queue
     swarm_updates: bool  # whether it is told of the swarm, and of the session's position
@@ -63,18 +65,18 @@ class Client(Protocol):
         """Close the connection because the client goes on over another one. Does not wait."""
 
 
-class Outbox:
+class ReplyStream(Waiter):
     """What goes from one session to its client. Thread-safe.
 
     While an answer runs, only the thread that computes it reads what the client sends, whatever connection the client
-    has: it looks for that, as for all that could end the answer, in ``cancelled``.
+    has: it does so in ``look``, where it looks for all that could end the answer.
     """
 
     def __init__(self, service: "Service", entry: "InferenceSession", client: Client, resumable: bool) -> None:
         self.session_id = entry.session_id
         self.resumable = resumable
         self._service = service
-        self._watch = SwarmWatch(entry)
+        self._watch = SwarmNews(entry)
         self._client: Client | None = client  # None: the connection was lost
         self._left_at = 0.0  # time.monotonic() when it was
         self._lock = threading.Lock()  # held while sending: what is sent has one order
@@ -123,9 +125,9 @@ class Outbox:
             self._between_steps, self._overdue_at = True, None
             self._watch.restart()
 
-    def follow(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+    def follow(self, chunks: Iterator[tuple[int, Chunk]]) -> Iterator[Chunk]:
         """Pass the running answer on as it is, to know when it can be ended without loss: between two steps."""
-        for chunk in chunks:
+        for _, chunk in chunks:  # of the session's only row
             self._between_steps = True
             yield chunk
 
@@ -144,7 +146,7 @@ class Outbox:
         if self._client is not None:
             self._deliver(told(self._client, response, position))
 
-    def tell_place(self, place: int) -> None:
+    def position(self, place: int) -> None:
         """Tell a client that wants to know how many are before it; others see no message that they do not expect."""
         with self._lock:
             self._place = place
@@ -173,18 +175,22 @@ class Outbox:
                 self._service.sessions.detach(self.session_id)
             self._release()
 
-    def cancelled(self) -> bool:
-        """Whether the running answer should end; for the thread that computes it, which calls this often."""
+    def look(self) -> None:
+        """Tell the client what is new, and read what it has sent; for the thread that computes the answer.
+
+        :raises Cancelled: if the running answer should end
+        """
         with self._lock:
             self._tell_news()
             if (client := self._client) is not None:
                 if client.stopped():
-                    return True
+                    raise Cancelled("the client has stopped the answer")
                 if client.connected:
-                    return False
+                    return
                 self._notice_loss(client)
             between_steps, self._between_steps = self._between_steps or not self._computing, False
-            return self._client is not None or self._ends_alone(between_steps)
+            if self._client is not None or self._ends_alone(between_steps):
+                raise Cancelled("the client has gone")
 
     def _ends_alone(self, between_steps: bool) -> bool:
         """Whether an answer that nobody attends ends now: after a while, or when others would wait for it."""
@@ -275,7 +281,31 @@ class Outbox:
         self._release()
         with contextlib.suppress(ApiError):  # it may have given its place to another
             # What was computed serves who comes back, as the page does after a reload.
-            self._service.sessions.close(self.session_id, remember=True)
+            self._service.sessions.close(self.session_id, keep_warm=True)
+
+
+class ReplyStreams:
+    """The streams of all sessions that can be resumed. Thread-safe: each operation of a dictionary is atomic."""
+
+    def __init__(self) -> None:
+        self._streams: dict[str, ReplyStream] = {}
+
+    def add(self, stream: ReplyStream) -> None:
+        self._streams[stream.session_id] = stream
+
+    def find(self, session_id: str) -> ReplyStream:
+        """Return the stream of a session.
+
+        :raises SessionNotFound: if it has none
+        """
+        stream = self._streams.get(session_id)
+        if stream is None:
+            raise SessionNotFound(f"the session {session_id} is not resumable")
+        return stream
+
+    def discard(self, session_id: str) -> None:
+        """Forget the stream of a session that has ended, if it had one."""
+        self._streams.pop(session_id, None)
 
 
 def told(client: Client, response: dict[str, Any], position: int) -> dict[str, Any]:

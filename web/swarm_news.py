@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 PREFILL_PERIOD = 0.5  # seconds
 
 
-class SwarmWatch:
+class SwarmNews:
     """Looks at one session, and tells what is new since it looked last. Not thread-safe."""
 
     def __init__(self, entry: "InferenceSession") -> None:

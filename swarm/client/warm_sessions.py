@@ -1,4 +1,4 @@
-"""Sessions of finished answers, kept for a while: whoever sends their tokens again goes on from them.
+"""Warm sessions: of finished answers, kept for a while: whoever sends their tokens again goes on from them.
 
 Each turn of a chat sends the whole conversation. Its tokens begin with those of the turn before, whose attention cache
 the servers still hold if the session was not closed; then only what is new has to be computed. A session serves one
@@ -12,22 +12,25 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from swarm.errors import SwarmError
+
+if TYPE_CHECKING:
+    from swarm.client.session import SwarmSession
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
-class _Kept:
-    session: Any  # SwarmSession
+class _Warm:
+    session: "SwarmSession"
     model: str
     owner: str
     since: float  # the memory's clock
 
 
-class SessionMemory:
+class WarmSessions:
     """Warm sessions, bounded in number, tokens and time; the one unused for longest goes first. Thread-safe.
 
     Nothing here waits but setting a session back, which is the taker's alone.
@@ -52,7 +55,7 @@ class SessionMemory:
         self.timeout = timeout
         self._clock = clock
         self._lock = threading.Lock()
-        self._kept: list[_Kept] = []  # oldest first
+        self._kept: list[_Warm] = []  # oldest first
         self._closed = False
 
     def __len__(self) -> int:
@@ -64,7 +67,7 @@ class SessionMemory:
         with self._lock:
             return sum(kept.session.max_length for kept in self._kept)
 
-    def keep(self, model: str, owner: str, session: Any) -> None:
+    def keep(self, model: str, owner: str, session: "SwarmSession") -> None:
         """Take over a session that nobody uses; it is closed now if it is of no use, or later.
 
         :param owner: only requests of the same owner will be given it
@@ -73,13 +76,13 @@ class SessionMemory:
             useful = session.position > 0 and not session.closed and not self._closed
             if useful and session.max_length <= self.max_tokens and self.max_sessions > 0:
                 session.drop_history()  # who is being answered needs that memory more
-                self._kept.append(_Kept(session, model, owner, self._clock()))
+                self._kept.append(_Warm(session, model, owner, self._clock()))
                 dropped = self._drop_excess()
             else:
                 dropped = [session]
         close_all(dropped)
 
-    def _drop_excess(self) -> list[Any]:
+    def _drop_excess(self) -> list["SwarmSession"]:
         dropped = []
         tokens = sum(kept.session.max_length for kept in self._kept)
         while len(self._kept) > self.max_sessions or tokens > self.max_tokens:
@@ -90,7 +93,7 @@ class SessionMemory:
 
     def take(
         self, model: str, owner: str, token_ids: Sequence[int], min_length: int, max_length: int | None = None
-    ) -> Any | None:
+    ) -> "SwarmSession | None":
         """Return the session that saves most of processing these tokens, set back to what it has in common with them.
 
         At least one token is left to process. A session is not taken if more of it would be lost than is saved.
@@ -124,7 +127,7 @@ class SessionMemory:
             return None
         return best.session
 
-    def make_room(self, model: str, tokens: int) -> bool:
+    def free_attention_cache(self, model: str, tokens: int) -> bool:
         """Close sessions of a model that hold so many tokens of attention cache, if there are any. Does not wait.
 
         :returns: whether there were any
@@ -156,7 +159,7 @@ class SessionMemory:
         close_all(dropped)
 
 
-def close_all(sessions: Sequence[Any]) -> None:
+def close_all(sessions: Sequence["SwarmSession"]) -> None:
     """Close sessions; does not wait."""
     for session in sessions:
         session.close()

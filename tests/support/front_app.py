@@ -11,7 +11,8 @@ from flask import Flask, Response, request, send_file
 from werkzeug.wrappers.response import Response as WerkzeugResponse
 
 from config import Settings
-from web.client_socket import client_gone, client_socket, limit_sends
+from swarm.errors import Cancelled
+from web.client_socket import RequestWaiter, client_socket, limit_sends
 
 FILE = bytes(range(256)) * 5600  # 1.4 MB, as the largest file of the program
 WAIT = 20.0  # seconds; a test that needs more has failed
@@ -99,10 +100,12 @@ def endless() -> Response:
 
 @app.get("/until_gone")
 def until_gone() -> str:
-    gone = client_gone(request.environ)
+    waiter = RequestWaiter(request.environ)
     pause = threading.Event()
     for _ in range(int(WAIT / 0.05)):
-        if gone():
+        try:
+            waiter.look()
+        except Cancelled:
             count("gone")
             break
         pause.wait(0.05)

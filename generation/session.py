@@ -1,0 +1,23 @@
+"""What generation needs of a session, whoever computes it."""
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+
+from swarm.waiter import PATIENT, Waiter
+
+
+class Session(Protocol):
+    """One sequence of tokens, or several rows that begin with the same ones."""
+
+    token_ids: list[int]
+    max_length: int
+
+    def append(self, token_ids: Sequence[int]) -> None: ...
+
+    def step(self, token_ids: Sequence[int] = (), *, waiter: Waiter = PATIENT) -> torch.Tensor: ...
+
+    def step_rows(self, token_ids: Sequence[int], *, waiter: Waiter = PATIENT) -> torch.Tensor: ...
+
+    def step_each(self, token_ids: Sequence[int], *, waiter: Waiter = PATIENT) -> Iterator[torch.Tensor]: ...
