@@ -9,8 +9,8 @@ from typing import Any, NoReturn
 from jinja2 import Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from config import KNOWN_MODELS, ModelConfig
 from errors import InvalidParameter, TooLong
+from models.catalog import KNOWN_MODELS, ModelConfig
 
 # Templates come with checkpoints. Sensible ones write a conversation once, within milliseconds, and the largest that a
 # request holds by default has 2**20 bytes. A loop without end is ended as well, but for one that writes nothing.

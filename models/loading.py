@@ -11,10 +11,11 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from config import ModelConfig, Settings
+from config import Settings
 from errors import ModelNotFound, ModelNotReady
+from models.catalog import ModelConfig, State, configured
 from swarm.background import Loop, growing_delays
 from swarm.errors import CacheFull, ModelUnavailable, SwarmError, SwarmUnreachable, format_blocks
 
@@ -35,8 +36,6 @@ FIRST_RETRY, LAST_SWARM_RETRY, LAST_MODEL_RETRY = 1.0, 30.0, 60.0  # seconds
 KEEP_PERIOD = 1.0  # seconds
 # Of the free memory, for the attention caches of all embedded servers; the weights and other programs need the rest.
 CACHE_SHARE = 0.25
-
-State = Literal["loading", "ready", "blocks_missing", "stale", "rejoining", "failed"]
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ class Models:
         self.settings = settings
         # Called when a model's servers have no attention cache left for so many tokens; see SwarmState.make_room.
         self.make_room: Callable[[str, int], bool] = lambda name, tokens: False
-        self.served = {config.name: ServedModel(config) for config in settings.models()}
+        self.served = {config.name: ServedModel(config) for config in configured(settings.MODELS)}
         self._local: LocalSwarm | None = None
         self._swarm: Swarm | None = None
         self._budget: HistoryBudget | None = None

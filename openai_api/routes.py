@@ -16,11 +16,11 @@ from typing import Any
 from flask import Blueprint, Response, current_app, g, jsonify, request, stream_with_context
 
 from admission.budgets import Budget, Exhausted
-from config import ModelConfig
 from errors import InvalidParameter, TooLong, TooManyRequests, describe, openai_error
 from generation.loop import Chunk, TokenLogprob
 from generation.parameters import MAX_SEED, SMALLEST_FACTOR, GenerationParams
 from http_api import stateless_length
+from models.catalog import ModelConfig
 from models.chat_template import apply_template
 from openai_api.answers import Answers, Done, Piece, Scores, Task
 from openai_api.schemas import (
