@@ -263,7 +263,7 @@ class Models:
 
         name, settings = served.config.name, self.settings
         path = weights.locate(
-            name, cache_dir=settings.cache_dir, progress=served.report, fraction=served.report_fraction
+            name, cache_dir=settings.cache_dir, progress=weights.Progress(served.report, served.report_fraction)
         )
         served.report("starting a server of the embedded swarm")
         dtype, share = settings.torch_dtype(), CACHE_SHARE / len(self.served)
