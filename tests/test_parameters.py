@@ -12,6 +12,7 @@ from generation.parameters import (
     MAX_SEED,
     MAX_STOP_LENGTH,
     MAX_STOP_SEQUENCES,
+    MAX_TOKENS,
     PARAMETERS,
     GenerationParams,
     get_bool,
@@ -339,6 +340,24 @@ def test_bounds_of_the_openai_api_that_are_the_same(name: str) -> None:
 def test_every_parameter_stands_in_a_table_of_the_documents(name: str) -> None:
     rows = [line for file in DOCUMENTS for line in file.read_text().splitlines() if line.startswith("|")]
     assert any(re.match(rf"\| [^|]*`{name}`", line) for line in rows)
+
+
+def bounds_in_words(name: str) -> str:
+    """As the documents state them."""
+    row = PARAMETERS[name]
+    if row.kind in (str, tuple):
+        return f"at most {row.maximum} characters"
+    if row.above is not None:
+        return f"above {row.above:g}"
+    words = {MAX_TOKENS: "10^15", MAX_SEED: "2^63 - 1"}
+    numbers = [words.get(bound) or f"{bound:g}" for bound in (row.minimum, row.maximum) if bound is not None]
+    return " to ".join(numbers) if len(numbers) == 2 else f"at least {numbers[0]}"
+
+
+@pytest.mark.parametrize("name", [name for name, row in PARAMETERS.items() if row.bounds])
+def test_bounds_stand_in_the_documents(name: str) -> None:
+    text = " ".join(" ".join(file.read_text().split()) for file in DOCUMENTS)
+    assert f"`{name}` {bounds_in_words(name)}" in text
 
 
 def test_fields_of_the_page_lie_within_the_bounds() -> None:
