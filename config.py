@@ -152,12 +152,12 @@ class Settings:
         """
         for row in dataclasses.fields(self):
             _check_row(row, getattr(self, row.name))
-        if not self.MODELS:
-            raise ConfigError("MODELS names no model")
         if self.DEFAULT_MODEL_NAME and self.DEFAULT_MODEL_NAME not in self.MODELS:
             raise ConfigError(
                 f"DEFAULT_MODEL_NAME={self.DEFAULT_MODEL_NAME} is not one of MODELS={','.join(self.MODELS)}"
             )
+        if not self.MODELS:
+            raise ConfigError("MODELS names no model")
         if self.PAGE == "key" and not (self.API_KEYS or self.API_KEYS_FILE):
             raise ConfigError("PAGE=key needs keys: set API_KEYS or API_KEYS_FILE")
         if unknown := set(self.NON_PUBLIC_MODELS) - set(self.MODELS):
