@@ -131,7 +131,10 @@ def parse_generation(values: Mapping[str, Any]) -> GenerationParams:
 
     :raises InvalidParameter: naming the parameter and what it should be
     """
-    given = {name: value for name, row in PARAMETERS.items() if (value := row.read(values)) is not None}
+    given: dict[str, Any] = {}
+    for name, row in PARAMETERS.items():
+        if (value := row.read(values)) is not None:
+            given[name] = value
     params = GenerationParams(**given)
     if (params.max_length is None) == (params.max_new_tokens is None):
         raise InvalidParameter("exactly one of max_length and max_new_tokens is required")
