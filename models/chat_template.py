@@ -82,7 +82,7 @@ def compile_template(template: str) -> Template:
 
 
 def plain_text(config: ModelConfig, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
-    """Write a conversation in the model's line of ``config.KNOWN_MODELS``, for the BLOOM models::
+    """Write a conversation in the model's line of ``catalog.KNOWN_MODELS``, for the BLOOM models::
 
         A conversation between a curious human and a friendly, knowledgeable AI assistant.
 

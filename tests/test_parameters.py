@@ -349,7 +349,7 @@ def bounds_in_words(name: str) -> str:
         return f"at most {row.maximum} characters"
     if row.above is not None:
         return f"above {row.above:g}"
-    words = {MAX_TOKENS: "10^15", MAX_SEED: "2^63 - 1"}
+    words: dict[float, str] = {MAX_TOKENS: "10^15", MAX_SEED: "2^63 - 1"}
     numbers = [words.get(bound) or f"{bound:g}" for bound in (row.minimum, row.maximum) if bound is not None]
     return " to ".join(numbers) if len(numbers) == 2 else f"at least {numbers[0]}"
 
