@@ -287,7 +287,7 @@ def bare_loop(model: SwarmModel, tokens: int) -> Load:
 def plain_model(name: str, device: str, dtype: str, settings: Settings) -> tuple[Any, Any]:
     """Load the whole model into this process."""
     set_threads(cpu_count())
-    path = weights.locate(name, cache_dir=settings.cache_dir, progress=lambda _: None)
+    path = weights.locate(name, cache_dir=settings.cache_dir)
     model = AutoModelForCausalLM.from_pretrained(path, torch_dtype=dtype if dtype == "auto" else getattr(torch, dtype))
     tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
     if tokenizer.pad_token is None:

@@ -1,9 +1,9 @@
 """Request parameters: parsed once, at the edge, into frozen objects. Knows nothing of HTTP, WebSockets or models."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from errors import InvalidParameter
 
@@ -18,28 +18,94 @@ MAX_TOKENS = 10**15
 MAX_SEED = 2**63 - 1  # what a PyTorch generator takes
 
 
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """What a request may say about one parameter."""
+
+    name: str
+    kind: type  # bool, int, float, str, or tuple for several texts
+    meaning: str
+    minimum: float | None = None
+    maximum: float | None = None  # of a text: characters
+    above: float | None = None
+
+    @property
+    def bounds(self) -> dict[str, Any]:
+        """The bounds of a number by pydantic's names, for ``Field``."""
+        named = {"ge": self.minimum, "le": self.maximum, "gt": self.above}
+        return {name: bound for name, bound in named.items() if bound is not None}
+
+    def read(self, values: Mapping[str, Any]) -> Any:
+        """Read the value; None if it is not there.
+
+        :raises InvalidParameter: naming the parameter and what it should be
+        """
+        if self.kind is bool:
+            return get_bool(values, self.name)
+        if self.kind is int:
+            return get_int(values, self.name, minimum=self.minimum, maximum=self.maximum)
+        if self.kind is float:
+            return get_float(values, self.name, minimum=self.minimum, maximum=self.maximum, above=self.above)
+        if self.kind is str:
+            return get_text(values, self.name, maximum=self.maximum) or None
+        return get_texts(values, self.name)
+
+
+def parameter(default: Value, meaning: str, **bounds: float) -> Value:
+    """Make a row of ``GenerationParams``.
+
+    :param bounds: minimum, maximum or above, as of ``Parameter``
+    """
+    row: Any = field(default=default, metadata={"meaning": meaning, **bounds})  # a type checker sees the default
+    return row
+
+
 @dataclass(frozen=True)
 class GenerationParams:
-    """What to generate. Sampling parameters that are None are the model's own, as in Transformers' ``generate``."""
+    """What to generate: one row per parameter, from which its reader, the HTTP API's schema and its checks are made.
 
-    inputs: str = ""
-    max_length: int | None = None  # tokens, prefix included
-    max_new_tokens: int | None = None  # tokens; exactly one of the two is given
-    max_answer_tokens: int | None = None  # of all rounds together, where there is a stop sequence
-    do_sample: bool = False
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None  # leave out tokens less likely than this part of the likeliest one's probability
-    repetition_penalty: float | None = None
-    presence_penalty: float = 0.0  # taken from the logits of tokens that the answer has already
-    frequency_penalty: float = 0.0  # the same, for each time that it has them
+    Sampling parameters that are None are the model's own, as in Transformers' ``generate``.
+    """
+
+    inputs: str = parameter("", "New input; may be left out when a session is continued.")
+    max_length: int | None = parameter(None, "Tokens, prefix included.", minimum=1, maximum=MAX_TOKENS)
+    max_new_tokens: int | None = parameter(
+        None, "Tokens to generate; exactly one of this and max_length is required.", minimum=1, maximum=MAX_TOKENS
+    )
+    max_answer_tokens: int | None = parameter(
+        None, "With stop_sequence: tokens of all rounds together.", minimum=1, maximum=MAX_TOKENS
+    )
+    do_sample: bool = parameter(False, "Default false: always the likeliest token.")
+    temperature: float | None = parameter(None, "What logits are divided by.", minimum=SMALLEST_FACTOR)
+    top_k: int | None = parameter(None, "Draw from this many likeliest tokens; 0: from all.", minimum=0)
+    top_p: float | None = parameter(
+        None, "Draw from the likeliest tokens that together have this probability.", minimum=0.0, maximum=1.0
+    )
+    min_p: float | None = parameter(
+        None,
+        "Leave out tokens less likely than this share of the likeliest one's probability.",
+        minimum=0.0,
+        maximum=1.0,
+    )
+    repetition_penalty: float | None = parameter(
+        None, "Above 1: tokens of prompt and answer become less likely.", minimum=SMALLEST_FACTOR
+    )
+    presence_penalty: float = parameter(
+        0.0, "Subtracted from the logits of tokens that the answer has already.", minimum=-2.0, maximum=2.0
+    )
+    frequency_penalty: float = parameter(
+        0.0, "Subtracted from a token's logit for each time that the answer has it.", minimum=-2.0, maximum=2.0
+    )
+    # Only the OpenAI API takes these two.
     logit_bias: tuple[tuple[int, float], ...] = ()  # added to the logits of tokens
-    logprobs: int | None = None  # tell the log-probability of each token and of so many likeliest ones
-    seed: int | None = None
-    max_time: float | None = None  # seconds after which the answer ends as it is
-    stop_sequence: str | None = None  # generate in rounds until this text
-    extra_stop_sequences: tuple[str, ...] = ()
+    logprobs: int | None = None  # report the log-probability of each token and of this many likeliest ones
+    seed: int | None = parameter(None, "Makes sampling repeatable.", minimum=0, maximum=MAX_SEED)
+    max_time: float | None = parameter(None, "Seconds after which the answer ends as it is.", above=0.0)
+    stop_sequence: str | None = parameter(None, "Generate in rounds until this text.", maximum=MAX_STOP_LENGTH)
+    extra_stop_sequences: tuple[str, ...] = parameter((), "More texts that end the answer.", maximum=MAX_STOP_LENGTH)
 
     @property
     def stop_sequences(self) -> tuple[str, ...]:
@@ -48,29 +114,28 @@ class GenerationParams:
         return (*first, *self.extra_stop_sequences)
 
 
+def _rows() -> Iterator[Parameter]:
+    hints = get_type_hints(GenerationParams)
+    for row in fields(GenerationParams):
+        if row.metadata:
+            kind = next(kind for kind in (get_args(hints[row.name]) or (hints[row.name],)) if kind is not type(None))
+            yield Parameter(row.name, tuple if row.default == () else kind, **row.metadata)
+
+
+# What requests of the HTTP and WebSocket APIs may hold.
+PARAMETERS: Mapping[str, Parameter] = {row.name: row for row in _rows()}
+
+
 def parse_generation(values: Mapping[str, Any]) -> GenerationParams:
     """Read the parameters of a generation.
 
     :raises InvalidParameter: naming the parameter and what it should be
     """
-    params = GenerationParams(
-        inputs=get_text(values, "inputs") or "",
-        max_length=get_int(values, "max_length", minimum=1, maximum=MAX_TOKENS),
-        max_new_tokens=get_int(values, "max_new_tokens", minimum=1, maximum=MAX_TOKENS),
-        max_answer_tokens=get_int(values, "max_answer_tokens", minimum=1, maximum=MAX_TOKENS),
-        do_sample=get_bool(values, "do_sample"),
-        temperature=get_float(values, "temperature", minimum=SMALLEST_FACTOR),
-        top_k=get_int(values, "top_k", minimum=0),
-        top_p=get_float(values, "top_p", minimum=0.0, maximum=1.0),
-        min_p=get_float(values, "min_p", minimum=0.0, maximum=1.0),
-        repetition_penalty=get_float(values, "repetition_penalty", minimum=SMALLEST_FACTOR),
-        presence_penalty=get_float(values, "presence_penalty", minimum=-2.0, maximum=2.0) or 0.0,
-        frequency_penalty=get_float(values, "frequency_penalty", minimum=-2.0, maximum=2.0) or 0.0,
-        seed=get_int(values, "seed", minimum=0, maximum=MAX_SEED),
-        max_time=get_float(values, "max_time", above=0.0),
-        stop_sequence=get_text(values, "stop_sequence", maximum=MAX_STOP_LENGTH) or None,
-        extra_stop_sequences=get_texts(values, "extra_stop_sequences"),
-    )
+    given: dict[str, Any] = {}
+    for name, row in PARAMETERS.items():
+        if (value := row.read(values)) is not None:
+            given[name] = value
+    params = GenerationParams(**given)
     if (params.max_length is None) == (params.max_new_tokens is None):
         raise InvalidParameter("exactly one of max_length and max_new_tokens is required")
     return params
@@ -97,7 +162,7 @@ def require_text(values: Mapping[str, Any], name: str) -> str:
     return value
 
 
-def get_text(values: Mapping[str, Any], name: str, *, maximum: int | None = None) -> str | None:
+def get_text(values: Mapping[str, Any], name: str, *, maximum: float | None = None) -> str | None:
     """Read a text, of at most so many characters; None if it is not there."""
     value = values.get(name)
     if value is None:
@@ -145,7 +210,7 @@ def get_bool(values: Mapping[str, Any], name: str) -> bool:
 
 
 def get_int(
-    values: Mapping[str, Any], name: str, *, minimum: int | None = None, maximum: int | None = None
+    values: Mapping[str, Any], name: str, *, minimum: float | None = None, maximum: float | None = None
 ) -> int | None:
     """Read a whole number; None if it is not there."""
     value = values.get(name)

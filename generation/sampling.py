@@ -27,7 +27,7 @@ from generation.parameters import MAX_SEED, GenerationParams
 FIRST_LOOK = 256
 # What is less likely than the likeliest by this power of e changes no sum, and beyond it floating-point numbers become
 # denormal, with which processors are many times slower.
-NOTHING = -80.0
+SMALLEST_EXPONENT = -80.0
 
 
 class OwnPenalties(LogitsProcessor):
@@ -57,14 +57,14 @@ class LogitBias(LogitsProcessor):
         return scores
 
 
-def nucleus(scores: torch.Tensor, top_p: float) -> torch.Tensor:
+def keep_top_p(scores: torch.Tensor, top_p: float) -> torch.Tensor:
     """Return the indices of the likeliest tokens that together have a probability of ``top_p``, at least one, likeliest
     first (Holtzman et al., "The Curious Case of Neural Text Degeneration", ICLR 2020).
 
     :param scores: [tokens]
     """
     largest = scores.max()
-    total = (scores - largest).clamp_(min=NOTHING).exp_().sum()
+    total = (scores - largest).clamp_(min=SMALLEST_EXPONENT).exp_().sum()
     count = min(FIRST_LOOK, len(scores))
     while True:
         values, indices = scores.topk(count)
@@ -76,7 +76,7 @@ def nucleus(scores: torch.Tensor, top_p: float) -> torch.Tensor:
         count = min(8 * count, len(scores))
 
 
-def likeliest(scores: torch.Tensor, top_k: int) -> torch.Tensor:
+def keep_top_k(scores: torch.Tensor, top_k: int) -> torch.Tensor:
     """Return the indices of the ``top_k`` likeliest tokens, and of those that are as likely as the last of them.
 
     :param scores: [tokens]
@@ -86,7 +86,7 @@ def likeliest(scores: torch.Tensor, top_k: int) -> torch.Tensor:
     return (scores >= scores.topk(top_k).values[-1]).nonzero()[:, 0]
 
 
-def not_far_below(scores: torch.Tensor, min_p: float) -> torch.Tensor:
+def keep_min_p(scores: torch.Tensor, min_p: float) -> torch.Tensor:
     """Return the indices of the tokens that are ``min_p`` times as likely as the likeliest, or more (Nguyen et al.,
     "Turning Up the Heat", ICLR 2025).
 
@@ -102,11 +102,11 @@ class Candidates:
         """Set the rules; None or what leaves out nothing: without that one."""
         self._rules: list[Callable[[torch.Tensor], torch.Tensor]] = []
         if top_k:
-            self._rules.append(functools.partial(likeliest, top_k=top_k))
+            self._rules.append(functools.partial(keep_top_k, top_k=top_k))
         if top_p not in (None, 1.0):
-            self._rules.append(functools.partial(nucleus, top_p=top_p))
+            self._rules.append(functools.partial(keep_top_p, top_p=top_p))
         if min_p:
-            self._rules.append(functools.partial(not_far_below, min_p=min_p))
+            self._rules.append(functools.partial(keep_min_p, min_p=min_p))
 
     def __call__(self, scores: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Return the ids of the candidates, None for all tokens, and their probabilities.

@@ -9,8 +9,8 @@ from typing import Any, NoReturn
 from jinja2 import Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from config import KNOWN_MODELS, ModelConfig
 from errors import InvalidParameter, TooLong
+from models.catalog import KNOWN_MODELS, ModelConfig
 
 # Templates come with checkpoints. Sensible ones write a conversation once, within milliseconds, and the largest that a
 # request holds by default has 2**20 bytes. A loop without end is ended as well, but for one that writes nothing.
@@ -82,7 +82,7 @@ def compile_template(template: str) -> Template:
 
 
 def plain_text(config: ModelConfig, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
-    """Write a conversation in the model's line of ``config.KNOWN_MODELS``, for the BLOOM models::
+    """Write a conversation in the model's line of ``catalog.KNOWN_MODELS``, for the BLOOM models::
 
         A conversation between a curious human and a friendly, knowledgeable AI assistant.
 

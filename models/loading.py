@@ -10,10 +10,11 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from config import ModelConfig, Settings
+from config import Settings
 from errors import ModelNotFound, ModelNotReady
+from models.catalog import ModelConfig, State, configured
 from swarm.background import Loop, growing_delays
 from swarm.errors import CacheFull, ModelUnavailable, SwarmError, SwarmUnreachable, format_blocks
 from swarm.waiter import Until
@@ -37,8 +38,6 @@ FIRST_RETRY, LAST_SWARM_RETRY, LAST_MODEL_RETRY = 1.0, 30.0, 60.0  # seconds
 KEEP_PERIOD = 1.0  # seconds
 # Of the free memory, for the attention caches of all embedded servers; the weights and other programs need the rest.
 CACHE_SHARE = 0.25
-
-State = Literal["loading", "ready", "blocks_missing", "stale", "rejoining", "failed"]
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ class Models:
         """:param relief: who frees attention cache when the servers have none left"""
         self.settings = settings
         self._relief = relief
-        self.served = {config.name: ServedModel(config) for config in settings.models()}
+        self.served = {config.name: ServedModel(config) for config in configured(settings.MODELS)}
         self._local: LocalSwarm | None = None
         self._swarm: Swarm | None = None
         self._budget: HistoryBudget | None = None
@@ -263,7 +262,7 @@ class Models:
 
         name, settings = served.config.name, self.settings
         path = weights.locate(
-            name, cache_dir=settings.cache_dir, progress=served.report, fraction=served.report_fraction
+            name, cache_dir=settings.cache_dir, progress=weights.Progress(served.report, served.report_fraction)
         )
         served.report("starting a server of the embedded swarm")
         dtype, share = settings.torch_dtype(), CACHE_SHARE / len(self.served)

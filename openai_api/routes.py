@@ -16,11 +16,11 @@ from typing import Any
 from flask import Blueprint, Response, current_app, g, jsonify, request, stream_with_context
 
 from admission.budgets import Budget, Exhausted
-from config import ModelConfig
 from errors import InvalidParameter, TooLong, TooManyRequests, describe, openai_error
 from generation.lengths import stateless_length
 from generation.loop import Chunk, TokenLogprob
 from generation.parameters import MAX_SEED, SMALLEST_FACTOR, GenerationParams
+from models.catalog import ModelConfig
 from models.chat_template import apply_template
 from openai_api.answers import Answers, Done, Piece, Scores, Task
 from openai_api.schemas import (
@@ -508,8 +508,6 @@ def collect(
         elif event is not None:
             tally.add(event)
     choices = [form.choice(i, found, scores.get(i // tasks[0].choices)) for i, found in enumerate(chunks)]
-    for found in chunks:
-        pass
     return {"choices": choices, "usage": tally.usage()}
 
 

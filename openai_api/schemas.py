@@ -1,6 +1,6 @@
 """What the OpenAI API takes and gives, as pydantic models: they check requests and make the OpenAPI document.
 
-Numbers have the bounds of OpenAI's reference where it states any.
+Numbers have the bounds of OpenAI's reference where it states any; those that equal the HTTP API's are from its table.
 """
 
 import re
@@ -20,7 +20,16 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from errors import InvalidParameter
-from generation.parameters import MAX_NAME, MAX_SEED, MAX_STOP_LENGTH, MAX_STOP_SEQUENCES, MAX_TOKENS, SMALLEST_FACTOR
+from generation.parameters import (
+    MAX_NAME,
+    MAX_SEED,
+    MAX_STOP_LENGTH,
+    MAX_STOP_SEQUENCES,
+    MAX_TOKENS,
+    PARAMETERS,
+    SMALLEST_FACTOR,
+)
+from models.catalog import State
 from swarm.tokenization import MAX_TEXT
 
 # Each answer takes attention cache for the whole prompt.
@@ -76,6 +85,12 @@ REFUSED: Mapping[str, tuple[Any, ...]] = {
     "web_search_options": (),
     "xtc_probability": (0,),
 }
+
+
+def bounds_of(name: str) -> Any:
+    """Return the bounds that a parameter has in all APIs."""
+    return Field(**PARAMETERS[name].bounds)
+
 
 # What a member of a union is called: a part of the place of an error that nobody wants to read.
 A_TEXT, TEXTS, IDS, LISTS_OF_IDS, A_LIST = "a text", "texts", "token ids", "lists of token ids", "a list"
@@ -167,16 +182,16 @@ class Sampling(Request):
     temperature: Annotated[float, Field(ge=0, le=100)] | None = Field(
         None, description="0: always the likeliest token. Default: as on the chat page for this model."
     )
-    top_p: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description="Default: as on the chat page.")
+    top_p: Annotated[float, bounds_of("top_p")] | None = Field(None, description="Default: as on the chat page.")
     top_k: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] | None = Field(
         None, description="0 or -1: all tokens, the default."
     )
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description="Default 0.")
+    min_p: Annotated[float, bounds_of("min_p")] | None = Field(None, description="Default 0.")
     repetition_penalty: Annotated[float, Field(ge=SMALLEST_FACTOR, le=1000)] | None = Field(
         None, description="As in Transformers; on tokens of prompt and answer. Default 1."
     )
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = Field(None, description="Default 0.")
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = Field(None, description="Default 0.")
+    presence_penalty: Annotated[float, bounds_of("presence_penalty")] | None = Field(None, description="Default 0.")
+    frequency_penalty: Annotated[float, bounds_of("frequency_penalty")] | None = Field(None, description="Default 0.")
     logit_bias: (
         Annotated[
             dict[str, Annotated[float, Field(ge=-100, le=100)]],
@@ -364,7 +379,7 @@ class Model(BaseModel):
     object: Literal["model"]
     created: int
     owned_by: str
-    state: Literal["loading", "ready", "blocks_missing", "stale", "rejoining", "failed"]
+    state: State
     max_model_len: int | None = Field(description="Longest prompt and answer together, in tokens; null while it loads.")
 
 

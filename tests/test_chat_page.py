@@ -14,9 +14,8 @@ from typing import Any, Literal
 import pytest
 from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Locator, Page, expect
 
-import config
 from admission.access import hash_key
-from config import DIALOGUE, ModelConfig
+from models.catalog import DIALOGUE, KNOWN_MODELS, ModelConfig
 from swarm.local import LocalSwarm
 from tests.conftest import LiveApp, serve, tiny_server
 from tests.support.browser import axe_violations, open_browser
@@ -91,7 +90,7 @@ def chat_app(live_app: LiveApp) -> Iterator[LiveApp]:
     """The app, which computes one answer at a time, with a model whose sessions are short to begin with."""
     name = live_app.model_name
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(config.KNOWN_MODELS, name, ModelConfig(name, DIALOGUE, title="Tiny", session_length=640))
+        patch.setitem(KNOWN_MODELS, name, ModelConfig(name, DIALOGUE, title="Tiny", session_length=640))
         settings = dataclasses.replace(
             live_app.service.settings, WARM_SESSIONS=8, MAX_CONCURRENT_GENERATIONS=1, MAX_QUEUE=4, QUEUE_TIMEOUT=20.0
         )
@@ -982,7 +981,7 @@ def keyed_app(live_app: LiveApp, tmp_path_factory: pytest.TempPathFactory) -> It
     keys = tmp_path_factory.mktemp("keys") / "keys.json"
     keys.write_text(json.dumps([{"key": PAGE_KEY, "name": "page", "models": ["*"]}]))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(config.KNOWN_MODELS, name, ModelConfig(name, DIALOGUE, title="Tiny", session_length=640))
+        patch.setitem(KNOWN_MODELS, name, ModelConfig(name, DIALOGUE, title="Tiny", session_length=640))
         settings = dataclasses.replace(
             live_app.service.settings, MODELS=(name,), NON_PUBLIC_MODELS=(name,), API_KEYS_FILE=str(keys)
         )

@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from config import DIALOGUE, KEY_SETTINGS, KNOWN_MODELS, ChatFormat, ModelConfig, Settings
+from config import Settings
 from errors import ConfigError
 from generation.parameters import parse_generation
+from models.catalog import DIALOGUE, KNOWN_MODELS, ChatFormat, ModelConfig, configured
 from swarm import weights
 
 FIELDS = dataclasses.fields(Settings)
+KEY_SETTINGS = [field.name for field in FIELDS if field.metadata.get("never_empty")]
 DEFAULT = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
@@ -30,7 +32,7 @@ def test_defaults() -> None:
     assert settings.default_model == DEFAULT
     assert settings.INITIAL_PEERS == ()
     assert settings.SESSION_TIMEOUT == 300
-    assert [model.name for model in settings.models()] == [DEFAULT]
+    assert [model.name for model in configured(settings.MODELS)] == [DEFAULT]
 
 
 @pytest.mark.parametrize("name", [field.name for field in FIELDS if field.name not in KEY_SETTINGS])
@@ -161,6 +163,19 @@ def test_numbers_are_finite(name: str, text: str) -> None:
     refusal(**{name: text})
 
 
+def test_bounds_stand_in_the_rows() -> None:
+    """Each bound of a row is looked at: a value beyond it is refused, whatever the setting is called."""
+    for field in FIELDS:
+        if field.metadata.get("above_zero"):
+            assert "must be greater than zero" in refusal(**{field.name: "0"})
+        elif type(field.default) in (int, float):
+            assert getattr(Settings.from_environment({field.name: "0"}), field.name) == 0
+        if field.metadata.get("choices"):
+            assert " is not one of " in refusal(**{field.name: "something else"})
+        if field.metadata.get("each"):
+            assert field.metadata["each"].words in refusal(**{field.name: "/fine, *, not fine"})
+
+
 def test_at_least_one_model() -> None:
     refusal(MODELS=" , ")
 
@@ -234,7 +249,7 @@ def test_known_models_go_by_their_names() -> None:
 
 
 def test_models_keep_their_order_and_unknown_ones_are_talked_to_as_in_a_script() -> None:
-    models = Settings(MODELS=("/my/model", "bigscience/bloomz")).models()
+    models = configured(("/my/model", "bigscience/bloomz"))
     assert models == [ModelConfig("/my/model", DIALOGUE), KNOWN_MODELS["bigscience/bloomz"]]
 
 

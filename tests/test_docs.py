@@ -13,8 +13,9 @@ import pytest
 
 from admission.access import Access
 from app import app
-from config import KNOWN_MODELS, Settings
+from config import Settings
 from errors import SWARM_ERRORS, ApiError
+from models.catalog import KNOWN_MODELS
 from tests.support.processes import ROOT, Program
 
 DOCUMENTS = {

@@ -163,6 +163,7 @@ def test_traceback_has_own_frames_only() -> None:
         ("tests/test_errors.py", "caught"),
         ("tests/test_errors.py", "<lambda>"),
         ("generation/parameters.py", "parse_generation"),
+        ("generation/parameters.py", "read"),
         ("generation/parameters.py", "get_int"),
     ]
     lines = trace.splitlines()

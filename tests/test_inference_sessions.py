@@ -99,6 +99,11 @@ class FakeModel:
         return self.opened[-1]
 
 
+def fake(it: Any) -> Any:
+    """Return it as what it stands for: of another type, and all that is used of it."""
+    return it
+
+
 class WatchedLock:
     """A lock that tells when somebody wants it."""
 
@@ -120,7 +125,7 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def model() -> FakeModel:
+def model() -> Any:
     return FakeModel()
 
 
@@ -132,7 +137,7 @@ def sessions(clock: Clock) -> Iterator[InferenceSessions]:
 
 
 @pytest.fixture
-def pool(model: FakeModel) -> Iterator[ThreadPoolExecutor]:
+def pool(model: Any) -> Iterator[ThreadPoolExecutor]:
     """Threads; when the test ends all gates are opened, so that they end as well."""
     with ThreadPoolExecutor(32) as pool:
         yield pool
@@ -158,7 +163,7 @@ def is_open(sessions: InferenceSessions, session_id: str) -> bool:
     return True
 
 
-def all_is_well(sessions: InferenceSessions, model: FakeModel, pool: ThreadPoolExecutor, known: str) -> None:
+def all_is_well(sessions: InferenceSessions, model: Any, pool: ThreadPoolExecutor, known: str) -> None:
     """Check, from another thread, that the registry answers to others."""
 
     def work() -> None:
@@ -174,14 +179,14 @@ def all_is_well(sessions: InferenceSessions, model: FakeModel, pool: ThreadPoolE
 # Opening and closing
 
 
-def test_open_use_close(sessions: InferenceSessions, model: FakeModel) -> None:
+def test_open_use_close(sessions: InferenceSessions, model: Any) -> None:
     first, second = sessions.open(model, 16), sessions.open(model, 32)
     assert uuid.UUID(first) != uuid.UUID(second)
     assert len(sessions) == 2
     with sessions.use(second, wait=0) as entry:
         assert entry.session_id == second
-        assert entry.model is model
-        assert entry.session is model.opened[1]
+        assert fake(entry.model) is model
+        assert fake(entry.session) is model.opened[1]
         assert entry.session.max_length == 32
         entry.session.token_ids.append(5)
         detokenizer = entry.detokenizer
@@ -193,7 +198,7 @@ def test_open_use_close(sessions: InferenceSessions, model: FakeModel) -> None:
     assert [session.calls for session in model.opened] == [[], ["close"]]
 
 
-def test_unknown_session(sessions: InferenceSessions, model: FakeModel) -> None:
+def test_unknown_session(sessions: InferenceSessions, model: Any) -> None:
     closed = sessions.open(model, 16)
     sessions.close(closed)
     for session_id in (closed, str(uuid.uuid4()), "", "\udead"):
@@ -204,7 +209,7 @@ def test_unknown_session(sessions: InferenceSessions, model: FakeModel) -> None:
     assert model.opened[0].calls == ["close"]
 
 
-def test_bound(sessions: InferenceSessions, model: FakeModel) -> None:
+def test_bound(sessions: InferenceSessions, model: Any) -> None:
     ids = [sessions.open(model, 16) for _ in range(3)]
     for _ in range(2):
         with pytest.raises(TooManySessions, match="all 3 inference sessions are taken"):
@@ -218,7 +223,7 @@ def test_bound(sessions: InferenceSessions, model: FakeModel) -> None:
 
 
 @pytest.mark.parametrize("error", [SessionLengthExceeded("too long"), RuntimeError("no memory")])
-def test_failing_open_leaks_no_place(sessions: InferenceSessions, model: FakeModel, error: Exception) -> None:
+def test_failing_open_leaks_no_place(sessions: InferenceSessions, model: Any, error: Exception) -> None:
     model.error = error
     for _ in range(10):
         with pytest.raises(type(error), match=str(error)):
@@ -232,7 +237,7 @@ def test_failing_open_leaks_no_place(sessions: InferenceSessions, model: FakeMod
 
 
 def test_session_that_is_being_opened_has_its_place(
-    sessions: InferenceSessions, model: FakeModel, pool: ThreadPoolExecutor
+    sessions: InferenceSessions, model: Any, pool: ThreadPoolExecutor
 ) -> None:
     model.gate.close()
     opening = [pool.submit(sessions.open, model, 16) for _ in range(4)]
@@ -245,7 +250,7 @@ def test_session_that_is_being_opened_has_its_place(
 
 
 def test_place_is_never_free_between_opening_and_open(
-    sessions: InferenceSessions, model: FakeModel, monkeypatch: pytest.MonkeyPatch
+    sessions: InferenceSessions, model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whenever the opening thread lets the registry's lock go, others find all places taken."""
     sessions._places.places = 1
@@ -279,9 +284,7 @@ def test_place_is_never_free_between_opening_and_open(
 # Using
 
 
-def test_one_session_has_one_user_at_a_time(
-    sessions: InferenceSessions, model: FakeModel, pool: ThreadPoolExecutor
-) -> None:
+def test_one_session_has_one_user_at_a_time(sessions: InferenceSessions, model: Any, pool: ThreadPoolExecutor) -> None:
     session_id = sessions.open(model, 16)
     barrier = threading.Barrier(16)
     inside: list[int] = []
@@ -301,7 +304,7 @@ def test_one_session_has_one_user_at_a_time(
     assert model.opened[0].token_ids == list(range(320))
 
 
-def test_waiting_for_one_s_turn(sessions: InferenceSessions, model: FakeModel, pool: ThreadPoolExecutor) -> None:
+def test_waiting_for_one_s_turn(sessions: InferenceSessions, model: Any, pool: ThreadPoolExecutor) -> None:
     session_id = sessions.open(model, 16)
     entry_of(sessions, session_id).lock = lock = WatchedLock()  # type: ignore[assignment]
     order = []
@@ -319,7 +322,7 @@ def test_waiting_for_one_s_turn(sessions: InferenceSessions, model: FakeModel, p
     assert order == ["first", "second"]
 
 
-def test_busy_session_times_out(sessions: InferenceSessions, model: FakeModel) -> None:
+def test_busy_session_times_out(sessions: InferenceSessions, model: Any) -> None:
     session_id = sessions.open(model, 16)
     with sessions.use(session_id, wait=0):
         with pytest.raises(TimedOut, match=f"session {session_id} was busy for 0 s"):
@@ -330,9 +333,7 @@ def test_busy_session_times_out(sessions: InferenceSessions, model: FakeModel) -
     assert model.opened[0].calls == ["close"]
 
 
-def test_sessions_do_not_wait_for_each_other(
-    sessions: InferenceSessions, model: FakeModel, pool: ThreadPoolExecutor
-) -> None:
+def test_sessions_do_not_wait_for_each_other(sessions: InferenceSessions, model: Any, pool: ThreadPoolExecutor) -> None:
     ids = [sessions.open(model, 16) for _ in range(3)]
     barrier = threading.Barrier(3)
 
@@ -344,7 +345,7 @@ def test_sessions_do_not_wait_for_each_other(
         future.result(timeout=LIMIT)
 
 
-def test_user_s_failure_gives_the_session_free(sessions: InferenceSessions, model: FakeModel) -> None:
+def test_user_s_failure_gives_the_session_free(sessions: InferenceSessions, model: Any) -> None:
     session_id = sessions.open(model, 16)
     for error in (RuntimeError, KeyboardInterrupt, GeneratorExit):
         with pytest.raises(error), sessions.use(session_id, wait=0):
@@ -353,7 +354,7 @@ def test_user_s_failure_gives_the_session_free(sessions: InferenceSessions, mode
 
 
 def test_close_during_use_waits_for_the_last_user(
-    sessions: InferenceSessions, model: FakeModel, pool: ThreadPoolExecutor
+    sessions: InferenceSessions, model: Any, pool: ThreadPoolExecutor
 ) -> None:
     session_id = sessions.open(model, 16)
     session = model.opened[0]
@@ -372,7 +373,7 @@ def test_close_during_use_waits_for_the_last_user(
     assert session.calls == ["close"]
 
 
-def test_closed_by_its_own_user(sessions: InferenceSessions, model: FakeModel) -> None:
+def test_closed_by_its_own_user(sessions: InferenceSessions, model: Any) -> None:
     session_id = sessions.open(model, 16)
     with sessions.use(session_id, wait=0):
         sessions.close(session_id)
@@ -383,7 +384,7 @@ def test_closed_by_its_own_user(sessions: InferenceSessions, model: FakeModel) -
 # A block that fails
 
 
-def test_undone_on_error(sessions: InferenceSessions, model: FakeModel) -> None:
+def test_undone_on_error(sessions: InferenceSessions, model: Any) -> None:
     session_id = sessions.open(model, 16)
     with sessions.use(session_id, wait=0) as entry:
         entry.session.token_ids += [5, 6]
@@ -395,7 +396,7 @@ def test_undone_on_error(sessions: InferenceSessions, model: FakeModel) -> None:
     assert model.opened[0].calls == ["truncate"] * 2
 
 
-def test_done_without_error(sessions: InferenceSessions, model: FakeModel) -> None:
+def test_done_without_error(sessions: InferenceSessions, model: Any) -> None:
     session_id = sessions.open(model, 16)
     with sessions.use(session_id, wait=0) as entry, entry.undone_on_error():
         entry.session.token_ids += [7, 8]
@@ -407,7 +408,7 @@ def test_half_a_character_survives_a_failure(sent: int) -> None:
     """The same request, sent again after a failure, gets the text that it would have got."""
     bee = TOKENIZER.encode("a🐝")
     session, detokenizer = FakeSession(16), Detokenizer(TOKENIZER)
-    entry = InferenceSession("id", FakeModel(), session, detokenizer)
+    entry = InferenceSession("id", fake(FakeModel()), fake(session), detokenizer)
     session.token_ids += bee[: sent + 1]
     assert "".join(detokenizer.add(token_id) for token_id in session.token_ids) == "a"
     with pytest.raises(ValueError), entry.undone_on_error():
@@ -421,7 +422,7 @@ def test_half_a_character_survives_a_failure(sent: int) -> None:
 def test_text_of_a_failed_request_is_forgotten() -> None:
     bee = TOKENIZER.encode("🐝")
     session, detokenizer = FakeSession(16), Detokenizer(TOKENIZER)
-    entry = InferenceSession("id", FakeModel(), session, detokenizer)
+    entry = InferenceSession("id", fake(FakeModel()), fake(session), detokenizer)
     session.token_ids.append(TOKENIZER.encode("a")[0])
     detokenizer.restart(session.token_ids)
     with pytest.raises(ValueError), entry.undone_on_error():
@@ -435,7 +436,7 @@ def test_text_of_a_failed_request_is_forgotten() -> None:
 
 
 @pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
-def test_temporary_session(sessions: InferenceSessions, model: FakeModel, error: type[BaseException] | None) -> None:
+def test_temporary_session(sessions: InferenceSessions, model: Any, error: type[BaseException] | None) -> None:
     with pytest.raises(error) if error else contextlib.nullcontext():
         with sessions.temporary(model, 7) as entry:
             assert entry.session.max_length == 7
@@ -447,14 +448,14 @@ def test_temporary_session(sessions: InferenceSessions, model: FakeModel, error:
     assert model.opened[0].calls == ["close"]
 
 
-def test_temporary_session_has_a_place(sessions: InferenceSessions, model: FakeModel) -> None:
+def test_temporary_session_has_a_place(sessions: InferenceSessions, model: Any) -> None:
     sessions._places.places = 1
     with sessions.temporary(model, 7), pytest.raises(TooManySessions), sessions.temporary(model, 7):
         pytest.fail("there is only one place")
     sessions.open(model, 7)
 
 
-def test_temporary_session_that_others_close(sessions: InferenceSessions, model: FakeModel) -> None:
+def test_temporary_session_that_others_close(sessions: InferenceSessions, model: Any) -> None:
     with sessions.temporary(model, 7) as entry:
         sessions.close(entry.session_id)
         assert model.opened[0].calls == []
@@ -464,7 +465,7 @@ def test_temporary_session_that_others_close(sessions: InferenceSessions, model:
 # Expiring
 
 
-def test_unused_session_expires(sessions: InferenceSessions, model: FakeModel, clock: Clock) -> None:
+def test_unused_session_expires(sessions: InferenceSessions, model: Any, clock: Clock) -> None:
     first = sessions.open(model, 16)
     clock.now += TIMEOUT / 2
     second = sessions.open(model, 16)
@@ -478,9 +479,7 @@ def test_unused_session_expires(sessions: InferenceSessions, model: FakeModel, c
     assert sessions.expire() == 0
 
 
-def test_timeout_counts_from_the_end_of_the_last_use(
-    sessions: InferenceSessions, model: FakeModel, clock: Clock
-) -> None:
+def test_timeout_counts_from_the_end_of_the_last_use(sessions: InferenceSessions, model: Any, clock: Clock) -> None:
     session_id = sessions.open(model, 16)
     with sessions.use(session_id, wait=0):
         clock.now += TIMEOUT - 1
@@ -492,9 +491,7 @@ def test_timeout_counts_from_the_end_of_the_last_use(
 
 
 @pytest.mark.parametrize("kept", [False, True])
-def test_session_in_use_does_not_expire(
-    sessions: InferenceSessions, model: FakeModel, clock: Clock, kept: bool
-) -> None:
+def test_session_in_use_does_not_expire(sessions: InferenceSessions, model: Any, clock: Clock, kept: bool) -> None:
     session_id = sessions.open(model, 16, connected=kept)
     with sessions.use(session_id, wait=0):
         clock.now += 100 * TIMEOUT
@@ -506,7 +503,7 @@ def test_session_in_use_does_not_expire(
 
 
 def test_session_that_somebody_waits_for_does_not_expire(
-    sessions: InferenceSessions, model: FakeModel, clock: Clock, pool: ThreadPoolExecutor
+    sessions: InferenceSessions, model: Any, clock: Clock, pool: ThreadPoolExecutor
 ) -> None:
     session_id = sessions.open(model, 16)
     entry_of(sessions, session_id).lock = lock = WatchedLock()  # type: ignore[assignment]
@@ -521,7 +518,7 @@ def test_session_that_somebody_waits_for_does_not_expire(
     assert is_open(sessions, session_id)
 
 
-def test_opening_makes_room_of_expired_sessions(sessions: InferenceSessions, model: FakeModel, clock: Clock) -> None:
+def test_opening_makes_room_of_expired_sessions(sessions: InferenceSessions, model: Any, clock: Clock) -> None:
     for _ in range(3):
         sessions.open(model, 16)
     clock.now += TIMEOUT
@@ -530,7 +527,7 @@ def test_opening_makes_room_of_expired_sessions(sessions: InferenceSessions, mod
     assert [session.calls for session in model.opened] == [["close"]] * 3 + [[]] * 3
 
 
-def test_expiry_in_the_background(model: FakeModel, clock: Clock) -> None:
+def test_expiry_in_the_background(model: Any, clock: Clock) -> None:
     sessions = InferenceSessions(3, 0.5, clock)
     sessions.open(model, 16)
     others = set(threading.enumerate())  # an app of other tests has such a thread too
@@ -544,7 +541,7 @@ def test_expiry_in_the_background(model: FakeModel, clock: Clock) -> None:
 
 
 def test_failure_of_one_session_does_not_keep_others_from_expiring(
-    sessions: InferenceSessions, model: FakeModel, clock: Clock
+    sessions: InferenceSessions, model: Any, clock: Clock
 ) -> None:
     for kept in (False, False, True):
         sessions.open(model, 16, connected=kept)
@@ -557,7 +554,7 @@ def test_failure_of_one_session_does_not_keep_others_from_expiring(
 # Sessions of open connections
 
 
-def test_kept_session_is_parked(sessions: InferenceSessions, model: FakeModel, clock: Clock) -> None:
+def test_kept_session_is_parked(sessions: InferenceSessions, model: Any, clock: Clock) -> None:
     session_id = sessions.open(model, 16, connected=True)
     session = model.opened[0]
     for times in (1, 2):
@@ -576,7 +573,7 @@ def test_kept_session_is_parked(sessions: InferenceSessions, model: FakeModel, c
 
 
 def test_parked_sessions_give_way_the_longest_unused_first(
-    sessions: InferenceSessions, model: FakeModel, clock: Clock
+    sessions: InferenceSessions, model: Any, clock: Clock
 ) -> None:
     ids = [sessions.open(model, 16, connected=True) for _ in range(3)]
     for session_id in (ids[2], ids[0], ids[1]):
@@ -597,14 +594,14 @@ def test_parked_sessions_give_way_the_longest_unused_first(
     assert is_open(sessions, ids[1]) and is_open(sessions, new)
 
 
-def test_parked_sessions_stay_while_there_is_room(sessions: InferenceSessions, model: FakeModel, clock: Clock) -> None:
+def test_parked_sessions_stay_while_there_is_room(sessions: InferenceSessions, model: Any, clock: Clock) -> None:
     parked = [sessions.open(model, 16, connected=True) for _ in range(2)]
     clock.now += TIMEOUT
     sessions.open(model, 16)
     assert all(is_open(sessions, session_id) for session_id in parked)
 
 
-def test_parked_session_in_use_does_not_give_way(sessions: InferenceSessions, model: FakeModel, clock: Clock) -> None:
+def test_parked_session_in_use_does_not_give_way(sessions: InferenceSessions, model: Any, clock: Clock) -> None:
     ids = [sessions.open(model, 16, connected=True) for _ in range(3)]
     clock.now += TIMEOUT
     sessions.expire()
@@ -616,7 +613,7 @@ def test_parked_session_in_use_does_not_give_way(sessions: InferenceSessions, mo
     assert all(is_open(sessions, session_id) for session_id in ids)
 
 
-def test_kept_session_that_is_not_parked_does_not_give_way(sessions: InferenceSessions, model: FakeModel) -> None:
+def test_kept_session_that_is_not_parked_does_not_give_way(sessions: InferenceSessions, model: Any) -> None:
     for _ in range(3):
         sessions.open(model, 16, connected=True)
     with pytest.raises(TooManySessions):
@@ -634,7 +631,7 @@ def resumable(clock: Clock) -> Iterator[InferenceSessions]:
 
 
 def test_detached_session_is_closed_after_its_own_timeout(
-    resumable: InferenceSessions, model: FakeModel, clock: Clock
+    resumable: InferenceSessions, model: Any, clock: Clock
 ) -> None:
     lost, found, connected = (resumable.open(model, 16, connected=True) for _ in range(3))
     for session_id in (lost, found):
@@ -653,9 +650,7 @@ def test_detached_session_is_closed_after_its_own_timeout(
             call(lost)
 
 
-def test_detached_sessions_give_way_before_parked_ones(
-    resumable: InferenceSessions, model: FakeModel, clock: Clock
-) -> None:
+def test_detached_sessions_give_way_before_parked_ones(resumable: InferenceSessions, model: Any, clock: Clock) -> None:
     parked, second, first = (resumable.open(model, 16, connected=True) for _ in range(3))
     clock.now += TIMEOUT
     resumable.expire()
@@ -671,7 +666,7 @@ def test_detached_sessions_give_way_before_parked_ones(
 
 
 def test_attention_cache_of_detached_sessions_is_given_to_others(
-    resumable: InferenceSessions, model: FakeModel, clock: Clock
+    resumable: InferenceSessions, model: Any, clock: Clock
 ) -> None:
     session_id = resumable.open(model, 16, connected=True)
     assert not resumable.free_attention_cache("it", 100)
@@ -686,7 +681,7 @@ def test_attention_cache_of_detached_sessions_is_given_to_others(
 # Shares of different clients
 
 
-def test_hoarder_gives_way_the_longest_unused_first(model: FakeModel, clock: Clock) -> None:
+def test_hoarder_gives_way_the_longest_unused_first(model: Any, clock: Clock) -> None:
     sessions = InferenceSessions(64, TIMEOUT, clock)
     hoard = []
     for _ in range(64):
@@ -707,7 +702,7 @@ def test_hoarder_gives_way_the_longest_unused_first(model: FakeModel, clock: Clo
     assert not sessions._places.held
 
 
-def test_equal_clients_do_not_displace_each_other(sessions: InferenceSessions, model: FakeModel) -> None:
+def test_equal_clients_do_not_displace_each_other(sessions: InferenceSessions, model: Any) -> None:
     ids = [sessions.open(model, 16, client=client) for client in "abc"]
     for client in "abcd":
         with pytest.raises(TooManySessions):
@@ -715,7 +710,7 @@ def test_equal_clients_do_not_displace_each_other(sessions: InferenceSessions, m
     assert all(is_open(sessions, session_id) for session_id in ids)
 
 
-def test_session_in_use_is_not_displaced(sessions: InferenceSessions, model: FakeModel, clock: Clock) -> None:
+def test_session_in_use_is_not_displaced(sessions: InferenceSessions, model: Any, clock: Clock) -> None:
     ids = [sessions.open(model, 16, connected=True, client="hoarder") for _ in range(3)]
     with contextlib.ExitStack() as users:
         users.enter_context(sessions.use(ids[0], wait=0))
@@ -730,7 +725,7 @@ def test_session_in_use_is_not_displaced(sessions: InferenceSessions, model: Fak
     assert model.opened[0].calls == []
 
 
-def test_sessions_removed_in_use_have_their_places(sessions: InferenceSessions, model: FakeModel) -> None:
+def test_sessions_removed_in_use_have_their_places(sessions: InferenceSessions, model: Any) -> None:
     """They are not in the registry any more, but nobody else can have their places yet: others have to give way."""
     ids = [sessions.open(model, 16, client="hoarder") for _ in range(3)]
     with contextlib.ExitStack() as users:
@@ -744,9 +739,7 @@ def test_sessions_removed_in_use_have_their_places(sessions: InferenceSessions, 
     assert sessions._places.held == {"newcomer": 1}
 
 
-def test_waiting_for_one_session_is_bounded(
-    sessions: InferenceSessions, model: FakeModel, pool: ThreadPoolExecutor
-) -> None:
+def test_waiting_for_one_session_is_bounded(sessions: InferenceSessions, model: Any, pool: ThreadPoolExecutor) -> None:
     sessions.max_waiting_per_session = 2
     busy, other = sessions.open(model, 16), sessions.open(model, 16)
     with sessions.use(busy, wait=0):
@@ -762,7 +755,7 @@ def test_waiting_for_one_session_is_bounded(
 
 
 def test_unused_sessions_are_released_of_who_holds_most_first(
-    model: FakeModel, clock: Clock, sessions: InferenceSessions
+    model: Any, clock: Clock, sessions: InferenceSessions
 ) -> None:
     sessions._places.places = 8
     lengths = {"a": 100, "b": 60, "c": 60, "d": 60, "e": 30, "f": 500}  # the name is also the order of last use
@@ -796,14 +789,14 @@ def test_unused_sessions_are_released_of_who_holds_most_first(
     assert free(1) == ["a"]
 
 
-def test_sessions_of_others_are_not_found(sessions: InferenceSessions, model: FakeModel) -> None:
+def test_sessions_of_others_are_not_found(sessions: InferenceSessions, model: Any) -> None:
     session_id = sessions.open(model, 16, owner="ann")
     assert sessions.find(session_id, "ann").session_id == session_id
     with pytest.raises(SessionNotFound):
         sessions.find(session_id, "bob")
 
 
-def test_cache_is_not_freed_under_a_user(sessions: InferenceSessions, model: FakeModel, clock: Clock) -> None:
+def test_cache_is_not_freed_under_a_user(sessions: InferenceSessions, model: Any, clock: Clock) -> None:
     """Whoever comes while expired sessions are looked for was faster, or finds the cache freed already."""
     session_id = sessions.open(model, 16, connected=True)
     seen: list[list[str]] = []
@@ -818,7 +811,7 @@ def test_cache_is_not_freed_under_a_user(sessions: InferenceSessions, model: Fak
             lock.release()
             sessions._lock = lock
             with sessions.use(session_id, wait=0) as entry:
-                seen.append(list(entry.session.calls))
+                seen.append(list(fake(entry.session).calls))
 
     lock = sessions._lock
     clock.now += TIMEOUT
@@ -859,7 +852,7 @@ def expire_one(sessions: InferenceSessions, ids: list[str], clock: Clock) -> Non
 )
 def test_blocking_end_of_a_session_blocks_nobody_else(
     sessions: InferenceSessions,
-    model: FakeModel,
+    model: Any,
     clock: Clock,
     pool: ThreadPoolExecutor,
     end: Callable[[InferenceSessions, list[str], Clock], None],
@@ -877,7 +870,7 @@ def test_blocking_end_of_a_session_blocks_nobody_else(
 
 
 def test_blocking_close_of_a_session_that_gives_way_blocks_nobody_else(
-    sessions: InferenceSessions, model: FakeModel, clock: Clock, pool: ThreadPoolExecutor
+    sessions: InferenceSessions, model: Any, clock: Clock, pool: ThreadPoolExecutor
 ) -> None:
     sessions._places.places = 2
     sessions.open(model, 16, connected=True)
@@ -893,7 +886,7 @@ def test_blocking_close_of_a_session_that_gives_way_blocks_nobody_else(
 
 
 def test_blocking_shut_down_of_a_session_blocks_nobody_else(
-    sessions: InferenceSessions, model: FakeModel, pool: ThreadPoolExecutor
+    sessions: InferenceSessions, model: Any, pool: ThreadPoolExecutor
 ) -> None:
     sessions.open(model, 16)
     model.opened[0].gate.close()
@@ -904,13 +897,11 @@ def test_blocking_shut_down_of_a_session_blocks_nobody_else(
     ending.result(timeout=LIMIT)
 
 
-def test_blocking_open_blocks_nobody_else(
-    sessions: InferenceSessions, model: FakeModel, pool: ThreadPoolExecutor
-) -> None:
+def test_blocking_open_blocks_nobody_else(sessions: InferenceSessions, model: Any, pool: ThreadPoolExecutor) -> None:
     known = sessions.open(model, 16)
     slow = FakeModel()
     slow.gate.close()
-    opening = pool.submit(sessions.open, slow, 16)
+    opening = pool.submit(sessions.open, fake(slow), 16)
     assert slow.gate.reached.wait(LIMIT)
     all_is_well(sessions, model, pool, known)
     assert sessions.expire() == 0
@@ -921,7 +912,7 @@ def test_blocking_open_blocks_nobody_else(
 # Shutting down
 
 
-def wait_until_refusing(sessions: InferenceSessions, model: FakeModel) -> None:
+def wait_until_refusing(sessions: InferenceSessions, model: Any) -> None:
     for _ in range(1_000_000):
         try:
             sessions.close(sessions.open(model, 1))
@@ -930,7 +921,7 @@ def wait_until_refusing(sessions: InferenceSessions, model: FakeModel) -> None:
     pytest.fail("sessions are opened for ever")
 
 
-def test_shut_down_closes_all(sessions: InferenceSessions, model: FakeModel, clock: Clock) -> None:
+def test_shut_down_closes_all(sessions: InferenceSessions, model: Any, clock: Clock) -> None:
     ids = [sessions.open(model, 16, connected=kept) for kept in (False, True)]
     clock.now += TIMEOUT / 2
     sessions.shut_down(LIMIT)
@@ -943,7 +934,7 @@ def test_shut_down_closes_all(sessions: InferenceSessions, model: FakeModel, clo
         pytest.fail("it was shut down")
 
 
-def test_shut_down_lets_users_finish(sessions: InferenceSessions, model: FakeModel, pool: ThreadPoolExecutor) -> None:
+def test_shut_down_lets_users_finish(sessions: InferenceSessions, model: Any, pool: ThreadPoolExecutor) -> None:
     ids = [sessions.open(model, 16) for _ in range(2)]
     with contextlib.ExitStack() as users:
         for session_id in ids:
@@ -956,7 +947,7 @@ def test_shut_down_lets_users_finish(sessions: InferenceSessions, model: FakeMod
     assert [session.calls for session in model.opened[:2]] == [["close"], ["close"]]
 
 
-def test_shut_down_does_not_wait_for_ever(sessions: InferenceSessions, model: FakeModel) -> None:
+def test_shut_down_does_not_wait_for_ever(sessions: InferenceSessions, model: Any) -> None:
     session_id = sessions.open(model, 16)
     with sessions.use(session_id, wait=0):
         sessions.shut_down(0)
@@ -966,7 +957,7 @@ def test_shut_down_does_not_wait_for_ever(sessions: InferenceSessions, model: Fa
 
 
 def test_session_opened_during_shut_down_is_closed(
-    sessions: InferenceSessions, model: FakeModel, pool: ThreadPoolExecutor
+    sessions: InferenceSessions, model: Any, pool: ThreadPoolExecutor
 ) -> None:
     model.gate.close()
     opening = pool.submit(sessions.open, model, 16)
@@ -993,7 +984,7 @@ def eager_threads() -> Iterator[None]:
 class Visitor:
     """Does what clients do, at random, and checks what must always hold."""
 
-    def __init__(self, sessions: InferenceSessions, model: FakeModel, clock: Clock, ids: list[str], seed: int) -> None:
+    def __init__(self, sessions: InferenceSessions, model: Any, clock: Clock, ids: list[str], seed: int) -> None:
         self.sessions, self.model, self.clock, self.ids = sessions, model, clock, ids
         self.random = random.Random(seed)
 
@@ -1014,7 +1005,7 @@ class Visitor:
     def use(self) -> None:
         if self.ids:
             with self.sessions.use(self.random.choice(self.ids[-8:]), wait=LIMIT) as entry:
-                self.work_with(entry.session)
+                self.work_with(fake(entry.session))
 
     def work_with(self, session: FakeSession) -> None:
         before = list(session.calls)
@@ -1037,12 +1028,12 @@ class Visitor:
 
     def temporary(self) -> None:
         with self.sessions.temporary(self.model, 16) as entry:
-            self.work_with(entry.session)
+            self.work_with(fake(entry.session))
 
 
 @pytest.mark.usefixtures("eager_threads")
 @pytest.mark.parametrize("seed", range(3))
-def test_many_threads(model: FakeModel, clock: Clock, pool: ThreadPoolExecutor, seed: int) -> None:
+def test_many_threads(model: Any, clock: Clock, pool: ThreadPoolExecutor, seed: int) -> None:
     sessions = InferenceSessions(5, TIMEOUT, clock)
     ids: list[str] = []
     visitors = [Visitor(sessions, model, clock, ids, 100 * seed + i) for i in range(12)]
@@ -1055,7 +1046,7 @@ def test_many_threads(model: FakeModel, clock: Clock, pool: ThreadPoolExecutor, 
     assert any("release" in session.calls for session in model.opened)
 
 
-def test_many_sessions_through_few_places(pool: ThreadPoolExecutor, model: FakeModel, clock: Clock) -> None:
+def test_many_sessions_through_few_places(pool: ThreadPoolExecutor, model: Any, clock: Clock) -> None:
     """All threads want a place at the same moment; as many get one as there are."""
     barrier = threading.Barrier(16)
     for _ in range(20):
@@ -1105,10 +1096,10 @@ def test_tokens_are_counted_however_it_ends(error: Exception | None) -> None:
     warm.append([1, 2])
     warm.position = 2
     memory = WarmSessions(1, 100, 60.0)
-    memory.keep("it", "", warm)
+    memory.keep("it", "", fake(warm))
     model: Any = FakeModel()
     model.generation_config = GenerationConfig()
-    entry = InferenceSession("id", model, SpeakingSession(16), Detokenizer(TOKENIZER), memory)  # type: ignore[arg-type]
+    entry = InferenceSession("id", model, fake(SpeakingSession(16)), Detokenizer(TOKENIZER), memory)
     counts: list[int] = []
     with contextlib.suppress(Cancelled), entry.undone_on_error(), entry.counted(counts.append):
         for _ in entry.generate([1, 2, 3, 4, 5], GenerationParams(max_new_tokens=2)):

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import BloomForCausalLM, PreTrainedTokenizerBase
 
-from config import KNOWN_MODELS, ModelConfig
 from errors import TooLong
+from models.catalog import KNOWN_MODELS, ModelConfig
 from models.chat_template import apply_template
 from openai_api.routes import chat_length
 from swarm.client.model import SwarmModel

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from generation.parameters import (
     MAX_SEED,
     MAX_STOP_LENGTH,
     MAX_STOP_SEQUENCES,
+    MAX_TOKENS,
+    PARAMETERS,
     GenerationParams,
     get_bool,
     get_float,
@@ -21,6 +24,9 @@ from generation.parameters import (
     require_int,
     require_text,
 )
+from openai_api.schemas import Sampling
+from tests.support.processes import ROOT
+from web.schemas import GenerateRequest
 
 # Python reads and writes integers of at most this many digits.
 DIGITS = 4300
@@ -284,3 +290,80 @@ def test_optional() -> None:
 def test_parameters_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         parse().inputs = "x"  # type: ignore[misc]
+
+
+# One row per parameter
+
+
+DOCUMENTS = [
+    file for file in (ROOT / "README.md", ROOT / "docs/http-api.md", ROOT / "docs/websocket-api.md") if file.exists()
+]
+SCHEMA = GenerateRequest.model_json_schema()["properties"]
+
+
+def number(name: str) -> dict[str, Any]:
+    """What the OpenAPI document says of a parameter that is a number."""
+    (schema,) = [kind for kind in SCHEMA[name]["anyOf"] if kind["type"] in ("number", "integer")]
+    return schema
+
+
+def test_every_parameter_has_a_row_or_is_of_the_openai_api_alone() -> None:
+    names = {field.name for field in dataclasses.fields(GenerationParams)}
+    assert set(PARAMETERS) == names - {"logit_bias", "logprobs"} == set(SCHEMA) - {"model", "session_id"}
+    assert all(row.meaning and SCHEMA[name]["description"] == row.meaning for name, row in PARAMETERS.items())
+
+
+@pytest.mark.parametrize("name", [name for name, row in PARAMETERS.items() if row.kind in (int, float)])
+def test_bounds_are_the_same_to_the_reader_and_in_the_schema(name: str) -> None:
+    row, schema = PARAMETERS[name], number(name)
+    assert schema["type"] == {int: "integer", float: "number"}[row.kind]
+    for bound, key, beyond in (
+        (row.minimum, "minimum", -1),
+        (row.maximum, "maximum", 1),
+        (row.above, "exclusiveMinimum", 0),
+    ):
+        assert schema.get(key) == bound
+        if bound is None:
+            continue
+        assert f"{name} must be " in refusal(name, bound + beyond)
+        if key != "exclusiveMinimum":
+            assert getattr(parse(**{name: bound}), name) == bound
+
+
+@pytest.mark.parametrize("name", ["top_p", "min_p", "presence_penalty", "frequency_penalty"])
+def test_bounds_of_the_openai_api_that_are_the_same(name: str) -> None:
+    (schema,) = [kind for kind in Sampling.model_json_schema()["properties"][name]["anyOf"] if kind["type"] == "number"]
+    assert (schema["minimum"], schema["maximum"]) == (PARAMETERS[name].minimum, PARAMETERS[name].maximum)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_every_parameter_stands_in_a_table_of_the_documents(name: str) -> None:
+    rows = [line for file in DOCUMENTS for line in file.read_text().splitlines() if line.startswith("|")]
+    assert any(re.match(rf"\| [^|]*`{name}`", line) for line in rows)
+
+
+def bounds_in_words(name: str) -> str:
+    """As the documents state them."""
+    row = PARAMETERS[name]
+    if row.kind in (str, tuple):
+        return f"at most {row.maximum} characters"
+    if row.above is not None:
+        return f"above {row.above:g}"
+    words: dict[float, str] = {MAX_TOKENS: "10^15", MAX_SEED: "2^63 - 1"}
+    numbers = [words.get(bound) or f"{bound:g}" for bound in (row.minimum, row.maximum) if bound is not None]
+    return " to ".join(numbers) if len(numbers) == 2 else f"at least {numbers[0]}"
+
+
+@pytest.mark.parametrize("name", [name for name, row in PARAMETERS.items() if row.bounds])
+def test_bounds_stand_in_the_documents(name: str) -> None:
+    text = " ".join(" ".join(file.read_text().split()) for file in DOCUMENTS)
+    assert f"`{name}` {bounds_in_words(name)}" in text
+
+
+def test_fields_of_the_page_lie_within_the_bounds() -> None:
+    """The page's form offers no number that the reader refuses, but for 0 as temperature, which turns sampling off."""
+    fields = re.findall(r'\("(\w+)", "[^"]+", ([\d.]+), ([\d.]+), ', (ROOT / "templates/index.html").read_text())
+    assert {"temperature", "top_p", "top_k", "repetition_penalty", "seed"} <= {name for name, *_ in fields}
+    for name, least, most in fields:
+        for value in (least, most):
+            assert (name, value) == ("temperature", "0") or getattr(parse(**{name: value}), name) == float(value)

@@ -13,6 +13,7 @@ from websockets.exceptions import ConnectionClosed
 
 from config import Settings
 from errors import SessionNotFound
+from models.catalog import configured
 from service import Service
 from swarm.client.model import SwarmModel
 from swarm.local import LocalSwarm
@@ -504,7 +505,9 @@ def test_place_in_the_queue_waits_for_nobody(live_app: LiveApp, model: SwarmMode
 
 
 def test_model_defaults(live_app: LiveApp) -> None:
-    (config,) = [config for config in live_app.service.settings.models() if config.name == live_app.model_name]
+    (config,) = [
+        config for config in configured(live_app.service.settings.MODELS) if config.name == live_app.model_name
+    ]
     assert config.generation["do_sample"]
     common = {"inputs": PROMPT, "max_new_tokens": 30, "seed": 3}
 

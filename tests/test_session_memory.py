@@ -40,14 +40,18 @@ class Kept:
         self.closed = True
 
 
-def memory(**options: Any) -> WarmSessions:
+def kept_session(*args: Any, **options: Any) -> Any:
+    return Kept(*args, **options)
+
+
+def memory(**options: Any) -> Any:
     return WarmSessions(**{"max_sessions": 3, "max_tokens": 1000, "timeout": 60.0, **options})
 
 
 def test_the_longest_beginning_is_taken() -> None:
-    kept, short = memory(), Kept([1, 2, 3, 4])
-    long = Kept([1, 2, 3, 4, 5, 6, 7])
-    for session in (short, long, Kept([1, 9, 9, 9, 9])):
+    kept, short = memory(), kept_session([1, 2, 3, 4])
+    long = kept_session([1, 2, 3, 4, 5, 6, 7])
+    for session in (short, long, kept_session([1, 9, 9, 9, 9])):
         kept.keep(MODEL, OWNER, session)
     assert kept.take(MODEL, OWNER, [1, 2, 3, 4, 5, 6, 7, 8], 100) is long
     assert long.token_ids == [1, 2, 3, 4, 5, 6]
@@ -58,7 +62,7 @@ def test_the_longest_beginning_is_taken() -> None:
 
 def test_a_token_is_left_to_process() -> None:
     kept = memory()
-    kept.keep(MODEL, OWNER, Kept([1, 2, 3, 4, 5]))
+    kept.keep(MODEL, OWNER, kept_session([1, 2, 3, 4, 5]))
     taken = kept.take(MODEL, OWNER, [1, 2, 3, 4], 100)
     assert taken is not None and taken.token_ids == [1, 2, 3]
 
@@ -76,7 +80,7 @@ def test_a_token_is_left_to_process() -> None:
     ],
 )
 def test_what_does_not_fit_is_left(model: str, owner: str, tokens: list[int], lengths: tuple[int, int | None]) -> None:
-    kept, session = memory(), Kept([1, 2, 3, 4, 5])
+    kept, session = memory(), kept_session([1, 2, 3, 4, 5])
     kept.keep(MODEL, OWNER, session)
     assert kept.take(model, owner, tokens, *lengths) is None
     assert session.token_ids == [1, 2, 3, 4, 5] and not session.closed
@@ -85,7 +89,7 @@ def test_what_does_not_fit_is_left(model: str, owner: str, tokens: list[int], le
 def test_servers_that_cannot_forget() -> None:
     """With them a session serves only those who have all of its tokens."""
     kept = memory()
-    kept.keep(MODEL, OWNER, Kept([1, 2, 3, 4, 5], rewinds=False))
+    kept.keep(MODEL, OWNER, kept_session([1, 2, 3, 4, 5], rewinds=False))
     assert kept.take(MODEL, OWNER, [1, 2, 3, 9, 9], 100) is None
     assert kept.take(MODEL, OWNER, [1, 2, 3, 4, 9], 100) is not None
 
@@ -93,14 +97,14 @@ def test_servers_that_cannot_forget() -> None:
 def test_bounds() -> None:
     now = 0.0
     kept = memory(max_tokens=350, clock=lambda: now)
-    sessions = [Kept([i, 2, 3]) for i in range(5)]
+    sessions = [kept_session([i, 2, 3]) for i in range(5)]
     for session in sessions[:4]:
         kept.keep(MODEL, OWNER, session)
     assert [session.closed for session in sessions[:4]] == [True, False, False, False]  # three at most
-    large = Kept([1, 2, 3], max_length=200)
+    large = kept_session([1, 2, 3], max_length=200)
     kept.keep(MODEL, OWNER, large)
     assert (kept.tokens, sessions[1].closed, sessions[2].closed) == (300, True, True)
-    kept.keep(MODEL, OWNER, too_large := Kept([1, 2, 3], max_length=400))
+    kept.keep(MODEL, OWNER, too_large := kept_session([1, 2, 3], max_length=400))
     assert too_large.closed and kept.tokens == 300
     kept.free_attention_cache("other", 50)
     assert not sessions[3].closed
@@ -112,14 +116,14 @@ def test_bounds() -> None:
 
 
 def test_useless_sessions_are_closed() -> None:
-    kept, nothing, closed = memory(), Kept([1]), Kept([1, 2, 3])
+    kept, nothing, closed = memory(), kept_session([1]), kept_session([1, 2, 3])
     closed.closed = True
     kept.keep(MODEL, OWNER, nothing)
     kept.keep(MODEL, OWNER, closed)
     assert nothing.closed and len(kept) == 0
-    kept.keep(MODEL, OWNER, last := Kept([1, 2]))
+    kept.keep(MODEL, OWNER, last := kept_session([1, 2]))
     kept.close()
-    kept.keep(MODEL, OWNER, late := Kept([1, 2]))
+    kept.keep(MODEL, OWNER, late := kept_session([1, 2]))
     assert last.closed and late.closed
 
 
@@ -232,16 +236,21 @@ def test_kept_sessions_make_room(tiny_bloom: Any) -> None:
     """The servers have attention cache for two sessions only: who comes is given the place of those that are kept."""
     with LocalSwarm() as local:
         local.start_server(tiny_server(tiny_bloom, "0:4", attn_cache_tokens=256))
-        model = load_model(tiny_bloom, local, cache_timeout=5.0)
-        kept = WarmSessions(8, 10_000, 600.0)
+        kept, model_may_ask = WarmSessions(8, 10_000, 600.0), threading.Event()
+
+        class Relief:
+            def free_attention_cache(self, model: str, tokens: int) -> bool:
+                return model_may_ask.is_set() and kept.free_attention_cache(model, tokens)
+
+        model = load_model(tiny_bloom, local, Relief(), cache_timeout=5.0)
         sessions = InferenceSessions(8, 600.0, memory=kept)
         for number in range(2):
             with sessions.temporary(model, 120) as entry:
                 entry.session.step([number + 5, 6, 7])
         assert len(kept) == 2
-        with model.open_session(200) as session, pytest.raises(CacheFull):  # nobody is asked yet
+        with model.open_session(200) as session, pytest.raises(CacheFull):  # nobody gives way yet
             session.step([5])
-        model.state.make_room = lambda tokens: kept.make_room(model.name, tokens)
+        model_may_ask.set()
         with model.open_session(200) as session:
             session.step([5])
         assert len(kept) == 0

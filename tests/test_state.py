@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import BloomForCausalLM
 
-from config import KNOWN_MODELS, ModelConfig
+from models.catalog import KNOWN_MODELS, ModelConfig
 from models.loading import ServedModel
 from swarm.local import LocalServer, LocalSwarm
 from tests.conftest import LiveApp, serve, tiny_server

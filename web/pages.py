@@ -21,9 +21,9 @@ from flask import (
 from werkzeug.utils import safe_join
 
 from admission.access import COOKIE_AGE, PAGE_TOKEN_AGE, Caller, find_address
-from config import ModelConfig
 from errors import ROOT, InvalidParameter, OriginNotAllowed, Unauthorized
 from generation.parameters import require_text
+from models.catalog import ModelConfig, configured
 from service import Service, get_service
 from web.browsers import BROWSER_COOKIE, KEY_COOKIE, PageCookie, browser_id, is_foreign, is_secure
 
@@ -65,7 +65,7 @@ def index() -> Response:
     """The chat."""
     service = get_service(current_app)
     caller = visitor(service)
-    models = [model for model in service.settings.models() if caller and caller.may_use(model.name)]
+    models = [model for model in configured(service.settings.MODELS) if caller and caller.may_use(model.name)]
     if not models:
         return private_page("sign_in.html", service, caller)
     names = [model.name for model in models]

@@ -3,38 +3,40 @@
 ``parameters`` reads requests: it takes texts for numbers as well, since query strings and forms have nothing else.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, create_model
 
-from generation.parameters import MAX_NAME, MAX_SEED, MAX_STOP_LENGTH, MAX_STOP_SEQUENCES, MAX_TOKENS, SMALLEST_FACTOR
+from generation.parameters import MAX_NAME, MAX_STOP_LENGTH, MAX_STOP_SEQUENCES, PARAMETERS, Parameter
+from models.catalog import State
 
 Stop = Annotated[str, Field(max_length=MAX_STOP_LENGTH)]
 Name = Annotated[str, Field(max_length=MAX_NAME)]
 Flag = bool | Literal[0, 1]
 
 
-class GenerateRequest(BaseModel):
-    """Exactly one of max_length and max_new_tokens is required; inputs are, but to go on with a session."""
+def accepted(parameter: Parameter) -> Any:
+    """Return the type of a parameter's values, and of null, with its bounds."""
+    if parameter.kind is tuple:
+        return Stop | Annotated[list[Stop], Field(max_length=MAX_STOP_SEQUENCES)] | None
+    if parameter.kind is bool:
+        return Flag | None
+    if parameter.kind is str:
+        return (Stop if parameter.maximum else str) | None
+    return Annotated[parameter.kind, Field(**parameter.bounds)] | None
 
-    model: Name | None = Field(None, description="Default: the default model of the server.")
-    session_id: Name | None = Field(None, description="A session that was opened: go on from its tokens.")
-    inputs: str | None = None
-    max_length: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = Field(None, description="Tokens, prefix included.")
-    max_new_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
-    max_answer_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
-    do_sample: Flag | None = Field(None, description="Default false: always the likeliest token.")
-    temperature: Annotated[float, Field(ge=SMALLEST_FACTOR)] | None = None
-    top_k: Annotated[int, Field(ge=0)] | None = None
-    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(ge=SMALLEST_FACTOR)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
-    max_time: Annotated[float, Field(gt=0)] | None = Field(None, description="Seconds.")
-    stop_sequence: Stop | None = Field(None, description="Generate until this text.")
-    extra_stop_sequences: Stop | Annotated[list[Stop], Field(max_length=MAX_STOP_SEQUENCES)] | None = None
+
+_FIELDS: dict[str, Any] = {
+    "model": (Name | None, Field(None, description="Default: the default model of the server.")),
+    "session_id": (Name | None, Field(None, description="A session that was opened: go on from its tokens.")),
+    **{name: (accepted(row), Field(None, description=row.meaning)) for name, row in PARAMETERS.items()},
+}
+
+GenerateRequest = create_model(
+    "GenerateRequest",
+    __doc__="Exactly one of max_length and max_new_tokens is required; inputs are, but to go on with a session.",
+    **_FIELDS,
+)
 
 
 class OpenRequest(BaseModel):
@@ -72,9 +74,6 @@ class SessionCount(BaseModel):
 class Health(BaseModel):
     ok: Literal[True]
     sessions: SessionCount
-
-
-State = Literal["loading", "ready", "blocks_missing", "stale", "rejoining", "failed"]
 
 
 class ModelState(BaseModel):

@@ -79,7 +79,7 @@ class SwarmModel:
         :raises ModelUnavailable: if the model's files cannot be had or are broken
         :raises SwarmUnreachable: while the swarm is being joined again
         """
-        path = weights.locate(name, cache_dir=cache_dir, progress=log.info)
+        path = weights.locate(name, cache_dir=cache_dir, progress=weights.Progress(log.info))
         try:
             tokenizer = TextTokenizer(AutoTokenizer.from_pretrained(path))
             with shared_dht(swarm.dht):

@@ -284,7 +284,7 @@ def make_server(args: argparse.Namespace) -> Server:
         probe_nobody()
     device = args.device or hardware.pick_device()
     host_maddrs = os.environ.get(MADDRS, "").split() or args.host_maddrs
-    path = weights.locate(args.model, cache_dir=args.cache_dir, progress=log.info)
+    path = weights.locate(args.model, cache_dir=args.cache_dir, progress=weights.Progress(log.info))
     blocks = args.blocks
     if blocks is None and args.num_blocks is None and device == "cpu":
         blocks = f"0:{block_count(args.model, path)}"  # petals cannot guess how many fit on a machine without GPU
