@@ -194,7 +194,7 @@ def write(websocket: WebSocket, text: str, rate: float) -> None:
 
 
 BLANK = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Answer</title>
-<link rel="stylesheet" href="/static/theme.css"><link rel="stylesheet" href="/static/markdown.css">
+<link rel="stylesheet" href="/static/css/theme.css"><link rel="stylesheet" href="/static/css/markdown.css">
 <body><main id="scroll"><div id="answer"></div></main></body></html>"""
 OBSERVE = """
 window.observed = { shift: 0, long: 0 };
@@ -206,7 +206,7 @@ longTasks.observe({ type: "longtask", buffered: true });
 """
 # Naive: marked as its manual shows it, all of it in each frame.
 STREAM = """async ([tokens, rate, kind]) => {
-  const { MarkdownView, ready } = await import("/static/js/markdown.js");
+  const { MarkdownView, ready } = await import("/static/js/markdown/view.js");
   const { marked } = await import("/vendor/marked/marked.esm.js");
   await ready;
   const element = document.getElementById("answer");

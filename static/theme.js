@@ -1,6 +1,6 @@
 /**
  * The theme that the user chose: "light", "dark", or none for the system's. A classic script that is loaded in the head,
- * so that no page is drawn in the other theme first; js/main.js changes the choice.
+ * so that no page is drawn in the other theme first; js/chat/main.js changes the choice.
  */
 try {
   const theme = localStorage.getItem("theme");

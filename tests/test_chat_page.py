@@ -921,7 +921,7 @@ def test_weight_and_outside_requests(context: BrowserContext, chat_app: LiveApp)
     # What a person may come to need as well, but for math and highlighting.
     others = sum(
         len(chat_app.app.test_client().get(f"/static/js/{name}").data)
-        for name in ("transfer.js",)
+        for name in ("chat/transfer.js",)
         if not any(url.endswith(name) for url in code)
     )
     assert sum(code.values()) + others < 150_000, code

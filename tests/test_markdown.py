@@ -63,12 +63,12 @@ DOCUMENTS = {
 LATE = "[one] is\n\n- [x][one]\n\n[one]: https://e.org/1\n\nlast\n"
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Markdown</title>
-<link rel="stylesheet" href="/static/theme.css"><link rel="stylesheet" href="/static/markdown.css">
+<link rel="stylesheet" href="/static/css/theme.css"><link rel="stylesheet" href="/static/css/markdown.css">
 <body><div id="one"></div><div id="two"></div></body></html>"""
 
 # What the tests use in the page. Frames come when they are asked for, so that a test takes no longer than its work.
 HARNESS = """async () => {
-  const { MarkdownView, ready } = await import("/static/js/markdown.js");
+  const { MarkdownView, ready } = await import("/static/js/markdown/view.js");
   await ready;
   let frames = [];
   window.requestAnimationFrame = (frame) => frames.push(frame);

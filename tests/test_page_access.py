@@ -319,7 +319,9 @@ def test_tracebacks_can_be_cut_down() -> None:
         assert lines[-1].startswith("errors.InvalidParameter: ") and (len(lines) > 1) == told
 
 
-@pytest.mark.parametrize("path", ["/", "/docs", "/openapi.json", "/healthz", "/static/theme.css", "/nothing", "/v1/x"])
+@pytest.mark.parametrize(
+    "path", ["/", "/docs", "/openapi.json", "/healthz", "/static/css/theme.css", "/nothing", "/v1/x"]
+)
 def test_headers(path: str) -> None:
     answer = client().get(path)
     assert answer.headers["X-Content-Type-Options"] == "nosniff"

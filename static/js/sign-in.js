@@ -1,9 +1,9 @@
 /** The page that asks for a key before there is another one. */
 
-import { pageConfig } from "./dom.js";
-import { KeyForm } from "./key.js";
-import { fetchState } from "./state.js";
-import { recall, remember } from "./storage.js";
+import { pageConfig } from "./shared/dom.js";
+import { KeyForm } from "./shared/key.js";
+import { fetchState } from "./shared/swarm-state.js";
+import { recall, remember } from "./shared/web-storage.js";
 
 const ASKED = "asked-again";
 const ONCE_MS = 10_000; // in this time no page is asked for twice

@@ -1,9 +1,9 @@
 /** The messages on the page, and what can be done with each of them. */
 
-import { copyButton } from "./copy.js";
-import { $, element, icon, iconButton, isComposing, setText, textButton } from "./dom.js";
-import { MarkdownView } from "./markdown.js";
-import { blocks, describe, range, serverName } from "./words.js";
+import { copyButton } from "../shared/copy.js";
+import { $, element, icon, iconButton, isComposing, setText, textButton } from "../shared/dom.js";
+import { MarkdownView } from "../markdown/view.js";
+import { blocks, describe, range, serverName } from "../shared/words.js";
 
 const AT_END_PX = 48; // this close to the end of the messages counts as reading along
 const META_MS = 200; // between two looks at the figures below a running answer: faster they cannot be read

@@ -3,8 +3,8 @@
  * is built from that here, out of a fixed set of elements: no markup of the model's gets in but as text.
  */
 
-import { copyButton } from "./copy.js";
-import { element } from "./dom.js";
+import { copyButton } from "../shared/copy.js";
+import { element } from "../shared/dom.js";
 import { mathOptions, typeset } from "./math.js";
 
 const HIDDEN_MS = 250; // between renderings while the page is hidden and gets no frames
@@ -13,7 +13,7 @@ const PROTOCOLS = new Set(["http:", "https:", "mailto:"]);
 let marked = null; // until it is loaded, text is shown as it stands
 
 /** Resolves once Markdown is shown as such, or it has turned out that it cannot be. */
-export const ready = import("../../vendor/marked/marked.esm.js").then(
+export const ready = import("../../../vendor/marked/marked.esm.js").then(
   ({ Lexer, Marked }) => {
     const { defaults } = new Marked(mathOptions);
     marked = { Lexer, defaults };

@@ -1,9 +1,9 @@
 /** Which models there are, what each is and how far it is; and the choice of one. */
 
-import { $, element, setText } from "./dom.js";
+import { $, element, setText } from "../shared/dom.js";
 import { WORDS } from "./readiness.js";
-import { StateRefused, fetchState } from "./state.js";
-import { number } from "./words.js";
+import { StateRefused, fetchState } from "../shared/swarm-state.js";
+import { number } from "../shared/words.js";
 
 const REFRESH_MS = 2_000; // while the list is open
 

@@ -2,7 +2,7 @@
 
 import { whenIdle } from "./idle.js";
 
-const VENDOR = "../../vendor/katex/";
+const VENDOR = "../../../vendor/katex/";
 const MAX_SOURCE = 5000; // characters; no formula is longer, and KaTeX takes a frame for one of this length
 // Sizes in em, expansions of macros: what a formula may take of the page and of its time. No links, no outside images.
 const OPTIONS = { throwOnError: true, trust: false, strict: "ignore", maxSize: 20, maxExpand: 200 };

@@ -1,12 +1,12 @@
 /** The page of the swarm: asks again and again, and shows what is told. */
 
-import { Announcer } from "./announcer.js";
-import { $, pageConfig, setText } from "./dom.js";
-import { pause } from "./pause.js";
-import { fetchState } from "./state.js";
-import { Joining } from "./swarm-join.js";
-import { ModelCard } from "./swarm-model.js";
-import { number, plural } from "./words.js";
+import { Announcer } from "../shared/announcer.js";
+import { $, pageConfig, setText } from "../shared/dom.js";
+import { pause } from "../shared/pause.js";
+import { fetchState } from "../shared/swarm-state.js";
+import { Joining } from "./join.js";
+import { ModelCard } from "./model-card.js";
+import { number, plural } from "../shared/words.js";
 
 const POLL_MS = 2_000;
 const FIRST_RETRY_S = 2;

@@ -1,6 +1,6 @@
 /** Whether a model can answer, as GET /readyz tells it. Knows nothing of the page. */
 
-import { pause } from "./pause.js";
+import { pause } from "../shared/pause.js";
 
 const POLL_MS = 2_000;
 const PROBE_LIMIT_MS = 5_000;

@@ -1,8 +1,8 @@
 /** Where messages are written. */
 
-import { $, isComposing, setText } from "./dom.js";
-import { recall, remember } from "./storage.js";
-import { number } from "./words.js";
+import { $, isComposing, setText } from "../shared/dom.js";
+import { recall, remember } from "../shared/web-storage.js";
+import { number } from "../shared/words.js";
 
 const DRAFT = "draft"; // in the session's storage: a page that must be loaded again loses no words
 const NEARLY_FULL = 0.9; // of the context: time to think of what is to be left out

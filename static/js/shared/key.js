@@ -1,7 +1,7 @@
 /** The API key that the page asks for once. The server keeps whose it is in a cookie, which no script can read. */
 
 import { $, setText } from "./dom.js";
-import { fetchState } from "./state.js";
+import { fetchState } from "./swarm-state.js";
 
 const PATH = "page/key";
 const LIMIT_MS = 10_000;

@@ -1,6 +1,6 @@
 /** An answer that is being written, and what is told of it. Knows nothing of the page. */
 
-import { blocks, serverName } from "./words.js";
+import { blocks, serverName } from "../shared/words.js";
 
 const SLOW_AFTER = 4; // seconds of an answer, before its speed is judged
 const SLOW = 1; // tokens per second: slower than anybody reads

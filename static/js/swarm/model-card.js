@@ -1,8 +1,8 @@
 /** A model on the page of the swarm: its state, its blocks and the servers that hold them. Updated in place. */
 
-import { copyButton } from "./copy.js";
-import { element, setText } from "./dom.js";
-import { number, plural, range, shortPeer } from "./words.js";
+import { copyButton } from "../shared/copy.js";
+import { element, setText } from "../shared/dom.js";
+import { number, plural, range, shortPeer } from "../shared/words.js";
 
 const MOST_LEVELS = 3; // of servers per block that are drawn apart
 const DENSE = 60; // blocks, from which on there is little room between them

@@ -1,24 +1,24 @@
 /** Wires the chats, the connection to the server and the page together. */
 
-import { Announcer } from "./announcer.js";
+import { Announcer } from "../shared/announcer.js";
 import { Composer } from "./composer.js";
-import { $, isComposing, pageConfig, setText } from "./dom.js";
+import { $, isComposing, pageConfig, setText } from "../shared/dom.js";
 import { explain } from "./failure.js";
 import { newId } from "./id.js";
 import { lock } from "./lock.js";
 import { MessageList } from "./messages.js";
 import { Picker } from "./picker.js";
 import { DOWN, readiness } from "./readiness.js";
-import { Run } from "./run.js";
+import { Run } from "./running-answer.js";
 import { ChatSession, Interrupted } from "./session.js";
 import { Settings, samplingParameters } from "./settings.js";
 import { Sidebar, Toast } from "./sidebar.js";
 import { RequestFailed, SocketError, TakenOver } from "./socket.js";
-import { remember } from "./storage.js";
-import { openStore } from "./store.js";
+import { remember } from "../shared/web-storage.js";
+import { openStore } from "./chat-store.js";
 import { forgetUpTo, transcript } from "./transcript.js";
 import { MessageTree } from "./tree.js";
-import { number, plural, whySlow } from "./words.js";
+import { number, plural, whySlow } from "../shared/words.js";
 
 const KEEP_MS = 300; // between two times that a growing answer is kept: what a reload may have to ask for again
 const TITLE_LENGTH = 60; // characters of a question
@@ -646,7 +646,7 @@ class App {
     const again = () => (answer.text ? this.#proceed(answer.id) : this.#askAgain(answer));
     const limit = `the model can read ${number(this.#limit)} tokens`;
     if (code === "too_long") this.#offerRoom(answer, `This chat has no room left for your message: ${limit}.`);
-    else if (code === "invalid_api_key") import("./key.js").then((key) => key.refused(view, this.#pageToken, again));
+    else if (code === "invalid_api_key") import("../shared/key.js").then((key) => key.refused(view, this.#pageToken, again));
     else if (words) view.notice(words, [answer.text ? "Continue" : "Retry", again]);
     else if (this.#ready && this.#isFull) this.#offerRoom(answer, `This chat is full: ${limit}.`);
   }

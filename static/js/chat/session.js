@@ -3,7 +3,7 @@
  * is full, taken up again when the connection was lost, and replaced when it is gone. Knows nothing of the page.
  */
 
-import { pause } from "./pause.js";
+import { pause } from "../shared/pause.js";
 import { DOWN, readiness } from "./readiness.js";
 import { ConnectionLost, InferenceSocket, RequestFailed, ResponseTimeout } from "./socket.js";
 

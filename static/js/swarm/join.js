@@ -1,8 +1,8 @@
 /** The command by which another machine joins the swarm. */
 
-import { copyButton } from "./copy.js";
-import { $, element, setText } from "./dom.js";
-import { runs } from "./swarm-model.js";
+import { copyButton } from "../shared/copy.js";
+import { $, element, setText } from "../shared/dom.js";
+import { runs } from "./model-card.js";
 
 const LOOPBACK = /^\/(ip4\/127\.|ip6\/::1\/|dns[46]?\/localhost\/)/;
 const PLAIN = /^[\w@%+=:,./-]+$/; // what no shell reads as anything else

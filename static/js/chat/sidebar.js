@@ -1,7 +1,7 @@
 /** The list of chats, and what can be done with them. */
 
-import { $, element, iconButton, isComposing, setText, textButton } from "./dom.js";
-import { ago } from "./words.js";
+import { $, element, iconButton, isComposing, setText, textButton } from "../shared/dom.js";
+import { ago } from "../shared/words.js";
 
 const SEARCH_MS = 150; // after the last key: all messages are looked through
 const UNDO_MS = 10_000; // to bring a deleted chat back

@@ -2,7 +2,7 @@
 
 import { whenIdle } from "./idle.js";
 
-const VENDOR = "../../vendor/highlight/";
+const VENDOR = "../../../vendor/highlight/";
 const MAX_CODE = 50_000; // characters; more takes so long that the page would be felt to hang (about 1 ms per 1,000)
 
 // Of the languages that highlight.js knows; what is not here stays plain. After "=": other names for it.

@@ -1,6 +1,6 @@
 /** How a chat is answered: the system prompt and the sampling, each with its default. The fields stand in index.html. */
 
-import { $ } from "./dom.js";
+import { $ } from "../shared/dom.js";
 
 /** What to ask of the server for these settings: only what was changed; the others are the model's own. */
 export function samplingParameters({ temperature, ...others }) {

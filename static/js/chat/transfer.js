@@ -18,7 +18,7 @@ export class ImportError extends Error {
 }
 
 /**
- * @param {{chat: import("./store.js").Chat, messages: import("./tree.js").Message[]}[]} chats
+ * @param {{chat: import("./chat-store.js").Chat, messages: import("./tree.js").Message[]}[]} chats
  * @returns {string}
  */
 export function toJson(chats) {
