@@ -11,6 +11,7 @@ from werkzeug.exceptions import BadRequest
 
 from admission.access import Usage, tokens_of
 from errors import InvalidParameter, WrongModel
+from generation.lengths import stateless_length
 from generation.loop import encode_beginning
 from generation.parameters import MAX_NAME, GenerationParams, get_text, parse_generation, require_int, require_text
 from inference_sessions import InferenceSession
@@ -109,14 +110,6 @@ def _answer(
         if chunks[-1].finish_reason == "cancelled":
             raise Cancelled("the client has hung up")
         return "".join(chunk.text for chunk in chunks)
-
-
-def stateless_length(needed: int, longest: int) -> int:
-    """Return the length of a session for a request that comes without one.
-
-    It may be kept, and go on with a longer request: with twice the room what is computed again stays in proportion.
-    """
-    return min(2 * needed, max(needed, longest))
 
 
 def request_values() -> dict[str, Any]:

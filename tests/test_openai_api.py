@@ -12,8 +12,8 @@ from transformers import BloomForCausalLM, PreTrainedTokenizerBase
 
 from config import KNOWN_MODELS, ModelConfig
 from errors import TooLong
+from generation.lengths import chat_length
 from models.chat_template import apply_template
-from openai_api.routes import chat_length
 from swarm.client.model import SwarmModel
 from tests.conftest import LiveApp, greedy
 from tests.support.client import call

@@ -8,7 +8,7 @@ import pytest
 
 from errors import InvalidParameter
 from generation.parameters import MAX_NAME, MAX_STOP_SEQUENCES
-from openai_api.routes import logit_bias
+from openai_api.reading import logit_bias
 from openai_api.schemas import (
     MAX_BIAS,
     MAX_MESSAGES,
