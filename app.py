@@ -23,8 +23,9 @@ import http_api
 import websocket_api
 from admission.access import find_caller
 from config import Settings
-from errors import ApiError, describe, error_body, openai_error
+from errors import ApiError, describe, error_body
 from openai_api import routes as openai_api
+from openai_api.formats import openai_error
 from service import Service, get_service
 from swarm.errors import SwarmError
 from web import openapi as api_docs

@@ -191,20 +191,6 @@ def error_body(error: BaseException, request_id: str, *, traced: bool = True) ->
     }
 
 
-# OpenAI's words, by status: https://platform.openai.com/docs/guides/error-codes
-OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
-
-
-def openai_error(error: BaseException) -> tuple[dict[str, Any], int]:
-    """Return the body that tells a client of the OpenAI API of a failure, and the status."""
-    status, code, message, _ = describe(error)
-    if code == "too_long":
-        status, code = 400, "context_length_exceeded"
-    kind = OPENAI_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    param = error.param if isinstance(error, ApiError) else None
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}, status
-
-
 def own_traceback(error: BaseException) -> str:
     """Return the traceback cut down to this project's own frames, with paths relative to the project."""
     lines = ["Traceback (most recent call last):\n"]

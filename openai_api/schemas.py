@@ -277,6 +277,12 @@ class CompletionRequest(Sampling):
     )
 
 
+def prompts_of(body: CompletionRequest) -> list[str] | list[list[int]]:
+    """Return the prompts of a request, all of them texts or all of them token ids."""
+    prompt: Any = body.prompt
+    return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+
+
 class TokenizeRequest(Request):
     """Text to tokens."""
 

@@ -29,7 +29,7 @@ def short_app(live_app: LiveApp) -> Iterator[LiveApp]:
     settings = dataclasses.replace(live_app.service.settings, MODELS=(live_app.model_name,))
     with serve(settings) as live, pytest.MonkeyPatch.context() as patch:
         # Two of the requests have as many prompts as are allowed, and do not say how long the answers may be.
-        patch.setattr("openai_api.routes.DEFAULT_MAX_TOKENS", 2)
+        patch.setattr("openai_api.reading.DEFAULT_MAX_TOKENS", 2)
         model = live.service.models.served[live.model_name].model
         assert model is not None
         model.max_length = SHORT

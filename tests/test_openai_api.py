@@ -11,9 +11,9 @@ import torch
 from transformers import BloomForCausalLM, PreTrainedTokenizerBase
 
 from errors import TooLong
+from generation.lengths import chat_length
 from models.catalog import KNOWN_MODELS, ModelConfig
 from models.chat_template import apply_template
-from openai_api.routes import chat_length
 from swarm.client.model import SwarmModel
 from tests.conftest import LiveApp, greedy
 from tests.support.client import call

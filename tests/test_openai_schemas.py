@@ -8,7 +8,7 @@ import pytest
 
 from errors import InvalidParameter
 from generation.parameters import MAX_NAME, MAX_STOP_SEQUENCES
-from openai_api.routes import logit_bias
+from openai_api.reading import logit_bias
 from openai_api.schemas import (
     MAX_BIAS,
     MAX_MESSAGES,
@@ -111,7 +111,7 @@ class Counted:
 
 
 def test_bias_is_checked_as_a_whole() -> None:
-    model = SimpleNamespace(tokenizer=Counted(), head=SimpleNamespace(vocab_size=4000))
+    model: Any = SimpleNamespace(tokenizer=Counted(), head=SimpleNamespace(vocab_size=4000))
     body = read(CompletionRequest, logit_bias={str(3999 - i): 0.5 for i in range(MAX_BIAS)})
     assert logit_bias(body, model) == tuple((3999 - i, 0.5) for i in range(MAX_BIAS))
     assert model.tokenizer.asked == 1
