@@ -266,15 +266,7 @@ class InferenceSessions:
         :raises SessionLengthExceeded: if the model takes no session so long
         :raises Cancelled: if the wait was ended
         """
-        self._check_open()
-        try:
-            self._places.take(
-                client=client,
-                waiter=Until(self._refusing, waiter),
-                make_room=lambda: self._make_room(client),
-            )
-        except (QueueFull, WaitedTooLong) as error:
-            raise TooManySessions(f"all {self.max_sessions} inference sessions are taken: {error}") from None
+        self._take_place(client, waiter)
         try:
             self._check_open()
             entry = InferenceSession(
@@ -292,6 +284,21 @@ class InferenceSessions:
         except BaseException:
             self._places.give_back(client)
             raise
+        self._add(entry)
+        return entry.session_id
+
+    def _take_place(self, client: str, waiter: Waiter) -> None:
+        self._check_open()
+        try:
+            self._places.take(
+                client=client,
+                waiter=Until(self._refusing, waiter),
+                make_room=lambda: self._make_room(client),
+            )
+        except (QueueFull, WaitedTooLong) as error:
+            raise TooManySessions(f"all {self.max_sessions} inference sessions are taken: {error}") from None
+
+    def _add(self, entry: InferenceSession) -> None:
         with self._lock:
             entry.last_used = self._clock()
             self._sessions[entry.session_id] = entry
@@ -299,7 +306,6 @@ class InferenceSessions:
             with contextlib.suppress(SessionNotFound):
                 self.close(entry.session_id)
             self._check_open()
-        return entry.session_id
 
     def _check_open(self) -> None:
         if self._refusing.is_set():

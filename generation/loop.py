@@ -119,11 +119,7 @@ def generate(
     for left in range(budget - 1, -1, -1):
         try:
             limit.look()
-            if len(rows) == 1 or left == budget - 1:
-                logits = session.step(waiter=limit).expand(len(rows), -1)
-            else:
-                # Rows that have ended go on with their last token, which nobody sees.
-                logits = session.step_rows([row.token_ids[-1] for row in rows], waiter=limit)
+            logits = _step(session, rows, limit, is_first=left == budget - 1)
         except Cancelled:
             for number, row in running.items():
                 yield number, row.writer.end("time" if limit.over else "cancelled")
@@ -138,6 +134,14 @@ def generate(
             yield number, chunk
         if not running:
             return
+
+
+def _step(session: Session, rows: Sequence["_Row"], waiter: Waiter, *, is_first: bool) -> torch.Tensor:
+    """Return the logits of the rows' next tokens: [rows, vocabulary], float32."""
+    if len(rows) == 1 or is_first:
+        return session.step(waiter=waiter).expand(len(rows), -1)
+    # Rows that have ended go on with their last token, which nobody sees.
+    return session.step_rows([row.token_ids[-1] for row in rows], waiter=waiter)
 
 
 def score(session: Session, token_ids: Sequence[int], count: int, waiter: Waiter = PATIENT) -> list[TokenLogprob]:

@@ -2,7 +2,7 @@
 
 import codecs
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 from errors import InvalidParameter
 from generation.session import Session
@@ -12,6 +12,15 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 # Tokens before the first generated one that are decoded along with it: sentence-piece tokenizers write the first token
 # of a text without its space.
 CONTEXT_TOKENS = 8
+
+
+class HeldBack(NamedTuple):
+    """What a detokenizer holds back."""
+
+    token_ids: tuple[int, ...]
+    start: int
+    sent: int
+    utf8: tuple[bytes, int]
 
 
 class Detokenizer:
@@ -26,15 +35,14 @@ class Detokenizer:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     @property
-    def state(self) -> tuple[Any, ...]:
+    def state(self) -> "HeldBack":
         """What is held back, to go back to later."""
-        return tuple(self._ids), self._start, self._sent, self._utf8.getstate()
+        return HeldBack(tuple(self._ids), self._start, self._sent, self._utf8.getstate())
 
     @state.setter
-    def state(self, state: tuple[Any, ...]) -> None:
-        token_ids, self._start, self._sent, utf8 = state
-        self._ids = list(token_ids)
-        self._utf8.setstate(utf8)
+    def state(self, held: "HeldBack") -> None:
+        self._ids, self._start, self._sent = list(held.token_ids), held.start, held.sent
+        self._utf8.setstate(held.utf8)
 
     def restart(self, context: Sequence[int]) -> None:
         """Forget what is held back and go on after these tokens."""
