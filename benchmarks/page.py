@@ -32,7 +32,8 @@ from tests.support.browser import browser_page
 from tests.support.processes import listening
 from web import openapi as api_docs
 from web import pages as page
-from web.websocket_hub import WebSocket, accept_handshake
+from web.websocket import WebSocket
+from web.websocket_handshake import accept_handshake
 from websocket_api import Upgraded, WebSockets
 
 # Events of the main thread in which scripts run; those within another of them are counted once. A layout that a script

@@ -101,9 +101,8 @@ LONG_FUNCTIONS = {
 LONG_FILES = {
     "openai_api.schemas": "a flat list of what goes in and comes out",
     "inference_sessions": "its two locks are best read together",
-    "websocket_api": "one protocol, message by message",
     "front.worker": "one loop over all connections that are not yet requests",
-    "web.websocket_hub": "one loop over all open sockets",
+    "web.websocket": "what one connection has is guarded by one lock, and best read together",
 }
 
 

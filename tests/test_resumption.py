@@ -23,7 +23,7 @@ from tests.test_failover import Chaos
 from tests.test_http_api import generated
 from tests.test_session import free_cache, settled_cache, wait_until
 from web.reply_stream import ReplyStream, Unreachable
-from websocket_api import websockets_of
+from web.websockets import websockets_of
 
 PROMPT = "The quick brown fox"
 NEVER = "no such text is ever generated"

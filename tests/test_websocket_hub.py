@@ -17,20 +17,11 @@ from hypothesis import strategies as st
 
 from admission.fair_pool import FairPool
 from tests.test_session import wait_until
+from web import websocket as one_websocket
 from web import websocket_hub
-from web.websocket_hub import (
-    READ_SIZE,
-    UNSEEN_BYTES,
-    UNSEEN_MESSAGES,
-    UNSENT_BYTES,
-    BadHandshake,
-    Closed,
-    Hub,
-    Limits,
-    NoRoom,
-    WebSocket,
-    accept_handshake,
-)
+from web.websocket import READ_SIZE, UNSEEN_BYTES, UNSEEN_MESSAGES, UNSENT_BYTES, Closed, Limits, WebSocket
+from web.websocket_handshake import BadHandshake, accept_handshake
+from web.websocket_hub import Hub, NoRoom
 
 TIMEOUT = 20  # seconds
 TEXT, BINARY, CONTINUATION, CLOSE, PING, PONG = 1, 2, 0, 8, 9, 10
@@ -280,7 +271,7 @@ def test_server_closes_and_waits_for_the_client(peer: Peer, hub: Hub) -> None:
 
 
 def test_client_that_does_not_close_in_its_turn(peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(websocket_hub, "CLOSING_LIMIT", 0.1)
+    monkeypatch.setattr(one_websocket, "CLOSING_LIMIT", 0.1)
     peer.websocket.close(1000, "bye")
     assert peer.websocket._closed.wait(TIMEOUT)
 
@@ -356,7 +347,7 @@ def test_flood_stays_with_the_client(peer: Peer) -> None:
         for _ in range(100):
             peer.send(message)
     websocket = peer.websocket
-    assert websocket._held + len(websocket._protocol._proto._frame_decoder.buffer) <= 1_000_000 + READ_SIZE
+    assert websocket.held + len(websocket._protocol._proto._frame_decoder.buffer) <= 1_000_000 + READ_SIZE
     peer.sock.settimeout(TIMEOUT)
     assert peer.take() == "x" * 1_000_000  # and who takes gets the next
 
@@ -384,7 +375,7 @@ def test_flood_of_the_smallest_frames_leaves_the_thread_to_others(
     wait_until(lambda: peer.websocket._frames == 1000, "it was not read")
     other.send(frame(b"a"))
     assert other.take() == "a" and peer.websocket._frames == 1000
-    peer.websocket._tick(time.monotonic())
+    peer.websocket.tick(time.monotonic())
     hub.poke(peer.websocket)
     for _ in range(100):
         assert peer.receive()[0] == PONG
@@ -416,7 +407,7 @@ def test_looking_ahead(peer: Peer) -> None:
     assert websocket.ahead == (0, 0) and websocket.look() == "1"
     websocket.done()
     assert [peer.take() for _ in range(count - 2)] == seen
-    assert websocket.ahead == (0, 0) and websocket._held == 0
+    assert websocket.ahead == (0, 0) and websocket.held == 0
 
 
 def test_all_connections_together_hold_a_bounded_amount(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -425,7 +416,7 @@ def test_all_connections_together_hold_a_bounded_amount(hub: Hub, monkeypatch: p
     modest, *greedy = [Peer(hub, address) for address in ("modest", "greedy", "greedy", "greedy")]
     for peer in (modest, *greedy[:2]):
         peer.send(frame(b"x" * 900_000, fin=False))
-        wait_until(lambda peer=peer: peer.websocket._held == 900_000, "it was not read")
+        wait_until(lambda peer=peer: peer.websocket.held == 900_000, "it was not read")
     with contextlib.suppress(OSError):
         greedy[2].send(frame(b"x" * 950_000, fin=False))
     wait_until(lambda: sum(peer.websocket.connected for peer in greedy) == 2, "none was ended")
@@ -540,7 +531,7 @@ def test_silent_clients_are_given_up(hub: Hub) -> None:
 
 
 def test_connection_that_asks_for_nothing_is_closed(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(websocket_hub, "OPENING_LIMIT", 0.1)
+    monkeypatch.setattr(one_websocket, "OPENING_LIMIT", 0.1)
     monkeypatch.setattr(websocket_hub, "TICK", 0.05)
     idle, busy, engaged = Peer(hub), Peer(hub), Peer(hub)
     engaged.websocket.engaged = True

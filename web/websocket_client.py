@@ -7,7 +7,7 @@ from errors import InvalidParameter
 from swarm.errors import Cancelled
 from swarm.waiter import Waiter
 from web.reply_stream import Unreachable
-from web.websocket_hub import POLICY_VIOLATION, Closed, WebSocket
+from web.websocket import POLICY_VIOLATION, Closed, WebSocket
 
 # Requests that a client may send ahead while an answer is running; one that sends more does not read its answers.
 MAX_PENDING, MAX_PENDING_SIZE = 64, 4_194_304  # messages, bytes
