@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from admission.access import Access, Caller, Usage, tokens_of
 from admission.fair_queue import FairQueue, QueueFull, WaitedTooLong
@@ -19,9 +19,6 @@ from models.loading import Models, ServedModel
 from swarm.background import Loop
 from swarm.client.warm_sessions import WarmSessions
 from swarm.waiter import Waiter
-
-if TYPE_CHECKING:
-    from flask import Flask
 
 log = logging.getLogger(__name__)
 
@@ -215,6 +212,13 @@ class Service:
             self._closed.set()
 
 
-def get_service(app: "Flask") -> Service:
+class WebApp(Protocol):
+    """What carries a service: an app of Flask's, which is not known here."""
+
+    extensions: dict[str, Any]
+
+
+def get_service(app: WebApp) -> Service:
     """Return the service of an app."""
-    return app.extensions["petals_chat"]
+    found: Service = app.extensions["petals_chat"]
+    return found

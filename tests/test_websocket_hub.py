@@ -262,10 +262,10 @@ def test_server_closes_and_waits_for_the_client(peer: Peer, hub: Hub) -> None:
     peer.websocket.close(1000, "once is enough")
     assert peer.receive() == (TEXT, b"last")
     assert peer.receive() == (CLOSE, struct.pack("!H", 4001) + b"elsewhere")
-    assert not peer.websocket._closed.is_set()
+    assert not peer.websocket.closed.is_set()
     peer.send(frame(b"ignored") + frame(struct.pack("!H", 4001), CLOSE))
     peer.leave()
-    assert peer.websocket._closed.wait(TIMEOUT)
+    assert peer.websocket.closed.wait(TIMEOUT)
     assert peer.take() is None and peer.websocket.close_code == 4001
     wait_until(lambda: len(hub) == 0, "its place was not given back")
 
@@ -273,7 +273,7 @@ def test_server_closes_and_waits_for_the_client(peer: Peer, hub: Hub) -> None:
 def test_client_that_does_not_close_in_its_turn(peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(one_websocket, "CLOSING_LIMIT", 0.1)
     peer.websocket.close(1000, "bye")
-    assert peer.websocket._closed.wait(TIMEOUT)
+    assert peer.websocket.closed.wait(TIMEOUT)
 
 
 def test_half_closed_connections_are_lost(peer: Peer) -> None:
@@ -298,7 +298,7 @@ def test_client_that_vanishes(hub: Hub, stage: str) -> None:
     elif stage == "closing":
         peer.websocket.close(1000, "bye")
     peer.vanish()
-    assert peer.websocket._closed.wait(TIMEOUT)
+    assert peer.websocket.closed.wait(TIMEOUT)
     if stage == "while sent to":
         sender.join(TIMEOUT)
         assert not sender.is_alive()
@@ -580,7 +580,7 @@ def test_shutting_down(hub: Hub) -> None:
         Peer(hub)
     idle.leave()
     busy.leave()
-    assert idle.websocket._closed.wait(TIMEOUT) and busy.websocket._closed.wait(TIMEOUT)
+    assert idle.websocket.closed.wait(TIMEOUT) and busy.websocket.closed.wait(TIMEOUT)
 
 
 def test_fault_of_one_connection_ends_that_one_alone(

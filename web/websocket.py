@@ -86,10 +86,10 @@ class WebSocket:
         self.engaged = False  # whether it has something to lose, and may be silent; set by who handles its messages
         self.close_code: int | None = None  # how it ended: RFC 6455, section 7.1.5
         self._hub = hub
-        self._sock = sock
+        self.sock = sock
         self._protocol = Connection(ConnectionType.SERVER, trailing_data=leftover)
         self._on_ready: Callable[[], None] | None = None
-        self._changed = threading.Condition()  # guards all that follows; its users wait for room to send
+        self.changed = threading.Condition()  # guards all that follows; its users wait for room to send
         self._busy = True  # whether somebody handles it
         self._messages: deque[Message] = deque()
         self._size = 0  # bytes of them
@@ -103,8 +103,8 @@ class WebSocket:
         self._ended = False  # nothing more comes or is sent, but what is in _out
         self._closing_by = 0.0  # time.monotonic() by which that must be taken
         self._half_closed = False  # whether the client was told that nothing follows, and closes in its turn
-        self._closed = threading.Event()  # the socket is
-        self._finished = False  # nobody handles it any more
+        self.closed = threading.Event()  # the socket is
+        self.finished = False  # nobody handles it any more
         now = time.monotonic()
         self._progress_at = self._heard_at = self._pinged_at = self._idle_since = now
 
@@ -114,7 +114,7 @@ class WebSocket:
         :param on_ready: called from any thread, and must not wait
         """
         self._on_ready = on_ready
-        with self._changed:
+        with self.changed:
             self._flush()
         self.done()
 
@@ -127,7 +127,7 @@ class WebSocket:
 
     def take(self) -> str | bytes | None:
         """Return the next message, a text or, from a binary frame, bytes; None if there is none."""
-        with self._changed:
+        with self.changed:
             if not self._messages:
                 return None
             message = self._messages.popleft()
@@ -140,7 +140,7 @@ class WebSocket:
 
     def look(self) -> str | bytes | None:
         """Return the first message that was not looked at, without taking it; None if there is none."""
-        with self._changed:
+        with self.changed:
             if self._seen == len(self._messages):
                 return None
             message = self._messages[self._seen]
@@ -151,7 +151,7 @@ class WebSocket:
 
     def withdraw(self) -> None:
         """Take the message that was looked at last."""
-        with self._changed:
+        with self.changed:
             size = len(self._messages[self._seen - 1].data)
             del self._messages[self._seen - 1]
             self._seen -= 1
@@ -160,7 +160,7 @@ class WebSocket:
 
     def look_anew(self) -> None:
         """Let ``look`` begin with the first message again."""
-        with self._changed:
+        with self.changed:
             self._seen = self._seen_size = 0
 
     @property
@@ -170,7 +170,7 @@ class WebSocket:
 
     def done(self) -> None:
         """Whoever handled the connection does not any more; when there is something, ``on_ready`` is called again."""
-        with self._changed:
+        with self.changed:
             self._busy = False
             self._idle_since = time.monotonic()
         self.notify()
@@ -178,8 +178,8 @@ class WebSocket:
 
     def finish(self) -> None:
         """The end was seen to; nothing is handled any more."""
-        with self._changed:
-            self._finished = True
+        with self.changed:
+            self.finished = True
             self._messages.clear()
             self._size = self._seen = self._seen_size = 0
         self._hub.poke(self)
@@ -189,7 +189,7 @@ class WebSocket:
 
         :raises Closed: if the connection has ended, or the client takes none for too long
         """
-        with self._changed:
+        with self.changed:
             self._await_room()
             if self._ended:
                 raise Closed("the connection has ended")
@@ -204,11 +204,11 @@ class WebSocket:
             if patience <= 0:
                 self._lose()
             else:
-                self._changed.wait(patience)
+                self.changed.wait(patience)
 
     def offer(self, text: str) -> None:
         """Send a message that may be replaced by the next, or left out: never waits, not even for a slow client."""
-        with self._changed:
+        with self.changed:
             if self._ended:
                 return
             if self._out:
@@ -218,17 +218,17 @@ class WebSocket:
 
     def close(self, code: int, reason: str) -> None:
         """Tell the client that the connection ends, if it can be told within a moment, and end it."""
-        with self._changed:
+        with self.changed:
             self._close(code, CloseConnection(code, reason))
 
     def abandon(self) -> None:
         """Break the connection off; who waits to send on it is woken."""
-        with self._changed:
+        with self.changed:
             self._lose()
 
     def wait_closed(self) -> None:
         """Wait until the socket is closed: for as long as the client is there."""
-        self._closed.wait()
+        self.closed.wait()
 
     # Under the lock
 
@@ -244,7 +244,7 @@ class WebSocket:
         """Give the kernel what it takes."""
         try:
             while self._out:
-                sent = self._sock.send(self._out[:SEND_CHUNK])
+                sent = self.sock.send(self._out[:SEND_CHUNK])
                 del self._out[:sent]
                 self._progress_at = time.monotonic()
                 if not self._out:
@@ -254,7 +254,7 @@ class WebSocket:
         except (OSError, ValueError):  # a closed socket is a ValueError for SSL
             self._lose()
         if len(self._out) <= UNSENT_BYTES:
-            self._changed.notify_all()
+            self.changed.notify_all()
 
     def _write_deferred(self) -> None:
         ping, self._pong = self._pong, None
@@ -273,7 +273,7 @@ class WebSocket:
         self._partial.clear()
         self._closing_by = time.monotonic() + CLOSING_LIMIT
         self._write(frame)
-        self._changed.notify_all()
+        self.changed.notify_all()
         self._hub.poke(self)
 
     def _lose(self) -> None:
@@ -282,7 +282,7 @@ class WebSocket:
         self._out.clear()
         self._partial.clear()
         self._closing_by = 0.0
-        self._changed.notify_all()
+        self.changed.notify_all()
         self._hub.poke(self)
 
     @property
@@ -294,7 +294,7 @@ class WebSocket:
 
     def _read(self) -> None:
         try:
-            data = self._sock.recv(READ_SIZE)
+            data = self.sock.recv(READ_SIZE)
         except WOULD_BLOCK:
             return
         except (OSError, ValueError):
@@ -345,8 +345,8 @@ class WebSocket:
     # For the hub's thread
 
     def attend(self, readable: bool, writable: bool) -> None:
-        with self._changed:
-            if not self._closed.is_set():
+        with self.changed:
+            if not self.closed.is_set():
                 if writable:
                     self._flush()
                 if readable and (self._ended or not self._full):
@@ -364,19 +364,19 @@ class WebSocket:
             else:
                 self._half_closed = True
                 with contextlib.suppress(OSError):
-                    self._sock.shutdown(socket.SHUT_WR)
+                    self.sock.shutdown(socket.SHUT_WR)
         if time.monotonic() >= self._closing_by:
             self._hub._unregister(self)
             with contextlib.suppress(OSError):
-                self._sock.shutdown(socket.SHUT_RDWR)  # others may have the same socket
-            self._sock.close()
+                self.sock.shutdown(socket.SHUT_RDWR)  # others may have the same socket
+            self.sock.close()
             self._out.clear()
-            self._closed.set()
+            self.closed.set()
 
     def notify(self) -> None:
         """If there is something to handle, and nobody does: tell who does."""
-        with self._changed:
-            if self._busy or self._finished or self._on_ready is None:
+        with self.changed:
+            if self._busy or self.finished or self._on_ready is None:
                 return
             if self._hub.ending:
                 self._close(GOING_AWAY, CloseConnection(GOING_AWAY, "the server is shutting down"))
@@ -389,7 +389,7 @@ class WebSocket:
     def tick(self, now: float) -> None:
         """Look at the timers."""
         limits = self._hub.limits
-        with self._changed:
+        with self.changed:
             if self._ended:
                 return
             if self._full:
@@ -413,7 +413,7 @@ class WebSocket:
     @property
     def interest(self) -> int:
         """What is to be awaited of the socket."""
-        if self._closed.is_set():
+        if self.closed.is_set():
             return 0
         reads = self._half_closed or not (self._ended or self._full)
         return (selectors.EVENT_READ if reads else 0) | (selectors.EVENT_WRITE if self._out else 0)

@@ -185,19 +185,19 @@ class Hub:
             if readable and websocket.held > UNSEEN_BYTES:
                 self._bound_memory()
             self._register(websocket)
-            if websocket._finished and websocket._closed.is_set():
+            if websocket.finished and websocket.closed.is_set():
                 with self._lock:
                     self._websockets.pop(websocket, None)
         except Exception:
             log.exception("a WebSocket is given up")
-            if not websocket._closed.is_set():
+            if not websocket.closed.is_set():
                 websocket.abandon()
-                with websocket._changed:
+                with websocket.changed:
                     websocket.end()
 
     def _register(self, websocket: WebSocket) -> None:
         assert self._selector is not None
-        sock, interest = websocket._sock, websocket.interest
+        sock, interest = websocket.sock, websocket.interest
         if not interest:
             self._unregister(websocket)
         elif sock in self._selector.get_map():
@@ -209,7 +209,7 @@ class Hub:
     def _unregister(self, websocket: WebSocket) -> None:
         if self._selector is not None:
             with contextlib.suppress(KeyError, ValueError):  # it was not, or is closed
-                self._selector.unregister(websocket._sock)
+                self._selector.unregister(websocket.sock)
 
     def _bound_memory(self) -> None:
         """When all that was received and not used is too much: end the largest of the address that has most of it."""
