@@ -366,7 +366,7 @@ class WebSocket:
                 with contextlib.suppress(OSError):
                     self.sock.shutdown(socket.SHUT_WR)
         if time.monotonic() >= self._closing_by:
-            self._hub._unregister(self)
+            self._hub.unregister(self)
             with contextlib.suppress(OSError):
                 self.sock.shutdown(socket.SHUT_RDWR)  # others may have the same socket
             self.sock.close()

@@ -199,14 +199,14 @@ class Hub:
         assert self._selector is not None
         sock, interest = websocket.sock, websocket.interest
         if not interest:
-            self._unregister(websocket)
+            self.unregister(websocket)
         elif sock in self._selector.get_map():
             if self._selector.get_key(sock).events != interest:
                 self._selector.modify(sock, interest, websocket)
         else:
             self._selector.register(sock, interest, websocket)
 
-    def _unregister(self, websocket: WebSocket) -> None:
+    def unregister(self, websocket: WebSocket) -> None:
         if self._selector is not None:
             with contextlib.suppress(KeyError, ValueError):  # it was not, or is closed
                 self._selector.unregister(websocket.sock)
