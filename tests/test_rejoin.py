@@ -17,6 +17,7 @@ from transformers import BloomForCausalLM, PreTrainedTokenizerBase
 
 import swarm.client.node
 from config import Settings
+from swarm.client import membership
 from swarm.client.membership import Swarm
 from swarm.client.model import SwarmModel
 from swarm.client.node import with_port
@@ -188,6 +189,7 @@ def test_the_port_is_taken(
             wait_until(take_port, "the port is not free")
             return start()
 
+        monkeypatch.setattr(membership, "SAME_PORT_TRIES", 2)  # each takes seconds to fail
         monkeypatch.setattr(local.swarm, "_start", start_elsewhere)
         kill_dht(local.swarm)
         assert generated(own_app) == (200, {"ok": True, "outputs": expected_text})
