@@ -21,7 +21,6 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 import http_api
 import websocket_api
-from admission.access import find_caller
 from config import Settings
 from errors import ApiError, describe, error_body
 from openai_api import routes as openai_api
@@ -32,6 +31,7 @@ from web import openapi as api_docs
 from web import pages as page
 from web import status as status_api
 from web.browsers import check_host, check_origin, is_local
+from web.callers import find_caller
 from web.logs import set_up_logging
 
 log = logging.getLogger("petals_chat")

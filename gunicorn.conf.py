@@ -6,7 +6,7 @@ import signal
 import threading
 from typing import Any
 
-from admission.access import read_keys
+from admission.keys import read_keys
 from config import Settings
 from errors import ConfigError
 

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
-from admission.access import Access, Caller, Usage, tokens_of
+from admission.access import Access
+from admission.callers import Caller, Usage, tokens_of
 from admission.fair_queue import FairQueue, QueueFull, WaitedTooLong
 from config import Settings
 from errors import ModelNotFound, TooManyRequests

@@ -11,7 +11,7 @@ from typing import Any
 from flask import Flask, current_app, g, jsonify, request
 from flask.typing import ResponseReturnValue
 
-from admission.access import Caller, find_address, presented_key
+from admission.callers import Caller
 from config import Settings
 from errors import ApiError, InvalidParameter, describe, error_body
 from generation.loop import Chunk
@@ -31,6 +31,7 @@ from models.loading import ServedModel
 from service import Service, get_service
 from swarm.errors import Cancelled, SwarmError
 from web.browsers import origin_host, page_cookie
+from web.callers import find_address, presented_key
 from web.reply_stream import ReplyStream, Unreachable
 from web.websocket import GOING_AWAY, POLICY_VIOLATION, WebSocket
 from web.websocket_client import CLOSE, WebSocketClient, parse_message

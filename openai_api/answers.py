@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from admission.access import Caller
+from admission.callers import Caller
 from generation.loop import Chunk, TokenLogprob
 from generation.parameters import GenerationParams
 from service import Answer, Service

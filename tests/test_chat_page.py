@@ -14,7 +14,7 @@ from typing import Any, Literal
 import pytest
 from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Locator, Page, expect
 
-from admission.access import hash_key
+from admission.keys import hash_key
 from models.catalog import DIALOGUE, KNOWN_MODELS, ModelConfig
 from swarm.local import LocalSwarm
 from tests.conftest import LiveApp, serve, tiny_server

@@ -11,7 +11,8 @@ import pytest
 from flask.testing import FlaskClient
 
 from admission import access
-from admission.access import WRONG_KEYS_PER_MINUTE, Access, tokens_of
+from admission.access import WRONG_KEYS_PER_MINUTE, Access
+from admission.callers import tokens_of
 from app import create_app, start
 from config import Settings
 from errors import TooManyRequests, Unauthorized

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from flask_cors.core import probably_regex, try_match_any_pattern
 
+from admission.access import PageCookie
 from admission.addresses import is_trusted
 from errors import HostNotAllowed, InvalidParameter, OriginNotAllowed
 
@@ -24,10 +25,6 @@ if TYPE_CHECKING:
 KEY_COOKIE = "petals_chat_key"  # who has signed in on the page; signed, and not the key
 BROWSER_COOKIE = "petals_chat_browser"  # where the page is open: a random id
 HOST = re.compile(r"(?P<name>\[[0-9a-f:.]+\]|[a-z0-9_.-]+)(:\d{1,5})?", re.ASCII | re.IGNORECASE)
-
-
-class PageCookie(str):
-    """What the page has in its cookie, presented in place of an API key."""
 
 
 def check_host(request: "Request", settings: "Settings") -> None:

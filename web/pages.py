@@ -20,12 +20,14 @@ from flask import (
 )
 from werkzeug.utils import safe_join
 
-from admission.access import COOKIE_AGE, PAGE_TOKEN_AGE, Caller, find_address
+from admission.access import COOKIE_AGE, PAGE_TOKEN_AGE, PageCookie
+from admission.callers import Caller
 from errors import ROOT, InvalidParameter, OriginNotAllowed, Unauthorized
 from generation.parameters import require_text
 from models.catalog import ModelConfig, configured
 from service import Service, get_service
-from web.browsers import BROWSER_COOKIE, KEY_COOKIE, PageCookie, browser_id, is_foreign, is_secure
+from web.browsers import BROWSER_COOKIE, KEY_COOKIE, browser_id, is_foreign, is_secure
+from web.callers import find_address
 
 blueprint = Blueprint("page", __name__)
 

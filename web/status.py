@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from flask import Blueprint, Response, current_app, g, jsonify, request
 
-from admission.access import Caller, find_caller
+from admission.callers import Caller
 from errors import ApiError
 from models.loading import ServedModel
 from service import Service, get_service
+from web.callers import find_caller
 from web.openapi import documented
 from web.schemas import Failure, Health, Readiness, SwarmReport
 
