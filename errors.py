@@ -21,6 +21,7 @@ ApiError                        a failure with a code, a status and a message fo
 ConfigError                     a setting is wrong: the program does not start
 """
 
+import logging
 import traceback
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,20 @@ def describe(error: BaseException) -> tuple[int, str, str, int | None]:
         if isinstance(error, kind):
             return status, code, str(error), retry_after
     return 500, "internal_error", f"{type(error).__name__}: {error}", None
+
+
+def is_ours(error: BaseException) -> bool:
+    """Whether a failure is a fault of this program, and not of a request or of the swarm."""
+    return describe(error)[0] >= 500 and not isinstance(error, (ApiError, swarm_errors.SwarmError))
+
+
+def log_failure(log: logging.Logger, what: str, error: BaseException) -> None:
+    """Log a failure: with its traceback if it is ours, otherwise as one line. Call it where the error is handled."""
+    if is_ours(error):
+        log.error("%s failed", what, exc_info=error)
+    else:
+        _, code, message, _ = describe(error)
+        log.info("%s refused: %s: %s", what, code, message)
 
 
 def error_body(error: BaseException, request_id: str, *, traced: bool = True) -> dict[str, Any]:

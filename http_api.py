@@ -17,11 +17,21 @@ from service import Service, get_service
 from swarm.errors import Cancelled
 from swarm.waiter import Waiter
 from web.client_socket import RequestWaiter
+from web.doors import Door
 from web.openapi import documented
 from web.schemas import Closed, CloseRequest, Failure, GenerateRequest, OpenRequest, Outputs, SessionId
 
 blueprint = Blueprint("http_api", __name__, url_prefix="/api/v1")
 TAG = "HTTP API"
+DOORS = (
+    Door(
+        ("/api/v1/",),
+        needs_key=True,
+        active=("/api/v1/open_inference_session", "/api/v1/close_inference_session"),
+        free=("/api/v1/close_inference_session",),
+    ),
+    Door(("/api/",)),  # versions that there are not
+)
 
 
 @blueprint.post("/generate")

@@ -13,7 +13,7 @@ from flask.typing import ResponseReturnValue
 
 from admission.callers import Caller
 from config import Settings
-from errors import ApiError, InvalidParameter, describe, error_body
+from errors import ApiError, InvalidParameter, error_body, log_failure
 from generation.loop import Chunk
 from generation.parameters import (
     MAX_NAME,
@@ -29,9 +29,10 @@ from generation.parameters import (
 from inference_sessions import InferenceSession, State
 from models.loading import ServedModel
 from service import Service, get_service
-from swarm.errors import Cancelled, SwarmError
+from swarm.errors import Cancelled
 from web.browsers import origin_host, page_cookie
 from web.callers import find_address, presented_key
+from web.doors import Door
 from web.reply_stream import ReplyStream, Unreachable
 from web.websocket import GOING_AWAY, POLICY_VIOLATION, WebSocket
 from web.websocket_client import CLOSE, WebSocketClient, parse_message
@@ -39,6 +40,7 @@ from web.websocket_handshake import BadHandshake, accept_handshake
 from web.websockets import Upgraded, WebSockets, websockets_of
 
 log = logging.getLogger(__name__)
+DOORS = (Door(("/api/v2/",)),)  # a key is asked for in the first message
 
 INTERNAL_ERROR = 1011
 
@@ -276,11 +278,7 @@ class Connection:
 
     def _failure(self, error: Exception) -> dict[str, Any]:
         """Log a failure and return what to tell the client of it."""
-        status, *_ = describe(error)
-        if status == 500:
-            log.exception("WebSocket request failed")
-        else:
-            log.info("WebSocket request refused: %s", error if isinstance(error, (ApiError, SwarmError)) else status)
+        log_failure(log, "WebSocket request", error)
         return error_body(error, self.request_id, traced=self.service.settings.TRACEBACKS)
 
 

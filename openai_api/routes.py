@@ -11,7 +11,7 @@ from flask import Blueprint, Response, current_app, g, jsonify, request
 from errors import InvalidParameter
 from models.catalog import ModelConfig
 from models.chat_template import apply_template
-from openai_api.formats import ChatWriter, TextWriter, piece_of
+from openai_api.formats import ChatWriter, TextWriter, openai_error, piece_of
 from openai_api.reading import chat_task, check_tokens, completion_tasks, read_chat
 from openai_api.schemas import (
     MAX_TOKEN_IDS,
@@ -20,6 +20,7 @@ from openai_api.schemas import (
     CompletionRequest,
     Content,
     DetokenizeRequest,
+    Error,
     Model,
     ModelList,
     Prompt,
@@ -31,17 +32,19 @@ from openai_api.schemas import (
 )
 from openai_api.streaming import Reply
 from service import Service, get_service
+from web.doors import Door
 from web.openapi import documented
 
 if TYPE_CHECKING:
     from swarm.client.model import SwarmModel
 
 blueprint = Blueprint("openai_api", __name__)
+DOORS = (Door(("/v1/", "/tokenize", "/detokenize", "/apply-template"), needs_key=True, failure=openai_error),)
 TAG, TOKENIZER_TAG = "OpenAI API", "Tokenizer"
 
 
 @blueprint.get("/v1/models")
-@documented(TAG, ModelList)
+@documented(TAG, ModelList, failure=Error)
 def list_models() -> Response:
     """The models that the caller may use."""
     service = get_service(current_app)
@@ -50,7 +53,7 @@ def list_models() -> Response:
 
 
 @blueprint.get("/v1/models/<path:model>")
-@documented(TAG, Model)
+@documented(TAG, Model, failure=Error)
 def get_model(model: str) -> Response:
     """One model."""
     service = get_service(current_app)
@@ -73,7 +76,7 @@ def model_object(service: Service, name: str) -> dict[str, Any]:
 
 
 @blueprint.post("/v1/chat/completions")
-@documented(TAG, ChatCompletion, request=ChatRequest, streams=True)
+@documented(TAG, ChatCompletion, failure=Error, request=ChatRequest, streams=True)
 def chat_completions() -> Response:
     """Answer a conversation."""
     body: ChatRequest = ChatRequest.read(request.get_data(cache=False))
@@ -84,7 +87,7 @@ def chat_completions() -> Response:
 
 
 @blueprint.post("/v1/completions")
-@documented(TAG, TextCompletion, request=CompletionRequest, streams=True)
+@documented(TAG, TextCompletion, failure=Error, request=CompletionRequest, streams=True)
 def completions() -> Response:
     """Continue texts."""
     body: CompletionRequest = CompletionRequest.read(request.get_data(cache=False))
@@ -95,7 +98,7 @@ def completions() -> Response:
 
 
 @blueprint.post("/tokenize")
-@documented(TOKENIZER_TAG, Tokens, request=TokenizeRequest)
+@documented(TOKENIZER_TAG, Tokens, failure=Error, request=TokenizeRequest)
 def tokenize() -> Response:
     """Turn text into token ids."""
     body: TokenizeRequest = TokenizeRequest.read(request.get_data(cache=False))
@@ -111,7 +114,7 @@ def tokenize() -> Response:
 
 
 @blueprint.post("/detokenize")
-@documented(TOKENIZER_TAG, Content, request=DetokenizeRequest)
+@documented(TOKENIZER_TAG, Content, failure=Error, request=DetokenizeRequest)
 def detokenize() -> Response:
     """Turn token ids into text."""
     body: DetokenizeRequest = DetokenizeRequest.read(request.get_data(cache=False))
@@ -121,7 +124,7 @@ def detokenize() -> Response:
 
 
 @blueprint.post("/apply-template")
-@documented(TOKENIZER_TAG, Prompt, request=TemplateRequest)
+@documented(TOKENIZER_TAG, Prompt, failure=Error, request=TemplateRequest)
 def template() -> Response:
     """Turn a conversation into the text that the model reads."""
     body: TemplateRequest = TemplateRequest.read(request.get_data(cache=False))

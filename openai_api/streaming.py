@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from flask import Response, g, jsonify, request, stream_with_context
 
 from admission.budgets import Budget, Exhausted
-from errors import InvalidParameter, TooManyRequests, describe
+from errors import InvalidParameter, TooManyRequests, log_failure
 from generation.loop import Chunk, TokenLogprob
 from openai_api.answers import Answers, Done, Event, Piece, Scores, Task
 from openai_api.formats import Tally, Writer, openai_error
@@ -129,10 +129,7 @@ class Reply:
         except Cancelled:
             log.info("the client has hung up")
         except Exception as error:
-            if describe(error)[0] == 500:
-                log.exception("a streamed answer failed")
-            else:
-                log.info("a streamed answer failed: %s", error)
+            log_failure(log, "a streamed answer", error)
             yield sse(openai_error(error)[0])
             yield "data: [DONE]\n\n"
         finally:

@@ -15,9 +15,10 @@ from pydantic.json_schema import models_json_schema
 from werkzeug.routing import Rule
 
 from errors import ROOT
-from openai_api.schemas import Error
+from web.doors import Door
 
 blueprint = Blueprint("api_docs", __name__)
+DOORS = (Door(("/openapi.json",)), Door(("/docs",), for_programs=False, cross_origin=False))
 
 View = TypeVar("View", bound=Callable[..., Any])
 WEBSOCKET_API = ROOT / "docs" / "websocket-api.md"
@@ -64,7 +65,7 @@ def documented(
     response: type[BaseModel],
     *,
     request: type[BaseModel] | None = None,
-    failure: type[BaseModel] | None = Error,
+    failure: type[BaseModel] | None,
     streams: bool = False,
     forms: bool = False,
     also: tuple[int, ...] = (),

@@ -28,6 +28,7 @@ from models.catalog import ModelConfig, configured
 from service import Service, get_service
 from web.browsers import BROWSER_COOKIE, KEY_COOKIE, browser_id, is_foreign, is_secure
 from web.callers import find_address
+from web.doors import Door
 
 blueprint = Blueprint("page", __name__)
 
@@ -59,6 +60,11 @@ PACKAGES = {
     "highlight": "@highlightjs/cdn-assets/es",
 }
 KEY_PATH = "/page/key"
+DOORS = (
+    Door((KEY_PATH,), cross_origin=False),
+    Door(("/static/", "/vendor/"), for_programs=False, cross_origin=False, quiet=True),
+    Door(("/",), for_programs=False, cross_origin=False),
+)
 VENDOR_AGE = 3600  # seconds that a browser need not ask again; the packages change with a release
 
 
@@ -76,7 +82,7 @@ def index() -> Response:
         "index.html",
         service,
         caller,
-        models=[describe(model) for model in models],
+        models=[page_settings(model) for model in models],
         default_model=default if default in names else names[0],
     )
 
@@ -191,7 +197,7 @@ def vendor_file(package: str, name: str) -> Response:
     return send_from_directory(NODE_MODULES / PACKAGES[package], name, max_age=VENDOR_AGE)
 
 
-def describe(model: ModelConfig) -> dict[str, Any]:
+def page_settings(model: ModelConfig) -> dict[str, Any]:
     """Return how the page names a model and talks to it."""
     return {
         "name": model.name,

@@ -11,6 +11,7 @@ from errors import ApiError
 from models.loading import ServedModel
 from service import Service, get_service
 from web.callers import find_caller
+from web.doors import Door
 from web.openapi import documented
 from web.schemas import Failure, Health, Readiness, SwarmReport
 
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 
 blueprint = Blueprint("status_api", __name__)
 TAG = "State"
+DOORS = (
+    Door(("/healthz", "/readyz"), quiet=True),
+    Door(("/api/v1/state",), needs_key=True, for_own_pages=True, quiet=True),
+)
 
 
 @blueprint.get("/healthz")
@@ -89,11 +94,11 @@ def swarm_state() -> Response:
         time=time.time(),
         initial_peers=service.models.initial_peers,
         sessions={"open": len(sessions), "max": sessions.max_sessions},
-        models=[describe(served) for name, served in service.models.served.items() if g.caller.may_use(name)],
+        models=[model_report(served) for name, served in service.models.served.items() if g.caller.may_use(name)],
     )
 
 
-def describe(served: ServedModel) -> dict[str, Any]:
+def model_report(served: ServedModel) -> dict[str, Any]:
     """Return what there is to know of a model; null where nobody knows it, or not yet."""
     config, status, model = served.config, served.status, served.model
     return {
@@ -109,11 +114,11 @@ def describe(served: ServedModel) -> dict[str, Any]:
         "context_length": model.max_length if model else None,
         "num_blocks": model.state.num_blocks if model else None,
         "blocks": model.state.holders() if model else [],
-        "servers": describe_servers(model.state.servers()) if model else [],
+        "servers": server_reports(model.state.servers()) if model else [],
     }
 
 
-def describe_servers(servers: list["ServerView"]) -> list[dict[str, Any]]:
+def server_reports(servers: list["ServerView"]) -> list[dict[str, Any]]:
     """Return them in the order of their blocks, which does not change from one answer to the next."""
     ordered = sorted(servers, key=lambda server: (server.start, server.end, server.peer_id))
     described = [dataclasses.asdict(server) for server in ordered]
