@@ -8,7 +8,6 @@ it, and ``silent_for``, the seconds since its computing process was last seen al
 A server of which a part has died is no server: it leaves the swarm at once and begins anew, see ``swarm.supervision``.
 """
 
-import argparse
 import contextlib
 import ctypes
 import functools
@@ -40,6 +39,7 @@ from petals.utils.dht import declare_active_modules
 from swarm import hardware, supervision, weights
 from swarm import lazy_imports as imports
 from swarm.errors import ModelUnavailable
+from swarm.options import ServerOptions, parse_args
 from swarm.process import freeze_collector, kill_descendants, set_threads
 from swarm.server.batching import Batcher, SharedMemoryCache
 from swarm.server.blocks import make_ragged_blocks
@@ -51,9 +51,7 @@ log = logging.getLogger(__name__)
 # A private swarm is small: announcing often costs little, and a server that died is forgotten after two periods.
 PRIVATE_UPDATE_PERIOD = 10.0  # seconds
 PUBLIC_UPDATE_PERIOD = 60.0  # seconds, petals' default
-# Attention cache is for those who use it. The app keeps idle sessions for SESSION_TIMEOUT, 300 s by default, and those
-# that wait for their client to come back for RESUME_TIMEOUT, 60 s, longer; with a minute more, the client decides.
-IDLE_TIMEOUT = 420.0  # seconds between two steps of one session
+ALL_ADDRESSES = ("/ip4/0.0.0.0/tcp/0",)
 SESSION_TIMEOUT = 12 * 3600.0  # seconds from the first step to the last: nobody uses one without a pause for so long
 # Petals' own clients train with sequences of up to 2048 tokens, or with more than one in a request if they are shorter.
 TRAINING_TOKENS = 2048  # of one forward or backward pass
@@ -267,58 +265,59 @@ def shorten_refusal(record: logging.LogRecord) -> bool:
     return True
 
 
-def make_server(args: argparse.Namespace) -> Server:
-    """Build the server from parsed arguments: joins or starts the swarm, but loads no blocks yet.
+def make_server(options: ServerOptions) -> Server:
+    """Build the server: joins or starts the swarm, but loads no blocks yet.
 
     :raises ModelUnavailable: if the model's files cannot be had
     """
     imports.postpone(ADAPTERS)
-    if not args.batching or args.quant != "none":
+    if not options.batching or options.quant != "none":
         imports.load(ADAPTERS)  # with bitsandbytes, which quantises, and prints when it is imported
     TransformerConnectionHandler.inference_tokens = multiprocessing.Value(ctypes.c_uint64)
     TransformerConnectionHandler.heartbeat = multiprocessing.Value(ctypes.c_double, time.monotonic())
-    container = BatchingContainer if args.batching else WatchedContainer
+    container = BatchingContainer if options.batching else WatchedContainer
     use_server_parts(TransformerConnectionHandler, SharedMemoryCache, container, Announcer, PatientDHT)
-    public = args.initial_peers == ["public"]
-    if args.batching and not public:  # one that computes as a stock server is left as that is, to compare with
+    public = options.initial_peers == ("public",)
+    if options.batching and not public:  # one that computes as a stock server is left as that is, to compare with
         probe_nobody()
-    device = args.device or hardware.pick_device()
-    host_maddrs = os.environ.get(MADDRS, "").split() or args.host_maddrs
-    path = weights.locate(args.model, cache_dir=args.cache_dir, progress=weights.Progress(log.info))
-    blocks = args.blocks
-    if blocks is None and args.num_blocks is None and device == "cpu":
-        blocks = f"0:{block_count(args.model, path)}"  # petals cannot guess how many fit on a machine without GPU
-    if args.batching:
+    device = options.device or hardware.pick_device()
+    host_maddrs = os.environ.get(MADDRS, "").split() or list(options.host_maddrs or ALL_ADDRESSES)
+    cache_dir = options.cache_dir or weights.default_cache_dir()
+    path = weights.locate(options.model, cache_dir=cache_dir, progress=weights.Progress(log.info))
+    blocks = options.blocks
+    if blocks is None and options.num_blocks is None and device == "cpu":
+        blocks = f"0:{block_count(options.model, path)}"  # petals cannot guess how many fit on a machine without GPU
+    if options.batching:
         # The processes forked from here on share what is there already, for as long as nobody writes to it: and a
         # collection writes to every object. Here that is 90 MB.
         freeze_collector()
-    with identity_file(args) as identity_path:
+    with identity_file(options) as identity_path:
         server = Server(
             converted_model_name_or_path=path,
-            dht_prefix=args.dht_prefix or weights.dht_prefix(args.model),
-            initial_peers=PUBLIC_INITIAL_PEERS if public else args.initial_peers,
+            dht_prefix=options.dht_prefix or weights.dht_prefix(options.model),
+            initial_peers=PUBLIC_INITIAL_PEERS if public else list(options.initial_peers),
             host_maddrs=host_maddrs,
-            announce_maddrs=args.announce_maddrs,
+            announce_maddrs=list(options.announce_maddrs) or None,
             identity_path=identity_path,
-            public_name=args.public_name,
+            public_name=options.public_name,
             block_indices=blocks,
-            num_blocks=args.num_blocks,
+            num_blocks=options.num_blocks,
             device=device,
-            torch_dtype=args.dtype or hardware.pick_dtype(device),
-            quant_type=QuantType[args.quant.upper()],
-            attn_cache_tokens=args.attn_cache_tokens,
-            inference_max_length=args.inference_max_length,
-            num_handlers=args.num_handlers,
+            torch_dtype=options.dtype or hardware.pick_dtype(device),
+            quant_type=QuantType[options.quant.upper()],
+            attn_cache_tokens=options.attn_cache_tokens,
+            inference_max_length=options.inference_max_length,
+            num_handlers=options.num_handlers,
             # Petals' speed test takes long and needs the internet; in a private swarm every server counts the same.
-            throughput=args.throughput or ("auto" if public else 1.0),
-            update_period=args.update_period or (PUBLIC_UPDATE_PERIOD if public else PRIVATE_UPDATE_PERIOD),
-            step_timeout=args.idle_timeout,
+            throughput=options.throughput or ("auto" if public else 1.0),
+            update_period=options.update_period or (PUBLIC_UPDATE_PERIOD if public else PRIVATE_UPDATE_PERIOD),
+            step_timeout=options.idle_timeout,
             session_timeout=SESSION_TIMEOUT,
             reachable_via_relay=None if public else False,
             use_auto_relay=public,
             skip_reachability_check=not public,
         )
-    if not args.initial_peers:
+    if not options.initial_peers:
         ports = re.search(r"/tcp/(\d+)", " ".join(map(str, server.dht.get_visible_maddrs())))
         if ports:
             os.environ[MADDRS] = " ".join(re.sub(r"/tcp/0(?=/|$)", ports[0], maddr) for maddr in host_maddrs)
@@ -326,13 +325,13 @@ def make_server(args: argparse.Namespace) -> Server:
 
 
 @contextlib.contextmanager
-def identity_file(args: argparse.Namespace) -> Iterator[str | None]:
+def identity_file(options: ServerOptions) -> Iterator[str | None]:
     """Have a server's private key in a file, for as long as p2pd starts; None if any will do.
 
     Others know a server that founded its swarm by its key, so that it needs the same one when it begins anew.
     """
-    if args.identity_path or args.initial_peers:
-        yield args.identity_path
+    if options.identity_path or options.initial_peers:
+        yield options.identity_path
         return
     with tempfile.TemporaryDirectory(prefix="petals-chat-") as directory:
         path = Path(directory, "identity")
@@ -494,65 +493,29 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, name="watch-parent", daemon=True).start()
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(prog="python -m swarm.server", description="Serve blocks of a model to a swarm.")
-    add = parser.add_argument
-    add("model", help="hub name, local directory, or the name of the bundled model")
-    add("--initial-peers", nargs="*", default=[], metavar="MADDR", help="peers to join, or 'public'; none: a new swarm")
-    add("--blocks", metavar="START:END", help="blocks [START, END) to serve; default: all (CPU), as many as fit (GPU)")
-    add("--num-blocks", type=int, help="serve this many blocks, chosen where the swarm needs them most")
-    add("--host-maddrs", nargs="+", default=["/ip4/0.0.0.0/tcp/0"], metavar="MADDR", help="addresses to listen on")
-    add("--announce-maddrs", nargs="+", metavar="MADDR", help="addresses to announce, if others see different ones")
-    add("--identity-path", metavar="FILE", help="private key file that keeps the peer id the same over restarts")
-    add("--public-name", help="a name to show to others")
-    add("--dht-prefix", help="prefix of the blocks' keys; must be the same on all servers and clients of a model")
-    add("--device", help="cpu, cuda, cuda:1, ...; default: by what the machine has")
-    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="default: by what the machine has")
-    add("--quant", choices=[kind.name.lower() for kind in QuantType], default="none", help="quantise the weights")
-    add("--attn-cache-tokens", type=int, metavar="N", help="attention cache for N tokens of each block")
-    add("--inference-max-length", type=int, metavar="N", help="longest session to accept, in tokens")
-    add("--num-handlers", type=int, default=2, help="processes that take requests (default: %(default)s)")
-    add("--throughput", type=float, help="announced throughput; default: measured (public) or 1 (private)")
-    add(
-        "--idle-timeout",
-        type=float,
-        default=IDLE_TIMEOUT,
-        metavar="SECONDS",
-        help="end sessions that are idle for so long",
-    )
-    add("--update-period", type=float, metavar="SECONDS", help="how often to announce the blocks")
-    add("--threads", type=int, help="threads of PyTorch's operators; default: one per core")
-    add("--cache-dir", type=Path, default=weights.default_cache_dir(), help="where prepared models are kept")
-    add("--no-batching", dest="batching", action="store_false", help="compute one session's step at a time, as petals")
-    add("--end-with-parent", action="store_true", help="stop when standard input ends")
-    add("--quiet", action="store_true", help="log warnings and errors only")
-    return parser.parse_args(argv)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a server from the command line; return the exit status."""
-    args = parse_args(argv)
+    options = parse_args(argv)
     logging.basicConfig(
-        level=logging.WARNING if args.quiet else logging.INFO,
+        level=logging.WARNING if options.quiet else logging.INFO,
         format="%(asctime)s %(levelname)s server %(process)d %(name)s: %(message)s",
     )
     logging.getLogger("hivemind.moe.server.runtime").addFilter(lambda record: not is_abandoned_step(record))
     logging.getLogger("hivemind.p2p.p2p_daemon").addFilter(shorten_refusal)
-    BatchingContainer.threads = args.threads or hardware.cpu_count()
+    BatchingContainer.threads = options.threads or hardware.cpu_count()
     # Each thread that computes has helpers of its own. With more helpers in all than cores OpenMP puts them to sleep
     # after each operator, and waking them takes as long as computing: so only one thread of a batching server has some.
-    set_threads(1 if args.batching else BatchingContainer.threads)
-    if args.end_with_parent:
+    set_threads(1 if options.batching else BatchingContainer.threads)
+    if options.end_with_parent:
         end_with_parent()
     bury_children()
     try:
-        server = make_server(args)
+        server = make_server(options)
     except ModelUnavailable as error:
         print(error, file=sys.stderr)
         return 1
     except Exception:
-        if EARLY_DEATHS not in os.environ or args.end_with_parent:
+        if EARLY_DEATHS not in os.environ or options.end_with_parent:
             raise  # a parent starts it again, and may know other peers by now
         log.exception("this server could not begin anew")
         kill_descendants()
