@@ -162,6 +162,7 @@ def test_early_deaths_wait_longer_and_longer() -> None:
     delays = [backoff(deaths) for deaths in range(20)]
     assert delays[:4] == [0.0, 0.5, 1.0, 2.0] and delays[-1] == LAST_BACKOFF
     assert delays == sorted(delays)
+    assert backoff(5000) == LAST_BACKOFF
 
 
 def test_a_process_begins_anew(tmp_path: Path) -> None:
