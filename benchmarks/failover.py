@@ -26,7 +26,8 @@ import psutil
 import torch
 
 from swarm.client.model import SwarmModel
-from swarm.local import LocalServer, LocalSwarm, ServerOptions
+from swarm.local import LocalServer, LocalSwarm
+from swarm.options import ServerOptions
 from swarm.process import set_threads
 from tests.support.hosts import Host, ServerOnHost
 from tests.support.swarms import server_info
@@ -108,7 +109,7 @@ def main() -> None:
 def start_server(local: LocalSwarm, path: Path, number: int, host: Host | None) -> LocalServer:
     """Start server ``number``, every second one of the same span; on a host of its own if there is one."""
     options = ServerOptions(
-        str(path), blocks=SPANS[number % 2], torch_dtype="float32", threads=1, public_name=f"server-{number}"
+        str(path), blocks=SPANS[number % 2], dtype="float32", threads=1, public_name=f"server-{number}"
     )
     if host is None:
         return local.start_server(options)

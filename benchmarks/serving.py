@@ -35,7 +35,8 @@ from config import Settings
 from swarm import weights
 from swarm.client.model import SwarmModel
 from swarm.hardware import attn_cache_tokens, cpu_count
-from swarm.local import LocalServer, LocalSwarm, ServerOptions
+from swarm.local import LocalServer, LocalSwarm
+from swarm.options import ServerOptions
 from swarm.process import set_threads
 from tests.support.processes import GUNICORN, Program, running
 from tests.support.swarms import server_info
@@ -199,7 +200,7 @@ def serve_model(
         ServerOptions(
             name,
             device=device,
-            torch_dtype=dtype,
+            dtype=dtype,
             attn_cache_tokens=attn_cache_tokens(model.config, dtype, share, device),
             threads=settings.SERVER_THREADS or None,
             cache_dir=settings.cache_dir,

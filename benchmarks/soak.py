@@ -38,7 +38,8 @@ from websockets.exceptions import ConnectionClosed
 from benchmarks.attacks.client import Client
 from benchmarks.throttled_server import ThrottledServer
 from swarm import weights
-from swarm.local import LocalServer, LocalSwarm, ServerOptions
+from swarm.local import LocalServer, LocalSwarm
+from swarm.options import ServerOptions
 from tests.support.client import call, websocket
 from tests.support.evil import EvilServer, ask, bad_requests
 from tests.support.processes import GUNICORN, Program, running, survivors
@@ -294,7 +295,7 @@ def run(minutes: float, *, period: float = 8.0, seed: int = 0) -> dict[str, Any]
     with tempfile.TemporaryDirectory() as directory:
         path = make_tiny_bloom(Path(directory) / "tiny-bloom")
         with LocalSwarm() as local:
-            options = ServerOptions(str(path), torch_dtype="float32", threads=1, attn_cache_tokens=65536)
+            options = ServerOptions(str(path), dtype="float32", threads=1, attn_cache_tokens=65536)
             parts = [dataclasses.replace(options, blocks=blocks) for blocks in ("0:2", "2:4") * 2]
             servers = [ThrottledServer(part, local.swarm.initial_peers) for part in parts]
             local.servers += servers

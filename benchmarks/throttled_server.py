@@ -14,8 +14,8 @@ import swarm.compat  # noqa: F401
 import torch
 
 from swarm.local import LocalServer
-from swarm.server import serve as server
 from swarm.server.blocks import Part, RaggedBlocks
+from swarm.server.serve import main
 
 ROWS = 48  # batches of so many tokens have a part of a prompt
 DELAY = 0.2  # seconds
@@ -42,4 +42,4 @@ def throttle() -> None:
 
 if __name__ == "__main__":
     throttle()
-    sys.exit(server.main())
+    sys.exit(main())

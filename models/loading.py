@@ -258,7 +258,7 @@ class Models:
 
         from swarm import weights
         from swarm.hardware import attn_cache_tokens
-        from swarm.local import ServerOptions
+        from swarm.options import ServerOptions
 
         name, settings = served.config.name, self.settings
         path = weights.locate(
@@ -272,14 +272,14 @@ class Models:
             ServerOptions(
                 name,
                 device=settings.device(),
-                torch_dtype=dtype,
+                dtype=dtype,
                 attn_cache_tokens=cache_tokens,
                 threads=settings.SERVER_THREADS or None,
                 cache_dir=settings.cache_dir,
                 # With a minute more than the app keeps what nobody uses, the app decides.
                 idle_timeout=settings.SESSION_TIMEOUT + settings.RESUME_TIMEOUT + 60,
                 # Reachable by the same machines as the swarm's first peer, on a port of its own.
-                host_maddrs=[re.sub(r"/(tcp|udp)/\d+", r"/\1/0", maddr) for maddr in settings.SWARM_HOST_MADDRS],
+                host_maddrs=tuple(re.sub(r"/(tcp|udp)/\d+", r"/\1/0", maddr) for maddr in settings.SWARM_HOST_MADDRS),
             )
         )
         served.has_server = True

@@ -1,62 +1,26 @@
 """The embedded private swarm: this program is its first peer, and its servers are child processes that it watches."""
 
 import contextlib
+import dataclasses
 import logging
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from swarm.client.membership import Swarm
+from swarm.options import ServerOptions
 from swarm.process import kill_descendants
 from swarm.supervision import HEALTHY_AFTER, backoff
 
 log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parent.parent
+THIS_MACHINE = ("/ip4/127.0.0.1/tcp/0",)  # where nobody else can reach the embedded swarm
 # Longer than a server's own limit for an orderly stop, which announces that its blocks go.
 STOP_TIMEOUT = 12.0  # seconds
-
-
-@dataclass(frozen=True)
-class ServerOptions:
-    """What a server of the embedded swarm is started with; see ``python -m swarm.server --help``."""
-
-    model: str
-    blocks: str | None = None  # "start:end", default: all
-    device: str | None = None
-    torch_dtype: str | None = None
-    attn_cache_tokens: int | None = None
-    inference_max_length: int | None = None
-    num_handlers: int = 2  # more processes than cores only take turns
-    threads: int | None = None
-    cache_dir: Path | None = None
-    public_name: str | None = None
-    idle_timeout: float | None = None  # seconds
-    batching: bool = True  # whether steps of different sessions are computed together; stock servers do not
-    host_maddrs: Sequence[str] = ("/ip4/127.0.0.1/tcp/0",)
-
-    def arguments(self) -> list[str]:
-        """Return the command line for these options."""
-        flags = {
-            "--blocks": self.blocks,
-            "--device": self.device,
-            "--dtype": self.torch_dtype,
-            "--attn-cache-tokens": self.attn_cache_tokens,
-            "--inference-max-length": self.inference_max_length,
-            "--num-handlers": self.num_handlers,
-            "--threads": self.threads,
-            "--cache-dir": self.cache_dir,
-            "--public-name": self.public_name,
-            "--idle-timeout": self.idle_timeout,
-        }
-        given = [item for flag, value in flags.items() if value is not None for item in (flag, str(value))]
-        if not self.batching:
-            given.append("--no-batching")
-        return [self.model, *given, "--host-maddrs", *self.host_maddrs]
 
 
 class LocalServer:
@@ -72,8 +36,14 @@ class LocalServer:
 
     def command(self) -> list[str]:
         """Return the command that starts the server."""
-        server = [sys.executable, "-W", "ignore", "-m", "swarm.server", *self.options.arguments()]
-        return [*server, "--initial-peers", *self._initial_peers, "--end-with-parent", "--quiet"]
+        options = dataclasses.replace(
+            self.options,
+            initial_peers=tuple(self._initial_peers),
+            host_maddrs=self.options.host_maddrs or THIS_MACHINE,
+            end_with_parent=True,
+            quiet=True,
+        )
+        return [sys.executable, "-W", "ignore", "-m", "swarm.server", *options.arguments()]
 
     def _start(self) -> subprocess.Popen:
         # A session of its own, so that Ctrl-C in a terminal reaches this program first, which then stops its servers in
@@ -132,7 +102,7 @@ class LocalServer:
 class LocalSwarm:
     """A private swarm of this program's own. Others can join it if ``host_maddrs`` are addresses they can reach."""
 
-    def __init__(self, host_maddrs: Sequence[str] = ("/ip4/127.0.0.1/tcp/0",)) -> None:
+    def __init__(self, host_maddrs: Sequence[str] = THIS_MACHINE) -> None:
         """Start the first peer.
 
         :raises SwarmUnreachable: if the addresses cannot be listened on

@@ -44,7 +44,7 @@ def _product(inputs: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | No
     return torch.ops.mkldnn._linear_pointwise.default(inputs, packed, bias, "none", [], "")
 
 
-class Projection(nn.Module):
+class PackedLinear(nn.Module):
     """One or several linear layers that have the same input, as one product.
 
     It stands in for the layers, which it frees where it can pack; elsewhere the layers share its weight.
@@ -73,30 +73,30 @@ class Projection(nn.Module):
 
 
 class _Share(nn.Module):
-    """One of the layers of a projection, for whoever computes them one by one; it costs as much as all of them."""
+    """One of the layers of a fused product, for whoever computes them one by one; it costs as much as all of them."""
 
-    def __init__(self, projection: Projection, rows: slice) -> None:
+    def __init__(self, fused: PackedLinear, rows: slice) -> None:
         super().__init__()
-        self.projection = projection
+        self.fused = fused
         self.rows = rows
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return self.projection(inputs)[..., self.rows]
+        return self.fused(inputs)[..., self.rows]
 
 
-def join(parent: Any, *names: str) -> Projection:
+def fuse(parent: Any, *names: str) -> PackedLinear:
     """Return the product of a module's linear layers of these names. The module works as before, with the same memory.
 
     :param parent: computes with its layers; it must not look at their weights
     """
     linears = [getattr(parent, name) for name in names]
-    projection = Projection(*linears)
+    fused = PackedLinear(*linears)
     offset = 0
     for name, linear in zip(names, linears, strict=True):
         rows = slice(offset, offset + linear.out_features)
-        if projection.weight is not None:
-            linear.weight.data = projection.weight[rows]
+        if fused.weight is not None:
+            linear.weight.data = fused.weight[rows]
         else:
-            setattr(parent, name, projection if len(names) == 1 else _Share(projection, rows))
+            setattr(parent, name, fused if len(names) == 1 else _Share(fused, rows))
         offset = rows.stop
-    return projection
+    return fused

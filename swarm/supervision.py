@@ -5,6 +5,7 @@ itself. The process replaces its own program, keeps its number, its parent and i
 began.
 """
 
+import itertools
 import logging
 import multiprocessing.connection
 import os
@@ -12,6 +13,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+
+from swarm.background import growing_delays
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +27,8 @@ FIRST_BACKOFF, LAST_BACKOFF, HEALTHY_AFTER = 0.5, 30.0, 10.0  # seconds
 
 def backoff(early_deaths: int) -> float:
     """Return for how many seconds to wait before the next start, after so many early deaths in a row."""
-    return min(FIRST_BACKOFF * 2 ** (early_deaths - 1), LAST_BACKOFF) if early_deaths else 0.0
+    delays = itertools.chain([0.0], growing_delays(FIRST_BACKOFF, LAST_BACKOFF))
+    return next(itertools.islice(delays, early_deaths, None))
 
 
 @dataclass(frozen=True)

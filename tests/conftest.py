@@ -17,7 +17,8 @@ from service import Service, get_service
 from swarm.client.model import SwarmModel
 from swarm.client.routing import CacheRelief
 from swarm.client.terms import SessionLimits
-from swarm.local import LocalSwarm, ServerOptions
+from swarm.local import LocalSwarm
+from swarm.options import ServerOptions
 from tests.support.processes import GUNICORN, Program, listening, running
 from tests.support.swarms import server_info
 from tests.support.tiny import load_reference, make_tiny_bloom
@@ -50,7 +51,7 @@ def tiny_server(model: Path, blocks: str, attn_cache_tokens: int = 65536, *, bat
     return ServerOptions(
         str(model),
         blocks=blocks,
-        torch_dtype="float32",
+        dtype="float32",
         threads=1,
         attn_cache_tokens=attn_cache_tokens,
         batching=batching,

@@ -69,7 +69,7 @@ PRIVATE_NAMES = {
     "swarm.client.span": "petals names its handlers' methods in private",
     "swarm.server.blocks": "PyTorch has no public name for many copies at once",
     "swarm.server.handler": "petals' handler is extended by overriding what it calls itself",
-    "swarm.server.serve": "petals' server has no public hook before it pings others",
+    "swarm.server.announcing": "petals' server has no public hook before it pings others",
     "front.request_reader": "gunicorn's request keeps to itself that the client waits for leave to send",
     "web.logs": "a logging formatter does not tell its format",
     "web.openapi": "Flask's documents name this way to get at the app behind a proxy",

@@ -42,7 +42,7 @@ from swarm.server.batching import (
     SharedMemoryCache,
 )
 from swarm.server.blocks import BloomBlocks, LlamaBlocks, Part, RaggedBlocks, make_ragged_blocks
-from swarm.server.serve import TRAINING_TOKENS
+from swarm.server.container import TRAINING_TOKENS
 from swarm.wire.requests import check_inputs, check_room, rewound
 from tests.conftest import greedy, load_model, tiny_server
 from tests.support.tiny import make_tiny_bloom, make_tiny_falcon, make_tiny_llama

@@ -16,6 +16,7 @@ from app import app
 from config import Settings
 from errors import SWARM_ERRORS, ApiError
 from models.catalog import KNOWN_MODELS
+from swarm.options import parse_args
 from tests.support.processes import ROOT, Program
 
 DOCUMENTS = {
@@ -254,8 +255,6 @@ def check_make(arguments: list[str]) -> None:
 
 def check_module(module: str, *arguments: str) -> None:
     if module == "swarm.server":
-        from swarm.server.serve import parse_args
-
         assert parse_args(arguments).model == arguments[0]
     elif module == "pytest":
         assert all((ROOT / argument).exists() for argument in arguments if "/" in argument)
@@ -268,8 +267,6 @@ def check_module(module: str, *arguments: str) -> None:
 
 def test_blocks_of_servers() -> None:
     """A model that is too large for one machine: together they serve all its blocks."""
-    from swarm.server.serve import parse_args
-
     lines = [line for line in commands() if "swarm.server bigscience/bloom-7b1" in line]
     served = {parse_args(line.split()[3:]).blocks for line in lines}
     assert served == {"0:15", "15:30"}

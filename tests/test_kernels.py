@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from swarm.client.head import Head
-from swarm.packed_linear import Projection, can_pack, join
+from swarm.packed_linear import PackedLinear, can_pack, fuse
 from swarm.server import kernels
 
 # bfloat16 has eight bits of precision; results differ by the order of additions.
@@ -86,10 +86,10 @@ class Layers(nn.Module):
         self.requires_grad_(False)
 
 
-def test_joined_layers_go_on_working() -> None:
+def test_fused_layers_go_on_working() -> None:
     """Petals computes with the same modules where it does not batch, gradients included."""
     layers, plain, inputs = Layers(), Layers(), torch.randn(2, 3, 12)
-    both, alone = join(layers, "first", "second"), join(layers, "alone")
+    both, alone = fuse(layers, "first", "second"), fuse(layers, "alone")
     torch.testing.assert_close(both(inputs), torch.cat([plain.first(inputs), plain.second(inputs)], dim=-1))
     torch.testing.assert_close(alone(inputs), plain.alone(inputs))
     gradients = []
@@ -104,11 +104,11 @@ def test_weights_that_cannot_be_packed_are_shared() -> None:
     weight = torch.randn(4, 4, dtype=torch.float64)
     assert not can_pack(weight)
     layers = Layers().double()
-    projection = join(layers, "first", "second")
-    assert projection.weight is not None
-    assert layers.first.weight.data_ptr() == projection.weight.data_ptr()
+    fused = fuse(layers, "first", "second")
+    assert fused.weight is not None
+    assert layers.first.weight.data_ptr() == fused.weight.data_ptr()
     inputs = torch.randn(3, 12, dtype=torch.float64)
-    torch.testing.assert_close(projection(inputs)[:, :20], layers.first(inputs))
+    torch.testing.assert_close(fused(inputs)[:, :20], layers.first(inputs))
 
 
 def test_head_computes_together_for_all_who_wait() -> None:
@@ -119,7 +119,7 @@ def test_head_computes_together_for_all_who_wait() -> None:
     )
     lm_head: Any = SimpleNamespace(weight=embeddings.weight, bias=None, use_chunked_forward=False)
     head = Head(SimpleNamespace(transformer=transformer, lm_head=lm_head))
-    assert isinstance(head._lm_head, Projection)
+    assert isinstance(head._lm_head, PackedLinear)
     hidden, results = torch.randn(8, 8), [torch.empty(0)] * 8
 
     def work(i: int) -> None:

@@ -24,7 +24,7 @@ from swarm.client.span import PREFILL_CHUNK, Span
 from swarm.client.terms import SessionTerms
 from swarm.errors import CacheFull, Cancelled, SessionClosed, SessionLengthExceeded
 from swarm.local import LocalSwarm
-from swarm.server.serve import shorten_refusal
+from swarm.server.logs import shorten_refusal
 from tests.conftest import greedy, load_model, tiny_server
 from tests.support.swarms import server_info
 from tests.support.waiters import Canceller

@@ -19,8 +19,13 @@ from transformers import BloomForCausalLM
 
 from swarm import supervision
 from swarm.local import LocalServer, LocalSwarm
-from swarm.server import serve as server
-from swarm.server.serve import STEP_LIMIT, Announcer, PatientDHT, WatchedContainer, beat, find_daemon, is_running
+from swarm.server import announcing, restart
+from swarm.server import dht as server_dht
+from swarm.server.announcing import Announcer
+from swarm.server.container import STEP_LIMIT, WatchedContainer
+from swarm.server.dht import PatientDHT, find_daemon, is_running
+from swarm.server.handler import TransformerConnectionHandler
+from swarm.server.serve import beat
 from swarm.supervision import LAST_BACKOFF, Part, Watcher, backoff
 from tests.conftest import greedy, load_model, tiny_server
 from tests.support.processes import ROOT, is_memory_manager
@@ -157,6 +162,7 @@ def test_early_deaths_wait_longer_and_longer() -> None:
     delays = [backoff(deaths) for deaths in range(20)]
     assert delays[:4] == [0.0, 0.5, 1.0, 2.0] and delays[-1] == LAST_BACKOFF
     assert delays == sorted(delays)
+    assert backoff(5000) == LAST_BACKOFF
 
 
 def test_a_process_begins_anew(tmp_path: Path) -> None:
@@ -219,7 +225,7 @@ def test_an_announcer_goes_on_when_an_announcement_fails(monkeypatch: pytest.Mon
             self.trigger.wait(10)
 
     monkeypatch.setattr(ModuleAnnouncerThread, "run", run)
-    monkeypatch.setattr(server, "ANNOUNCEMENT_DELAY", 0.01)
+    monkeypatch.setattr(announcing, "ANNOUNCEMENT_DELAY", 0.01)
     announcer = Announcer.__new__(Announcer)
     threading.Thread.__init__(announcer, daemon=True)
     announcer.server_info = ServerInfo(ServerState.JOINING, throughput=1.0)
@@ -246,12 +252,12 @@ def test_a_dht_is_not_waited_for_without_a_limit(monkeypatch: pytest.MonkeyPatch
     try:
         daemon = find_daemon(dht.pid or 0)
         assert dht.get_visible_maddrs() and dht.is_answering() and is_running(daemon)
-        monkeypatch.setattr(server, "DHT_TIMEOUT", 0.1)
+        monkeypatch.setattr(server_dht, "DHT_TIMEOUT", 0.1)
         for _ in range(5):
             with pytest.raises(TimeoutError):
                 dht.run_coroutine(own_timeout)
         assert dht.is_answering()
-        for _ in range(server.DHT_FAILURES):
+        for _ in range(server_dht.DHT_FAILURES):
             with pytest.raises(FutureTimeout):
                 dht.run_coroutine(never)
         assert not dht.is_answering()
@@ -269,7 +275,7 @@ def test_a_dht_is_not_waited_for_without_a_limit(monkeypatch: pytest.MonkeyPatch
 def test_a_batcher_that_does_not_come_back_is_no_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
     batcher = SimpleNamespace(busy_since=None)
     heartbeat = SimpleNamespace(value=0.0)
-    monkeypatch.setattr(server.TransformerConnectionHandler, "heartbeat", heartbeat, raising=False)
+    monkeypatch.setattr(TransformerConnectionHandler, "heartbeat", heartbeat, raising=False)
     monkeypatch.setattr(WatchedContainer, "current", SimpleNamespace(batcher=batcher))
     for busy_since, beats in (
         (None, True),
@@ -286,15 +292,15 @@ def test_a_server_that_dies_early_counts_its_deaths(
     monkeypatch: pytest.MonkeyPatch, deaths: str | None, lived: float, told: str
 ) -> None:
     environments: list[dict[str, str]] = []
-    monkeypatch.delenv(server.EARLY_DEATHS, raising=False)
+    monkeypatch.delenv(restart.EARLY_DEATHS, raising=False)
     if deaths:
-        monkeypatch.setenv(server.EARLY_DEATHS, deaths)
-    monkeypatch.setattr(server, "STARTED", time.monotonic() - lived)
+        monkeypatch.setenv(restart.EARLY_DEATHS, deaths)
+    monkeypatch.setattr(restart, "STARTED", time.monotonic() - lived)
     monkeypatch.setattr(supervision, "backoff", lambda deaths: 0.0)
     monkeypatch.setattr(supervision, "replace_process", lambda **environment: environments.append(environment))
-    server.start_again(threading.Event())
-    assert environments == [{server.EARLY_DEATHS: told}]
+    restart.start_again(threading.Event())
+    assert environments == [{restart.EARLY_DEATHS: told}]
     stopped = threading.Event()
     stopped.set()
-    server.start_again(stopped)
+    restart.start_again(stopped)
     assert len(environments) == 1

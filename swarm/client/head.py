@@ -11,13 +11,13 @@ import swarm.compat  # noqa: F401
 import torch
 
 from swarm.errors import ModelMismatch
-from swarm.packed_linear import Projection, can_pack
+from swarm.packed_linear import PackedLinear, can_pack
 
 # Of memory for a second copy of the head's weights, where the embeddings need the first one. BLOOM's would be 7 GB.
 COPY_LIMIT = 2**30  # bytes
 
 
-def faster(lm_head: Any, embeddings: torch.Tensor) -> Any:
+def pack_head(lm_head: Any, embeddings: torch.Tensor) -> Any:
     """Return the language-model head with its weights in the order that the processor wants, if that can be had."""
     weight = lm_head.weight
     if not can_pack(weight) or (weight.dtype != torch.float32 and lm_head.use_chunked_forward):
@@ -25,10 +25,10 @@ def faster(lm_head: Any, embeddings: torch.Tensor) -> Any:
     tied = weight.data_ptr() == embeddings.data_ptr()
     if tied and weight.numel() * weight.element_size() > COPY_LIMIT:
         return lm_head
-    projection = Projection(lm_head)
+    packed = PackedLinear(lm_head)
     if not tied:
         lm_head.weight.data = torch.empty(0)  # the packed one is in its place
-    return projection
+    return packed
 
 
 class Head:
@@ -36,7 +36,7 @@ class Head:
 
     def __init__(self, model: Any) -> None:
         self._transformer = model.transformer  # petals gives all its model families BLOOM's attribute names
-        self._lm_head = faster(model.lm_head, self._transformer.word_embeddings.weight)
+        self._lm_head = pack_head(model.lm_head, self._transformer.word_embeddings.weight)
         self.device: torch.device = self._transformer.word_embeddings.weight.device
         self.vocab_size: int = self._transformer.word_embeddings.weight.shape[0]
         self._hidden_shape: torch.Size = self._transformer.word_embeddings.weight.shape[1:]

@@ -22,7 +22,7 @@ from torch import nn
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 from transformers.models.llama.modeling_llama import LlamaDynamicNTKScalingRotaryEmbedding
 
-from swarm.packed_linear import Projection, join
+from swarm.packed_linear import PackedLinear, fuse
 from swarm.server import kernels
 
 # Beyond so many rows PyTorch's gate, which uses all cores, is faster than a loop that uses one.
@@ -215,10 +215,10 @@ class BloomBlocks(RaggedBlocks):
         super().__init__(blocks, config, dtype, max_length)
         self._projections = [
             (
-                join(block.self_attention, "query_key_value"),
-                join(block.self_attention, "dense"),
-                join(block.mlp, "dense_h_to_4h"),
-                join(block.mlp, "dense_4h_to_h"),
+                fuse(block.self_attention, "query_key_value"),
+                fuse(block.self_attention, "dense"),
+                fuse(block.mlp, "dense_h_to_4h"),
+                fuse(block.mlp, "dense_4h_to_h"),
             )
             for block in blocks
         ]
@@ -258,10 +258,10 @@ class LlamaBlocks(RaggedBlocks):
         super().__init__(blocks, config, dtype, max_length)
         self._projections = [
             (
-                join(block.self_attn, "q_proj", "k_proj", "v_proj"),
-                join(block.self_attn, "o_proj"),
-                join(block.mlp, "gate_proj", "up_proj"),
-                join(block.mlp, "down_proj"),
+                fuse(block.self_attn, "q_proj", "k_proj", "v_proj"),
+                fuse(block.self_attn, "o_proj"),
+                fuse(block.mlp, "gate_proj", "up_proj"),
+                fuse(block.mlp, "down_proj"),
             )
             for block in blocks
         ]
@@ -351,7 +351,7 @@ def let_go_of_files(blocks: Sequence[nn.Module]) -> None:
     norm of a block is in there, so are all the weights that were packed, for a second time.
     """
     for block in blocks:
-        if any(isinstance(module, Projection) and module.packed is not None for module in block.modules()):
+        if any(isinstance(module, PackedLinear) and module.packed is not None for module in block.modules()):
             for tensor in (*block.parameters(), *block.buffers()):
                 tensor.data = tensor.data.clone()
 

@@ -4,7 +4,8 @@ import dataclasses
 import subprocess
 from collections.abc import Sequence
 
-from swarm.local import LocalServer, LocalSwarm, ServerOptions
+from swarm.local import LocalServer, LocalSwarm
+from swarm.options import ServerOptions
 
 
 def can_make_hosts() -> bool:
@@ -45,7 +46,7 @@ class Host:
 
     def start_server(self, local: LocalSwarm, options: ServerOptions) -> "ServerOnHost":
         """Start a server here; the swarm must listen on all addresses."""
-        options = dataclasses.replace(options, host_maddrs=[f"/ip4/{self.address}/tcp/0"])
+        options = dataclasses.replace(options, host_maddrs=(f"/ip4/{self.address}/tcp/0",))
         # The swarm's first peer announces only the addresses of its loopback and its default route.
         peers = {peer.replace("/ip4/127.0.0.1/", f"/ip4/{self.gateway}/") for peer in local.swarm.initial_peers}
         server = ServerOnHost(self, options, sorted(peers))

@@ -1,0 +1,150 @@
+"""Petals' container of blocks, which tells what it is made of, and that with a batcher beside petals' own runtime."""
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import swarm.compat  # noqa: F401
+
+from petals.server.server import ModuleContainer
+
+from swarm import hardware
+from swarm import lazy_imports as imports
+from swarm.process import freeze_collector
+from swarm.server.batching import Batcher
+from swarm.server.blocks import make_ragged_blocks
+from swarm.server.restart import STOP_TIMEOUT
+from swarm.supervision import Part
+
+log = logging.getLogger(__name__)
+
+# Petals' own clients train with sequences of up to 2048 tokens, or with more than one in a request if they are shorter.
+TRAINING_TOKENS = 2048  # of one forward or backward pass
+# Clients wait so long for a step, see session.py: a batcher that has been computing for longer is of no use to them.
+STEP_LIMIT = 120.0  # seconds
+# Petals' own path needs this module, with or without an adapter; batches do not. It takes half a second to load.
+ADAPTERS = "petals.utils.peft"
+
+
+class WatchedContainer(ModuleContainer):
+    """Petals' container of blocks, which tells what it is made of."""
+
+    current: "WatchedContainer | None" = None  # this process's
+    closing = False  # its parts may end
+
+    def run(self) -> None:
+        WatchedContainer.current = self
+        super().run()
+
+    def parts(self) -> Iterator[Part]:
+        """Yield what has been started of it."""
+        if self.closing:
+            return
+        yield Part("the announcer", self.dht_announcer.is_alive)
+        yield Part("petals' runtime", self.is_alive)
+        for number, handler in enumerate(self.conn_handlers):
+            if handler.pid is not None:
+                yield Part(f"handler {number}", handler.is_alive, handler.sentinel)
+        for pool in self.runtime.pools:
+            if pool.ident is not None:
+                yield Part(f"petals' pool {pool.name}", pool.is_alive)
+
+    def is_healthy(self) -> bool:
+        """Petals asks every few minutes. The watcher looks all the time, and does not load the blocks into this process
+        once more, as petals would: the locks that a dead part held are held for ever."""
+        return True
+
+    def shutdown(self) -> None:
+        self.closing = True
+        super().shutdown()
+
+
+class BatchingContainer(WatchedContainer):
+    """A container of blocks with a batcher beside petals' own runtime, if the blocks are of a known family."""
+
+    batcher: Batcher | None = None
+
+    def __init__(
+        self,
+        dht: Any,
+        dht_prefix: str,
+        module_backends: Any,
+        *,
+        threads: int,
+        inference_max_length: int,
+        **options: Any,
+    ) -> None:
+        """Make a container of loaded blocks, which announces them and begins. The parameters are petals', but for one.
+
+        :param threads: of PyTorch's operators
+        """
+        backends = list(module_backends.values())
+        modules, first = [backend.module for backend in backends], backends[0]
+        for pool in (pool for backend in backends for pool in (backend.forward_pool, backend.backward_pool)):
+            pool.max_batch_size = min(pool.max_batch_size, TRAINING_TOKENS)
+        blocks = make_ragged_blocks(modules, first.config, first.dtype, inference_max_length)
+        if blocks is None:
+            imports.load(ADAPTERS)
+        else:
+            blocks.warm_up()
+            freeze_collector()
+            hardware.return_free_memory()  # the weights were there twice while they were put in order
+            self.batcher = Batcher(blocks, first.memory_cache, options["num_handlers"], threads)
+        # Announces the blocks, and then runs.
+        super().__init__(dht, dht_prefix, module_backends, inference_max_length=inference_max_length, **options)
+
+    def run(self) -> None:
+        WatchedContainer.current = self
+        for index, handler in enumerate(self.conn_handlers):
+            if self.batcher is not None:
+                handler.line = self.batcher.handler_line(index)
+                handler.line.on_break = end_handler
+                handler.cache_descriptor = self.batcher.blocks.cache_descriptor
+                handler.batches = self.batcher.batches
+            handler.run_in_background()  # forks: the batcher begins after that
+        if self.batcher is not None:
+            self.batcher.start()
+        self.runtime.run()
+
+    def parts(self) -> Iterator[Part]:
+        batcher = self.batcher
+        if self.closing or batcher is None or batcher.ident is None:
+            yield from super().parts()
+            return
+        yield Part("the batcher", batcher.is_alive)  # first, because the handlers end with it
+        yield Part("the batcher, which does not come back,", lambda: time_in_batch(batcher) < 2 * STEP_LIMIT)
+        yield from super().parts()
+        yield Part("a handler's line", lambda: batcher.lost is None)  # last, because it ends with its handler
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        if self.batcher is not None:
+            self.batcher.stop()
+            self.batcher.join(timeout=STOP_TIMEOUT)
+
+
+def batching_container(threads: int) -> type[BatchingContainer]:
+    """Return a class of containers for petals, which gives them no argument of ours.
+
+    :param threads: of PyTorch's operators
+    """
+
+    class Container(BatchingContainer):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, threads=threads, **options)
+
+    return Container
+
+
+def time_in_batch(batcher: Batcher) -> float:
+    """Return for how many seconds a batcher has not looked for messages."""
+    since = batcher.busy_since
+    return time.monotonic() - since if since is not None else 0.0
+
+
+def end_handler() -> None:
+    """End a handler that has lost the batcher. At once, so that its clients see what they know: a lost server."""
+    log.error("this handler has lost the batcher, and ends")
+    os._exit(1)

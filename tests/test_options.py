@@ -1,0 +1,109 @@
+"""The options of a server: what a program writes as a command line is what the server reads."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from petals.utils.convert_block import QuantType
+
+from swarm.local import LocalServer
+from swarm.options import ServerOptions, flag, parse_args
+from tests.support.processes import ROOT
+
+ROWS = {row.name: row for row in dataclasses.fields(ServerOptions) if row.name != "model"}
+# A value other than the default for each option.
+OTHERS: dict[str, Any] = {
+    "initial_peers": ("/ip4/192.0.2.1/tcp/1", "/ip4/192.0.2.1/tcp/2"),
+    "blocks": "0:10",
+    "num_blocks": 3,
+    "host_maddrs": ("/ip4/127.0.0.1/tcp/0", "/ip6/::1/tcp/0"),
+    "announce_maddrs": ("/ip4/192.0.2.2/tcp/1",),
+    "identity_path": "some file",
+    "public_name": "some name",
+    "dht_prefix": "prefix",
+    "device": "cuda:1",
+    "dtype": "bfloat16",
+    "quant": "nf4",
+    "attn_cache_tokens": 65536,
+    "inference_max_length": 4096,
+    "num_handlers": 4,
+    "throughput": 0.5,
+    "idle_timeout": 0.1,
+    "update_period": 1e-3,
+    "threads": 2,
+    "cache_dir": Path("some/folder"),
+    "batching": False,
+    "end_with_parent": True,
+    "quiet": True,
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_an_option_comes_back_from_the_command_line(name: str) -> None:
+    options = ServerOptions("some/model", **{name: OTHERS[name]})
+    assert flag(ROWS[name]) in options.arguments()
+    parsed = parse_args(options.arguments())
+    assert parsed == options and type(getattr(parsed, name)) is type(OTHERS[name])
+
+
+def test_all_options_come_back_from_the_command_line() -> None:
+    options = ServerOptions("some/model", **OTHERS)
+    assert parse_args(options.arguments()) == options
+    assert [word for word in options.arguments() if word.startswith("--")] == [flag(row) for row in ROWS.values()]
+
+
+def test_what_is_not_said_has_its_default() -> None:
+    assert ServerOptions("some/model").arguments() == ["some/model"]
+    assert parse_args(["some/model"]) == ServerOptions("some/model")
+    assert parse_args(["some/model", "--initial-peers"]) == ServerOptions("some/model")
+
+
+def test_help_tells_all_options(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse_args(["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert ended.value.code == 0
+    for row in ROWS.values():
+        assert flag(row) in told and row.metadata["help"].replace("%(default)s", str(row.default)) in told
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "the following arguments are required: model"),
+        (["some/model", "--num-blocks", "many"], "argument --num-blocks: invalid int value: 'many'"),
+        (["some/model", "--idle-timeout", "long"], "argument --idle-timeout: invalid float value: 'long'"),
+        (["some/model", "--dtype", "int3"], "argument --dtype: invalid choice: 'int3'"),
+        (["some/model", "--host-maddrs"], "argument --host-maddrs: expected at least one argument"),
+        (["some/model", "--batching"], "unrecognized arguments: --batching"),
+    ],
+)
+def test_mistakes_are_told(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse_args(words)
+    assert ended.value.code == 2 and told in capsys.readouterr().err
+
+
+def test_weights_can_be_quantised_as_petals_can() -> None:
+    assert ROWS["quant"].metadata["choices"] == tuple(kind.name.lower() for kind in QuantType)
+
+
+@pytest.mark.parametrize("host_maddrs", [(), ("/ip4/0.0.0.0/tcp/0",)])
+def test_an_embedded_server_listens_on_this_machine_only(host_maddrs: tuple[str, ...]) -> None:
+    """Unless it is told otherwise. It is quiet, and ends with the program."""
+    server = LocalServer.__new__(LocalServer)  # is not started
+    server.options, server._initial_peers = ServerOptions("some/model", host_maddrs=host_maddrs), ["/ip4/192.0.2.1"]
+    words = server.command()
+    parsed = parse_args(words[words.index("swarm.server") + 1 :])
+    assert parsed.host_maddrs == (host_maddrs or ("/ip4/127.0.0.1/tcp/0",))
+    assert parsed.initial_peers == ("/ip4/192.0.2.1",) and parsed.quiet and parsed.end_with_parent
+
+
+def test_options_cost_nothing_to_import() -> None:
+    program = (
+        "import swarm.options, sys; sys.exit(bool({'torch', 'petals', 'hivemind', 'transformers'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=60).returncode == 0
