@@ -3,7 +3,7 @@
 import { Interrupted } from "./session.js";
 import { RequestFailed, SocketError } from "./socket.js";
 
-export function explain(error) {
+export function whyItFailed(error) {
   if (error instanceof Interrupted) return "The answer was interrupted, and the server has not kept it.";
   if (!(error instanceof SocketError)) return "Something went wrong in this page.";
   if (!(error instanceof RequestFailed)) return error.message;

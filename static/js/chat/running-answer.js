@@ -6,7 +6,7 @@ const SLOW_AFTER = 4; // seconds of an answer, before its speed is judged
 const SLOW = 1; // tokens per second: slower than anybody reads
 
 /** An answer that is being written. */
-export class Run {
+export class RunningAnswer {
   abort = new AbortController();
   rate = new TokenRate();
   stopping = false;
@@ -16,8 +16,9 @@ export class Run {
   #began = performance.now();
   #lostAt = null;
 
-  constructor({ chat, tree, answer, session, model }) {
-    Object.assign(this, { chat, tree, answer, session, model });
+  constructor({ conversation, answer, session, model }) {
+    const { chat, tree } = conversation;
+    Object.assign(this, { conversation, chat, tree, answer, session, model });
     this.ended = new Promise((resolve) => (this.end = resolve));
     this.rate.tokens = answer.stats?.tokens ?? 0;
     answer.stats ??= { tokens: 0 };

@@ -230,3 +230,11 @@ function texts(value, where) {
   const entries = Object.entries(expectObject(value, where)).filter(([, item]) => typeof item === "string");
   return Object.fromEntries(entries);
 }
+
+/** Let the browser save a file. */
+export function download(name, type, text) {
+  const url = URL.createObjectURL(new Blob([text], { type }));
+  const link = Object.assign(document.createElement("a"), { href: url, download: name });
+  link.click();
+  URL.revokeObjectURL(url);
+}

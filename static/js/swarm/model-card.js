@@ -80,7 +80,7 @@ export class ModelCard {
     this.#title.title = model.name;
     setText(this.#state, STATES[model.state] ?? model.state);
     this.node.dataset.state = model.state;
-    setText(this.#detail, explain(model));
+    setText(this.#detail, outlook(model));
     this.#showProgress(model);
     this.#showFacts(model);
     this.#showBlocks(model.blocks);
@@ -140,7 +140,7 @@ export class ModelCard {
     const before = this.#model;
     if (!before) return;
     if (before.state !== model.state) {
-      this.#announce(`${model.title}: ${STATES[model.state] ?? model.state}. ${model.state === "ready" ? "" : explain(model)}`);
+      this.#announce(`${model.title}: ${STATES[model.state] ?? model.state}. ${model.state === "ready" ? "" : outlook(model)}`);
       return;
     }
     const news = [
@@ -158,7 +158,7 @@ function without(servers, others) {
 }
 
 /** One sentence on the state: how well the model is held, or what it waits for. */
-function explain({ state, message, blocks: counts }) {
+function outlook({ state, message, blocks: counts }) {
   if (state === "blocks_missing" && counts.length) {
     const missing = runs(counts).filter(({ value }) => value === 0);
     return `No server holds ${blocks(missing)}. Answers wait until one does.`;
