@@ -32,16 +32,10 @@ from swarm.client.session import SwarmSession
 from swarm.client.terms import SessionTerms
 from swarm.errors import SessionLengthExceeded
 from swarm.local import LocalSwarm
-from swarm.server.batching import (
-    CPU_MIXED,
-    CPU_PREFILL,
-    HEADER,
-    TURN_TOKENS,
-    Batcher,
-    HandlerLine,
-    SharedMemoryCache,
-)
+from swarm.server.batching import CPU_MIXED, CPU_PREFILL, TURN_TOKENS, Batcher
 from swarm.server.blocks import BloomBlocks, LlamaBlocks, Part, RaggedBlocks, make_ragged_blocks
+from swarm.server.cache import SharedMemoryCache
+from swarm.server.channel import HEADER, HandlerChannel
 from swarm.server.serve import TRAINING_TOKENS
 from swarm.wire.requests import check_inputs, check_room, rewound
 from tests.conftest import greedy, load_model, tiny_server
@@ -151,7 +145,7 @@ class Bench:
         self.blocks = blocks
         self.cache = SharedMemoryCache(2**30)
         self.batcher = Batcher(blocks, self.cache, lines, **options)  # type: ignore[arg-type]
-        self.lines: list[HandlerLine] = [self.batcher.handler_line(index) for index in range(lines)]
+        self.lines: list[HandlerChannel] = [self.batcher.handler_line(index) for index in range(lines)]
         self.line = self.lines[0]
         self.handles = 0
 
@@ -179,7 +173,7 @@ class Bench:
         self.cache._pipe_send.send(((handle,), None))
 
     async def open(
-        self, max_length: int, first: int = 0, last: int = 4, batch_size: int = 1, line: HandlerLine | None = None
+        self, max_length: int, first: int = 0, last: int = 4, batch_size: int = 1, line: HandlerChannel | None = None
     ) -> int:
         descriptor = self.blocks.cache_descriptor(last - first, batch_size, max_length)
         return await (line or self.line).open(self.allocate(descriptor), first, last)
@@ -587,7 +581,7 @@ def test_a_handler_that_cannot_read_a_reply_fails_all_steps(tiny_llama: Path) ->
         async with Bench(blocks) as bench:
             steps = [asyncio.create_task(bench.step(await bench.open(8), 0, torch.randn(1, 64))) for _ in range(2)]
             await all_sent()
-            bench.batcher._lines[0].connection.send(HEADER.pack(3) + b"abc")
+            bench.batcher._channels[0].connection.send(HEADER.pack(3) + b"abc")
             for step in steps:
                 with pytest.raises(RuntimeError, match="cannot be read"):
                     await step
