@@ -42,7 +42,7 @@ from swarm.server.channel import (
 )
 from swarm.server.checks import check_opening, check_step
 from swarm.server.compute import compute_batch, threads_for
-from swarm.server.steps import Piece, Session, Step
+from swarm.server.steps import Piece, Session, Step, StepKind
 
 log = logging.getLogger(__name__)
 
@@ -238,7 +238,8 @@ class Batcher(threading.Thread):
         if not self._queues:
             return None
         waiting = [step for steps in self._queues.values() for step in steps]
-        if any(step.long for step in waiting) or sum(step.rows for step in waiting) >= self._prefill_tokens[0]:
+        prefill = any(step.kind is StepKind.PREFILL for step in waiting)
+        if prefill or sum(step.size for step in waiting) >= self._prefill_tokens[0]:
             return 0.0  # the next batch is full without the others
         now = time.monotonic()
         for session, back in list(self._away.items()):
@@ -342,23 +343,23 @@ class Batcher(threading.Thread):
 def next_batch(steps: Sequence[Step], prefill_tokens: int, mixed_tokens: int) -> list[Piece]:
     """Return what the next batch computes of the steps.
 
-    Those that decode take part, up to a bounded number of sequences, the oldest first. Prompts, and decoding steps of
-    more sequences than a prompt may bring tokens, share a bounded number of tokens, the oldest first.
+    Those that decode or verify take part as a whole, up to a bounded number of tokens, the oldest first. Prompts, and
+    other steps of more tokens than a prompt may bring beside them, share a bounded number of tokens, the oldest first.
 
-    :param prefill_tokens: that number, if none decodes, and the number of sequences that decode
-    :param mixed_tokens: that number beside steps that decode
+    :param prefill_tokens: that number, if none decodes or verifies, and the number of tokens of those that do
+    :param mixed_tokens: that number beside steps that decode or verify
     """
     batch: list[Piece] = []
     others: list[Step] = []
-    rows = prefill_tokens
+    room = prefill_tokens
     for step in steps:
-        if step.long or step.rows > mixed_tokens:
+        if step.kind is StepKind.PREFILL or step.size > mixed_tokens:
             others.append(step)
-        elif step.rows <= rows:
-            batch.append(Piece(step, 1, 0, step.rows))
-            rows -= step.rows
+        elif step.size <= room:
+            batch.append(Piece(step, step.left, 0, step.rows))
+            room -= step.size
         else:
-            rows = 0  # who comes later does not overtake it
+            room = 0  # who comes later does not overtake it
     tokens = mixed_tokens if batch else prefill_tokens
     for step in others:
         if tokens > 0:

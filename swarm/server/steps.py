@@ -1,5 +1,6 @@
 """Sessions, their steps, and the pieces of steps that a batch is made of."""
 
+import enum
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +30,23 @@ class Session:
         return self.cache.shape[1]
 
 
+class StepKind(enum.Enum):
+    """What a step is to those that make batches."""
+
+    PREFILL = "prefill"
+    """Many tokens, of a prompt as a rule, which may be computed in chunks. Such steps share a budget of tokens, and do
+    not wait for other sessions. A step that is computed for some of its sequences at a time is one as well."""
+
+    DECODE = "decode"
+    """One token of each sequence: one that was just generated, or the last of a prompt that was cut into chunks."""
+
+    VERIFY = "verify"
+    """A few tokens of each sequence that a draft model has guessed, whose outputs are all wanted (speculative decoding,
+    Leviathan et al., ICML 2023). As with DECODE, somebody waits for the next token: it takes no prefill budget, is not
+    cut into chunks unless it is very large, and waits for others that are about to come back. No client sends such
+    steps yet."""
+
+
 @dataclass(eq=False)
 class Step:
     """Tokens of a session that wait to be computed, and how far that is."""
@@ -38,6 +56,7 @@ class Step:
     hidden: torch.Tensor  # inputs, and outputs where the step is done: [sequences or 1, tokens, hidden size]
     prompts: Sequence[torch.Tensor | None] | None = None
     hypotheses: Sequence[int] | None = None  # None as well once the cache is in their order
+    verifies: bool = False  # whether the tokens are guesses; see StepKind.VERIFY
     done: int = 0  # tokens that are computed, for all sequences
     width: int = 0  # tokens in work, if they are computed for some sequences; then no others are begun
     row: int = 0  # sequences for which those are computed
@@ -54,9 +73,18 @@ class Step:
         return self.hidden.shape[1] - self.done
 
     @property
-    def long(self) -> bool:
-        """Whether it is more than one token, or one that has not been computed for all sequences at once."""
-        return self.left > 1 or self.row > 0
+    def size(self) -> int:
+        """Tokens of all its sequences that are not computed for all of them."""
+        return self.rows * self.left
+
+    @property
+    def kind(self) -> StepKind:
+        """What it is at present. Nothing else tells prompts from decoding."""
+        if self.row > 0:
+            return StepKind.PREFILL
+        if self.verifies:
+            return StepKind.VERIFY
+        return StepKind.PREFILL if self.left > 1 else StepKind.DECODE
 
 
 @dataclass(frozen=True)
