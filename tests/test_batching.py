@@ -33,10 +33,13 @@ from swarm.client.terms import SessionTerms
 from swarm.errors import SessionLengthExceeded
 from swarm.local import LocalSwarm
 from swarm.server.batching import CPU_MIXED, CPU_PREFILL, TURN_TOKENS, Batcher, next_batch
-from swarm.server.blocks import BloomBlocks, LlamaBlocks, Part, RaggedBlocks, make_ragged_blocks
+from swarm.server.blocks import Part, RaggedBlocks
 from swarm.server.cache import SharedMemoryCache
 from swarm.server.channel import HEADER, HandlerChannel
 from swarm.server.compute import compute_batch
+from swarm.server.families import make_ragged_blocks
+from swarm.server.families.bloom import BloomBlocks
+from swarm.server.families.llama import LlamaBlocks
 from swarm.server.serve import TRAINING_TOKENS
 from swarm.server.steps import Session, Step, StepKind
 from swarm.wire.requests import check_inputs, check_room, rewound
@@ -63,9 +66,10 @@ def stock_chain(tiny_bloom: Path) -> Iterator[SwarmModel]:
         model.close()
 
 
-def load_blocks(path: Path) -> tuple[list[Any], Any]:
-    """Load blocks as petals' server does."""
+def load_blocks(path: Path, **options: Any) -> tuple[list[Any], Any]:
+    """Load blocks as petals' server does, with some options of their configuration changed."""
     config = AutoDistributedConfig.from_pretrained(str(path))
+    config.update(options)
     blocks = [
         load_pretrained_block(str(path), i, config=config, torch_dtype=torch.float32)
         for i in range(config.num_hidden_layers)
@@ -138,6 +142,20 @@ def test_packed_weights_are_not_kept_a_second_time(make: Callable[[Path], Path],
 def test_other_families_are_left_to_petals(tmp_path: Path) -> None:
     modules, config = load_blocks(make_tiny_falcon(tmp_path / "falcon"))
     assert make_ragged_blocks(modules, config, torch.float32, 256) is None
+
+
+def test_what_a_family_does_not_accept_is_left_to_petals(tiny_bloom: Path, tiny_llama: Path) -> None:
+    """Each guard is its own family's: BLOOM has no word for its activation, so none is read."""
+    for path, option, value, accepted in (
+        (tiny_llama, "hidden_act", "gelu", False),
+        (tiny_llama, "pretraining_tp", 2, False),
+        (tiny_llama, "rope_scaling", {"type": "dynamic", "factor": 2.0}, False),
+        (tiny_llama, "rope_scaling", {"type": "linear", "factor": 2.0}, True),
+        (tiny_bloom, "pretraining_tp", 2, False),
+        (tiny_bloom, "hidden_act", "gelu", True),
+    ):
+        modules, config = load_blocks(path, **{option: value})
+        assert (make_ragged_blocks(modules, config, torch.float32, 256) is not None) is accepted, (path.name, option)
 
 
 class Bench:

@@ -42,8 +42,8 @@ from swarm import lazy_imports as imports
 from swarm.errors import ModelUnavailable
 from swarm.process import freeze_collector, kill_descendants, set_threads
 from swarm.server.batching import Batcher
-from swarm.server.blocks import make_ragged_blocks
 from swarm.server.cache import SharedMemoryCache
+from swarm.server.families import make_ragged_blocks
 from swarm.server.handler import TransformerConnectionHandler
 from swarm.supervision import Part, Watcher
 
