@@ -32,17 +32,16 @@ from swarm.client.session import SwarmSession
 from swarm.client.terms import SessionTerms
 from swarm.errors import SessionLengthExceeded
 from swarm.local import LocalSwarm
-from swarm.server.batching import (
-    CPU_MIXED,
-    CPU_PREFILL,
-    HEADER,
-    TURN_TOKENS,
-    Batcher,
-    HandlerLine,
-    SharedMemoryCache,
-)
-from swarm.server.blocks import BloomBlocks, LlamaBlocks, Part, RaggedBlocks, make_ragged_blocks
+from swarm.server.batching import CPU_MIXED, CPU_PREFILL, TURN_TOKENS, Batcher, next_batch
+from swarm.server.blocks import Part, RaggedBlocks
+from swarm.server.cache import SharedMemoryCache
+from swarm.server.channel import HEADER, HandlerChannel
+from swarm.server.compute import compute_batch
 from swarm.server.container import TRAINING_TOKENS
+from swarm.server.families import make_ragged_blocks
+from swarm.server.families.bloom import BloomBlocks
+from swarm.server.families.llama import LlamaBlocks
+from swarm.server.steps import Session, Step, StepKind
 from swarm.wire.requests import check_inputs, check_room, rewound
 from tests.conftest import greedy, load_model, tiny_server
 from tests.support.tiny import make_tiny_bloom, make_tiny_falcon, make_tiny_llama
@@ -67,9 +66,10 @@ def stock_chain(tiny_bloom: Path) -> Iterator[SwarmModel]:
         model.close()
 
 
-def load_blocks(path: Path) -> tuple[list[Any], Any]:
-    """Load blocks as petals' server does."""
+def load_blocks(path: Path, **options: Any) -> tuple[list[Any], Any]:
+    """Load blocks as petals' server does, with some options of their configuration changed."""
     config = AutoDistributedConfig.from_pretrained(str(path))
+    config.update(options)
     blocks = [
         load_pretrained_block(str(path), i, config=config, torch_dtype=torch.float32)
         for i in range(config.num_hidden_layers)
@@ -144,6 +144,20 @@ def test_other_families_are_left_to_petals(tmp_path: Path) -> None:
     assert make_ragged_blocks(modules, config, torch.float32, 256) is None
 
 
+def test_what_a_family_does_not_accept_is_left_to_petals(tiny_bloom: Path, tiny_llama: Path) -> None:
+    """Each guard is its own family's: BLOOM has no word for its activation, so none is read."""
+    for path, option, value, accepted in (
+        (tiny_llama, "hidden_act", "gelu", False),
+        (tiny_llama, "pretraining_tp", 2, False),
+        (tiny_llama, "rope_scaling", {"type": "dynamic", "factor": 2.0}, False),
+        (tiny_llama, "rope_scaling", {"type": "linear", "factor": 2.0}, True),
+        (tiny_bloom, "pretraining_tp", 2, False),
+        (tiny_bloom, "hidden_act", "gelu", True),
+    ):
+        modules, config = load_blocks(path, **{option: value})
+        assert (make_ragged_blocks(modules, config, torch.float32, 256) is not None) is accepted, (path.name, option)
+
+
 class Bench:
     """A batcher without servers: its lines and its cache are in this process."""
 
@@ -151,7 +165,7 @@ class Bench:
         self.blocks = blocks
         self.cache = SharedMemoryCache(2**30)
         self.batcher = Batcher(blocks, self.cache, lines, **options)  # type: ignore[arg-type]
-        self.lines: list[HandlerLine] = [self.batcher.handler_line(index) for index in range(lines)]
+        self.lines: list[HandlerChannel] = [self.batcher.handler_line(index) for index in range(lines)]
         self.line = self.lines[0]
         self.handles = 0
 
@@ -179,7 +193,7 @@ class Bench:
         self.cache._pipe_send.send(((handle,), None))
 
     async def open(
-        self, max_length: int, first: int = 0, last: int = 4, batch_size: int = 1, line: HandlerLine | None = None
+        self, max_length: int, first: int = 0, last: int = 4, batch_size: int = 1, line: HandlerChannel | None = None
     ) -> int:
         descriptor = self.blocks.cache_descriptor(last - first, batch_size, max_length)
         return await (line or self.line).open(self.allocate(descriptor), first, last)
@@ -521,6 +535,73 @@ def test_who_has_had_a_turn_lets_others_go_first(tiny_llama: Path) -> None:
     asyncio.run(scenario())
 
 
+def make_step(tokens: int, rows: int = 1, **options: Any) -> Step:
+    """A step by itself, of a session of 4 blocks."""
+    channel: Any = None
+    session = Session(channel, 0, torch.zeros(4, rows, 256, 2, 2, 16), 0, 4)
+    return Step(session, 0, torch.randn(rows, tokens, 64), **options)
+
+
+def pieces(*steps: Step) -> list[tuple[int, int, int, int]]:
+    """What the next batch computes, as on a CPU: which steps, and tokens, first sequence and sequences of each."""
+    batch = next_batch(steps, CPU_PREFILL, CPU_MIXED)
+    return [(steps.index(piece.step), piece.tokens, piece.row, piece.rows) for piece in batch]
+
+
+def test_kinds_of_steps() -> None:
+    assert make_step(1, rows=3).kind is StepKind.DECODE
+    assert make_step(2).kind is StepKind.PREFILL
+    assert make_step(200, done=199).kind is StepKind.DECODE  # the last token of a prompt
+    assert make_step(4, verifies=True).kind is make_step(1, verifies=True).kind is StepKind.VERIFY
+    for verifies in (True, False):  # what has to be computed for some sequences at a time
+        assert make_step(1, rows=300, row=64, width=1, verifies=verifies).kind is StepKind.PREFILL
+
+
+def test_verifying_takes_no_prefill_budget() -> None:
+    """Guesses are computed as a whole, however long the prompts are that came before; beside them a prompt is cut as
+    beside decoding."""
+    prompt = make_step(300)
+    assert pieces(prompt) == [(0, CPU_PREFILL, 0, 1)]
+    decoding = pieces(prompt, make_step(1))
+    assert decoding == [(1, 1, 0, 1), (0, CPU_MIXED, 0, 1)]
+    assert pieces(prompt, make_step(4, verifies=True)) == [(1, 4, 0, 1), *decoding[1:]]
+    assert pieces(prompt, make_step(4, rows=2, verifies=True), make_step(1)) == [
+        (1, 4, 0, 2),
+        (2, 1, 0, 1),
+        (0, 64, 0, 1),
+    ]
+    assert pieces(prompt, make_step(4)) == [(0, CPU_PREFILL, 0, 1)]  # the same tokens as a prompt wait for their turn
+
+
+def test_verifying_is_bounded_as_decoding_is() -> None:
+    many = [make_step(4, verifies=True) for _ in range(CPU_PREFILL // 4 + 1)]
+    assert pieces(*many, make_step(1)) == [(i, 4, 0, 1) for i in range(CPU_PREFILL // 4)]  # the last is not overtaken
+    wide = make_step(4, rows=CPU_MIXED // 4 + 1, verifies=True)  # is cut, as so many sequences that decode are
+    assert pieces(make_step(1), wide) == [(0, 1, 0, 1), (1, CPU_MIXED // wide.rows, 0, wide.rows)]
+
+
+def test_verifying_does_not_end_waiting_for_others(tiny_llama: Path) -> None:
+    batcher = Batcher(ragged(tiny_llama)[0], SharedMemoryCache(2**30), 1)
+    soon = time.monotonic() + 100
+    batcher._away, batcher._patience = {make_step(1).session: soon}, soon + 1
+    for step, waits in ((make_step(1), True), (make_step(4, verifies=True), True), (make_step(4), False)):
+        batcher._queues = {(0, 4): [step]}
+        assert bool(batcher._time_to_wait()) is waits
+
+
+@torch.inference_mode()
+def test_verified_tokens_equal_a_prompts(tiny_llama: Path) -> None:
+    """All of them have their outputs, beside a session that decodes."""
+    blocks, modules = ragged(tiny_llama)
+    guesses, other = make_step(4, rows=2, verifies=True), make_step(1)
+    inputs, token = guesses.hidden.clone(), other.hidden.clone()
+    compute_batch(blocks, next_batch([guesses, other], CPU_PREFILL, CPU_MIXED), 0, 4)
+    assert not guesses.left and not other.left
+    equal(other.hidden[0], modules, token[0])
+    for row in range(2):
+        equal(guesses.hidden[row], modules, inputs[row])
+
+
 def test_a_handler_that_does_not_read_is_left_behind(tiny_llama: Path) -> None:
     blocks, modules = ragged(tiny_llama)
     timeout = 1.0
@@ -587,7 +668,7 @@ def test_a_handler_that_cannot_read_a_reply_fails_all_steps(tiny_llama: Path) ->
         async with Bench(blocks) as bench:
             steps = [asyncio.create_task(bench.step(await bench.open(8), 0, torch.randn(1, 64))) for _ in range(2)]
             await all_sent()
-            bench.batcher._lines[0].connection.send(HEADER.pack(3) + b"abc")
+            bench.batcher._channels[0].connection.send(HEADER.pack(3) + b"abc")
             for step in steps:
                 with pytest.raises(RuntimeError, match="cannot be read"):
                     await step

@@ -16,17 +16,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from hivemind import TensorDescriptor
-from petals.models.bloom.block import WrappedBloomBlock
-from petals.models.llama.block import WrappedLlamaBlock
 from torch import nn
-from transformers.models.bloom.modeling_bloom import build_alibi_tensor
-from transformers.models.llama.modeling_llama import LlamaDynamicNTKScalingRotaryEmbedding
 
-from swarm.packed_linear import PackedLinear, fuse
 from swarm.server import kernels
 
-# Beyond so many rows PyTorch's gate, which uses all cores, is faster than a loop that uses one.
-KERNEL_ROWS = 32
 # Parts of so many tokens are computed by a loop as well: PyTorch takes longer for each part, and less for each token.
 SHORT = 32
 
@@ -126,9 +119,14 @@ def causal_mask(part: Part, dtype: torch.dtype, device: torch.device) -> torch.T
 
 
 class RaggedBlocks:
-    """The blocks of a server's span. Subclasses know the families' mathematics."""
+    """The blocks of a server's span. Subclasses know the families' mathematics, see ``swarm.server.families``."""
 
-    block_type: type[nn.Module]
+    block_type: type[nn.Module]  # petals' class of the family's blocks
+
+    @classmethod
+    def accepts(cls, blocks: Sequence[nn.Module], config: Any) -> bool:
+        """Whether these blocks, of the family's type, are computed as this class computes them."""
+        raise NotImplementedError
 
     def __init__(self, blocks: Sequence[Any], config: Any, dtype: torch.dtype, max_length: int) -> None:
         """Prepare the blocks. Petals can go on using them: the weights are shared.
@@ -204,161 +202,3 @@ def add_prompts(hidden: torch.Tensor, parts: Sequence[Part], index: int) -> None
             count = min(part.length, prompt.shape[0])
             hidden[offset : offset + count] += prompt[:count]
         offset += part.length
-
-
-class BloomBlocks(RaggedBlocks):
-    """BLOOM: attention with linear biases (ALiBi, https://arxiv.org/abs/2108.12409) on the keys' positions."""
-
-    block_type = WrappedBloomBlock
-
-    def __init__(self, blocks: Sequence[Any], config: Any, dtype: torch.dtype, max_length: int) -> None:
-        super().__init__(blocks, config, dtype, max_length)
-        self._projections = [
-            (
-                fuse(block.self_attention, "query_key_value"),
-                fuse(block.self_attention, "dense"),
-                fuse(block.mlp, "dense_h_to_4h"),
-                fuse(block.mlp, "dense_4h_to_h"),
-            )
-            for block in blocks
-        ]
-        ones = torch.ones(1, max_length, device=self.device)
-        self._alibi = build_alibi_tensor(ones, config.num_attention_heads, dtype)[None]  # [1, heads, 1, max length]
-
-    def slopes(self) -> torch.Tensor:
-        # Those of position 1.
-        return build_alibi_tensor(torch.ones(1, 2), self.config.num_attention_heads, torch.float32)[:, 0, 1]
-
-    def mask(self, part: Part) -> torch.Tensor:
-        alibi = self._alibi[..., : part.start + part.length]
-        return alibi if part.length == 1 else alibi + causal_mask(part, self.dtype, self.device)
-
-    def context(self, batch: Batch) -> None:
-        return None
-
-    def compute(self, number: int, hidden: torch.Tensor, batch: Batch, context: None) -> torch.Tensor:
-        block: Any = self.blocks[number]
-        query_key_value, dense, up, down = self._projections[number]
-        post_norm = block.apply_residual_connection_post_layernorm
-        normed = block.input_layernorm(hidden)
-        # The checkpoints keep query, key and value of one head together.
-        fused = query_key_value(normed).view(-1, self.kv_heads, 3, self.head_size)
-        attended = batch.attend(number, fused[:, :, :1], fused[:, :, 1:].transpose(1, 2))
-        hidden = dense(attended).add_(normed if post_norm else hidden)
-        normed = block.post_attention_layernorm(hidden)
-        return down(F.gelu(up(normed), approximate="tanh")).add_(normed if post_norm else hidden)
-
-
-class LlamaBlocks(RaggedBlocks):
-    """Llama: rotary positions (RoPE, https://arxiv.org/abs/2104.09864), RMS norms, grouped queries, gated MLP."""
-
-    block_type = WrappedLlamaBlock
-
-    def __init__(self, blocks: Sequence[Any], config: Any, dtype: torch.dtype, max_length: int) -> None:
-        super().__init__(blocks, config, dtype, max_length)
-        self._projections = [
-            (
-                fuse(block.self_attn, "q_proj", "k_proj", "v_proj"),
-                fuse(block.self_attn, "o_proj"),
-                fuse(block.mlp, "gate_proj", "up_proj"),
-                fuse(block.mlp, "down_proj"),
-            )
-            for block in blocks
-        ]
-        rotary: Any = blocks[0].self_attn.rotary_emb
-        cos, sin = rotary(torch.empty(0, dtype=dtype, device=self.device), seq_len=max_length)
-        half = self.head_size // 2
-        self._cos = cos[0, 0, :max_length]  # [max length, head size]
-        # With the signs of the rotation in it, what is left to do is to swap the halves.
-        self._sin = torch.cat([-sin[0, 0, :max_length, :half], sin[0, 0, :max_length, half:]], dim=-1)
-
-    def slopes(self) -> torch.Tensor:
-        return torch.zeros(self.config.num_attention_heads)
-
-    def mask(self, part: Part) -> torch.Tensor | None:
-        if part.length == 1:
-            return None
-        return causal_mask(part, self.dtype, self.device).repeat(self.group, 1)
-
-    def context(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        positions = torch.from_numpy(batch.positions).to(self.device)
-        return self._cos[positions], self._sin[positions]
-
-    def compute(
-        self, number: int, hidden: torch.Tensor, batch: Batch, context: tuple[torch.Tensor, torch.Tensor]
-    ) -> torch.Tensor:
-        block: Any = self.blocks[number]
-        heads, kv_heads, size = self.kv_heads * self.group, self.kv_heads, self.head_size
-        query_key_value, output, gate_up, down = self._projections[number]
-        projected = query_key_value(norm(block.input_layernorm, hidden)).view(-1, heads + 2 * kv_heads, size)
-        rotate(projected, heads + kv_heads, *context)
-        queries = projected[:, :heads].unflatten(1, (kv_heads, self.group))
-        attended = batch.attend(number, queries, projected[:, heads:].unflatten(1, (2, kv_heads)))
-        hidden = output(attended).add_(hidden)
-        return down(gate(gate_up(norm(block.post_attention_layernorm, hidden)))).add_(hidden)
-
-
-def norm(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """Compute an RMS norm (https://arxiv.org/abs/1910.07467)."""
-    if hidden.device.type == "cpu":
-        return kernels.norm(hidden, layer.weight, layer.variance_epsilon)
-    return F.rms_norm(hidden, layer.weight.shape, layer.weight, layer.variance_epsilon)
-
-
-def rotate(heads: torch.Tensor, count: int, cos: torch.Tensor, sin: torch.Tensor) -> None:
-    """Rotate queries and keys, the first ``count`` of [tokens, heads, head size], in place."""
-    if heads.device.type == "cpu":
-        kernels.rotate(heads, count, cos, sin)
-        return
-    heads = heads[:, :count]
-    swapped = heads.roll(heads.shape[-1] // 2, -1)
-    torch.addcmul(heads * cos[:, None], swapped, sin[:, None], out=heads)
-
-
-def gate(gate_up: torch.Tensor) -> torch.Tensor:
-    """Compute the gated unit (SwiGLU, https://arxiv.org/abs/2002.05202) of [tokens, gate and up]."""
-    if gate_up.device.type == "cpu" and len(gate_up) <= KERNEL_ROWS:
-        return kernels.gate(gate_up)
-    gates, ups = gate_up.chunk(2, dim=-1)
-    return F.silu(gates) * ups
-
-
-def make_ragged_blocks(modules: Sequence[Any], config: Any, dtype: torch.dtype, max_length: int) -> RaggedBlocks | None:
-    """Return the blocks of a server for batches, or None if they can only be computed by petals.
-
-    That is so for other families, quantised weights, adapters, and weights split over devices or into slices.
-
-    :param modules: what petals has loaded, wrapped in ``TensorParallel``
-    """
-    shards = [module.module_shards for module in modules]
-    if any(len(blocks) != 1 for blocks in shards) or getattr(config, "pretraining_tp", 1) != 1:
-        return None
-    if getattr(config, "hidden_act", "silu") != "silu":
-        return None
-    blocks = [blocks[0] for blocks in shards]
-    for family in (BloomBlocks, LlamaBlocks):
-        if all(type(block) is family.block_type and is_plain(block) for block in blocks):
-            ragged = family(blocks, config, dtype, max_length)
-            let_go_of_files(blocks)
-            return ragged
-    return None
-
-
-def let_go_of_files(blocks: Sequence[nn.Module]) -> None:
-    """Copy what packing has left of the blocks' weights, if it has taken the large ones.
-
-    Where a checkpoint has the dtype that is computed in, the weights are its file, mapped into memory: as long as one
-    norm of a block is in there, so are all the weights that were packed, for a second time.
-    """
-    for block in blocks:
-        if any(isinstance(module, PackedLinear) and module.packed is not None for module in block.modules()):
-            for tensor in (*block.parameters(), *block.buffers()):
-                tensor.data = tensor.data.clone()
-
-
-def is_plain(block: nn.Module) -> bool:
-    """Whether a block has the layers that it was published with, and nothing that depends on a sequence's length."""
-    kinds = {type(module) for module in block.modules()}
-    return LlamaDynamicNTKScalingRotaryEmbedding not in kinds and not any(
-        issubclass(kind, nn.Linear) and kind is not nn.Linear for kind in kinds
-    )

@@ -14,7 +14,7 @@ from swarm import hardware
 from swarm import lazy_imports as imports
 from swarm.process import freeze_collector
 from swarm.server.batching import Batcher
-from swarm.server.blocks import make_ragged_blocks
+from swarm.server.families import make_ragged_blocks
 from swarm.server.restart import STOP_TIMEOUT
 from swarm.supervision import Part
 

@@ -23,7 +23,7 @@ from petals.data_structures import CHAIN_DELIMITER
 from petals.server import handler as petals_handler
 from petals.utils.misc import is_dummy
 
-from swarm.server.batching import HandlerLine
+from swarm.server.channel import HandlerChannel
 from swarm.wire.messages import MAX_MESSAGE, bound_total, limit_messages
 from swarm.wire.packing import read_metadata
 from swarm.wire.requests import SessionRequest, check_call, read_arguments, read_session, read_step, split_uids
@@ -42,7 +42,7 @@ class TransformerConnectionHandler(petals_handler.TransformerConnectionHandler):
     inference_tokens: Any  # tokens received for inference
     heartbeat: Any  # time.monotonic() of the computing process, as it last told
     # To the batcher; None if this server's blocks are computed by petals alone. Set before the process begins.
-    line: HandlerLine | None = None
+    line: HandlerChannel | None = None
     cache_descriptor: Any  # see RaggedBlocks
     batches: Any  # batches computed
 
@@ -82,7 +82,7 @@ class TransformerConnectionHandler(petals_handler.TransformerConnectionHandler):
 
     async def _serve_session(
         self,
-        line: HandlerLine,
+        line: HandlerChannel,
         request: runtime_pb2.ExpertRequest,
         wanted: SessionRequest,
         requests: AsyncIterator[runtime_pb2.ExpertRequest],
@@ -109,7 +109,7 @@ class TransformerConnectionHandler(petals_handler.TransformerConnectionHandler):
 
     async def _compute_steps(
         self,
-        line: HandlerLine,
+        line: HandlerChannel,
         session: int,
         steps: AsyncIterator[tuple[runtime_pb2.ExpertRequest, dict[str, Any]]],
         wanted: SessionRequest,

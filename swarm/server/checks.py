@@ -1,0 +1,53 @@
+"""What the batcher refuses before it gets into a batch, where it would be the failure of all sessions in it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import swarm.compat  # noqa: F401
+
+import torch
+
+from swarm.server.channel import Opening, StepRequest
+
+
+def is_number(value: Any, low: int, high: int) -> bool:
+    """Whether a value is an integer of [low, high); a float or a truth value is none."""
+    return type(value) is int and low <= value < high
+
+
+def check_opening(opening: Opening, cache: torch.Tensor, num_blocks: int) -> None:
+    """Refuse a session that cannot be computed.
+
+    :raises ValueError: telling why
+    """
+    first, last = opening.first, opening.last
+    if not (is_number(first, 0, num_blocks) and is_number(last, first + 1, num_blocks + 1)):
+        raise ValueError(f"there are no blocks [{first}, {last}) among {num_blocks}")
+    if cache.shape[0] != last - first or not cache.shape[1]:
+        raise ValueError(f"attention cache of shape {list(cache.shape)} is none for {last - first} blocks")
+
+
+def check_step(request: StepRequest, cache_shape: Sequence[int], hidden_size: int) -> None:
+    """Refuse a step that does not fit its session. Handlers check more kindly; here it would be others' failure.
+
+    :param cache_shape: of the session's attention cache, see ``RaggedBlocks.cache_descriptor``
+    :raises ValueError: telling what does not fit
+    """
+    blocks, rows, max_length = cache_shape[:3]
+    if len(request.shape) != 3 or not all(type(size) is int for size in request.shape):
+        raise ValueError(f"hidden states of shape {request.shape} are none")
+    sequences, tokens, size = request.shape
+    if sequences not in (1, rows) or tokens < 1 or size != hidden_size:
+        raise ValueError(f"hidden states of shape {list(request.shape)} are not [{rows}, tokens, {hidden_size}]")
+    if not is_number(request.start, 0, max_length - tokens + 1):
+        raise ValueError(f"{tokens} tokens from position {request.start!r} do not fit {max_length}")
+    if request.hypotheses is not None and not (
+        len(request.hypotheses) == rows and all(is_number(number, 0, rows) for number in request.hypotheses)
+    ):
+        raise ValueError(f"hypotheses are not {rows} numbers of the session's sequences")
+    if request.prompts is not None:
+        if len(request.prompts) != blocks:
+            raise ValueError(f"there are deep prompts of {len(request.prompts)} blocks, not of {blocks}")
+        for prompt in request.prompts:
+            if prompt is not None and (prompt.ndim != 3 or len(prompt) < sequences or prompt.shape[2] != hidden_size):
+                raise ValueError(f"deep prompts of shape {list(prompt.shape)} do not fit {sequences} sequences")
