@@ -295,7 +295,7 @@ def probe_nobody() -> None:
 
 
 def _accept_shared_dht() -> None:
-    """Pass ``shared_dht`` to petals' causal language models: they take no ``dht``, so each would start two processes."""
+    """Pass ``shared_dht`` to petals' causal models: they take no ``dht``, so each would start two processes."""
     from petals.client.routing import RemoteSequenceManager
 
     init = RemoteSequenceManager.__init__
