@@ -314,7 +314,7 @@ class _Turn:
             try:
                 await asyncio.wait_for(self._lock.acquire(), self._timeout)
             except asyncio.TimeoutError:
-                raise CacheFull(f"others waited for attention cache before, for {self._timeout:.0f} s") from None
+                raise CacheFull(f"other sessions were ahead for attention cache for {self._timeout:.0f} s") from None
             self._has_it = True
 
     def end(self) -> None:

@@ -132,7 +132,7 @@ class Swarm:
             if multiprocessing.util.is_exiting():  # the interpreter ends the remaining child processes
                 self._watch.stop()
                 return
-            log.warning("%s; this program joins its swarm again", reason)
+            log.warning("%s; this program rejoins its swarm", reason)
             self._leave(node)
         try:
             self._enter(self._start())
@@ -163,7 +163,7 @@ class Swarm:
         for state in states:
             state.connect(node.dht, node.p2p)
         self._failures = 0
-        log.info("this program is in its swarm again")
+        log.info("this program has rejoined its swarm")
 
     def follow(self, state: SwarmState) -> None:
         """Keep a model's state connected to the current DHT and P2P from now on."""

@@ -214,7 +214,7 @@ class Span:
         :param message: from any peer, as ``clean`` returns it
         """
         if "allocate" in message and "max =" in message:
-            error: SwarmError = SessionLengthExceeded(f"the server takes no session so long: {message}")
+            error: SwarmError = SessionLengthExceeded(f"the server takes no session this long: {message}")
             return ServerFailed(error, REFUSAL_PATIENCE)
         if "allocate" in message:
             blocks = format_blocks(range(self.start, self.end))

@@ -122,7 +122,7 @@ class WarmSessions:
         try:
             best.session.truncate(common)
         except (SwarmError, concurrent.futures.TimeoutError):  # in Python 3.10 this is a class of its own
-            log.exception("a kept session could not be set back")
+            log.exception("a kept session could not be truncated")
             best.session.close()
             return None
         return best.session

@@ -55,7 +55,7 @@ def read_abilities(metadata: bytes) -> Abilities:
     told = read_metadata(metadata)
     rewind, spread = told.get("rewind", False), told.get("spread", False)
     if type(rewind) is not bool or type(spread) is not bool:
-        raise Malformed(f"it tells of abilities {quoted(told)}")
+        raise Malformed(f"it reports abilities {quoted(told)}")
     return Abilities(rewind, spread)
 
 
