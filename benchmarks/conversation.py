@@ -1,10 +1,10 @@
-"""What a memory for conversations saves: the time to the first token of each turn of a chat, with it and without.
+"""What keeping sessions warm saves: the time to the first token of each turn of a chat, with it and without.
 
     python -m benchmarks.conversation --turns 20
 
-Two copies of the app stand in front of one server; one keeps the sessions of finished answers, the other does not. A
-conversation is held with both in one run, through the OpenAI API, turn by turn, each sending the whole history. Prints,
-for each turn, the tokens of the prompt, how many of them the first app did not have to compute, and both times.
+Two copies of the app run in front of one server; one keeps the sessions of finished answers, the other does not. One
+run holds the same conversation with both through the OpenAI API, turn by turn; each turn sends the whole history. For
+each turn it prints the prompt's tokens, how many of them the first app did not have to compute, and both times.
 """
 
 import argparse
@@ -28,7 +28,7 @@ KINDS = {"with": "32", "without": "0"}  # WARM_SESSIONS
 
 
 def main() -> None:
-    """Hold the conversation and print a table and a line of JSON."""
+    """Hold the conversation; print a table and a line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--turns", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=40, help="longest answer (default: %(default)s)")

@@ -1,13 +1,13 @@
-"""Generations in each of which a serving process is lost at a random moment: all must finish with the reference's text.
+"""Generations that each lose a serving process at a random moment: all must finish with the reference's text.
 
     python -m benchmarks.failover --fault kill --count 100
     python -m benchmarks.failover --fault stop --count 20
     python -m benchmarks.failover --fault silence --count 20     (needs root and iproute2: network namespaces)
 
 Each generation runs over a chain of two spans, each held by several servers. The pause is the longest time between two
-tokens of the generation, less what a token takes otherwise. With `kill`, a server's main process gets SIGKILL; with
-`stop`, all its processes get SIGSTOP, with `stop-main` only the one that computes; with `silence`, its host drops all
-that it would send.
+tokens of the generation, minus the usual time per token. With `kill`, a server's main process gets SIGKILL; with
+`stop`, all its processes get SIGSTOP, with `stop-main` only the computing one; with `silence`, its host drops
+everything it would send.
 """
 
 import argparse
@@ -36,18 +36,18 @@ from tests.support.tiny import load_reference, make_tiny_bloom
 SPANS = ("0:2", "2:4")
 PROMPTS = ["The quick brown fox", "Ein Schwarm von Servern", "分散された大規模", "Nobody, said"]
 TOKENS = 60  # tokens per generation
-# A server of a tiny model is back in about 8 s when two cores have nothing else to do.
+# A server of a tiny model restarts in about 8 s when two cores are otherwise idle.
 BACK_TIMEOUT = 180.0  # seconds
 
 
 class Fault:
-    """Something that happens to a server, and the end of it."""
+    """A fault of a server, and its repair."""
 
     def strike(self, server: LocalServer) -> None:
         raise NotImplementedError
 
     def heal(self, server: LocalServer) -> None:
-        """Undo it, once the generation has finished."""
+        """Undo the fault once the generation has finished."""
 
 
 class Kill(Fault):
@@ -56,7 +56,7 @@ class Kill(Fault):
 
 
 class Stop(Fault):
-    """SIGSTOP to the server's main process and all below it, its p2pd included; or to the main process alone."""
+    """SIGSTOP to the server's main process and all its descendants, p2pd included; or to the main process alone."""
 
     def __init__(self, whole: bool) -> None:
         self.whole = whole
@@ -74,7 +74,7 @@ class Stop(Fault):
 
 
 class Silence(Fault):
-    """The server's host drops what it would send: for the others the network is silent."""
+    """The server's host drops everything it would send: to the others the network is silent."""
 
     def strike(self, server: LocalServer) -> None:
         assert isinstance(server, ServerOnHost)
@@ -86,7 +86,7 @@ class Silence(Fault):
 
 
 def main() -> None:
-    """Run the generations and print what came of them."""
+    """Run the generations and print the results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--fault", choices=("kill", "stop", "stop-main", "silence"), default="kill")
     parser.add_argument("--count", type=int, default=20, help="generations (default: %(default)s)")
@@ -107,7 +107,7 @@ def main() -> None:
 
 
 def start_server(local: LocalSwarm, path: Path, number: int, host: Host | None) -> LocalServer:
-    """Start server ``number``, every second one of the same span; on a host of its own if there is one."""
+    """Start server ``number``; every second one has the same span. It runs on its own host, if one is given."""
     options = ServerOptions(
         str(path), blocks=SPANS[number % 2], dtype="float32", threads=1, public_name=f"server-{number}"
     )
@@ -155,7 +155,7 @@ def run(model: SwarmModel, servers: list[LocalServer], path: Path, fault: Fault,
 
 
 def await_servers(model: SwarmModel, servers: list[LocalServer]) -> None:
-    """Wait until all servers are announced and answer; the announcements of dead ones outlive them for a while."""
+    """Wait until all servers are announced and answer; announcements outlive dead servers for a while."""
     names = {server.options.public_name for server in servers}
     if not model.state.wait(lambda: answering(model) >= names, BACK_TIMEOUT):
         raise SystemExit(f"of {names} only {answering(model)} came back")
@@ -169,7 +169,7 @@ def answering(model: SwarmModel) -> set[str | None]:
 def generate(
     model: SwarmModel, servers: list[LocalServer], prompt: str, moment: int, rng: random.Random, fault: Fault
 ) -> tuple[list[int], list[float], LocalServer]:
-    """Generate greedily; while token ``moment`` is being computed, strike one of the servers that compute."""
+    """Generate greedily; while token ``moment`` is being computed, strike one of the computing servers."""
     tokens: list[int] = []
     times = [time.monotonic()]
     with model.open_session(256) as session:
@@ -181,7 +181,7 @@ def generate(
             if len(tokens) == TOKENS:
                 return tokens, times[1:], victim
             if len(tokens) == moment + 1:
-                # From another thread, so that it falls anywhere within a step.
+                # From another thread, so that the fault can strike anywhere within a step.
                 threading.Timer(rng.random() * 0.02, fault.strike, (victim,)).start()
             logits = session.step(tokens[-1:])
 
@@ -196,5 +196,5 @@ def serving(model: SwarmModel, servers: list[LocalServer], route: list[tuple[str
 if __name__ == "__main__":
     main()
     sys.stdout.flush()
-    # Threads of the libraries below may hold the interpreter; everything that was started has been ended.
+    # Library threads may keep the interpreter alive; everything we started has ended.
     os._exit(0)

@@ -1,9 +1,9 @@
-"""What a WebSocket stream costs per token, against the bare Petals client loop on the same swarm, in one run.
+"""What a WebSocket stream costs per token, compared with the bare Petals client loop on the same swarm, in one run.
 
     make bench        or        python -m benchmarks.overhead --tokens 100 --rounds 5
 
-The two take turns, so that a machine that is slow for a while is slow for both. The bare loop is petals' own inference
-session: embed, step, final norm, head, pick the likeliest; the stream is a WebSocket client of the app under gunicorn.
+The two take turns, so that a temporarily slow machine slows both. The bare loop is petals' own inference session:
+embed, step, final norm, head, pick the likeliest; the stream is a WebSocket client of the app under gunicorn.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from tests.support.processes import GUNICORN, Program, running
 
 
 def main() -> None:
-    """Measure, and print a table and a line of JSON."""
+    """Measure; print a table and a line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--tokens", type=int, default=60, help="tokens per turn (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each (default: %(default)s)")
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def measure(model: SwarmModel, program: Program, tokens: int, rounds: int) -> dict[str, list[float]]:
-    """Return the median milliseconds between tokens of each turn, by kind."""
+    """Return each turn's median milliseconds between tokens, by kind."""
     kinds = {
         "bare Petals client loop": lambda: bare_loop(model, tokens).gaps,
         "this client's loop": lambda: own_loop(model, tokens).gaps,
@@ -65,7 +65,7 @@ def gaps(times: list[float]) -> list[float]:
 
 
 def stream(program: Program, tokens: int) -> list[float]:
-    """A WebSocket client that streams token by token, as the chat page does."""
+    """Stream token by token from a WebSocket client, as the chat page does."""
     times: list[float] = []
     with connect(program.url.replace("http", "ws") + "/api/v2/generate") as ws:
         ask(ws, {"type": "open_inference_session", "max_length": 1024})
@@ -97,7 +97,7 @@ def receive(ws: Any) -> dict[str, Any]:
 
 
 def report(results: dict[str, list[float]]) -> None:
-    """Print medians, and each kind against the bare loop of the same turn."""
+    """Print medians, and each kind compared with the bare loop of the same turn."""
     base = results["bare Petals client loop"]
     print(f"{'':28}{'ms/token':>10}{'min':>8}{'max':>8}{'tokens/s':>10}{'over bare':>12}{'ratio':>8}")
     summary = {}
@@ -113,6 +113,6 @@ def report(results: dict[str, list[float]]) -> None:
 
 if __name__ == "__main__":
     main()
-    # Threads of the libraries below may hold the interpreter; everything that was started has been ended.
+    # Library threads may keep the interpreter alive; everything we started has ended.
     sys.stdout.flush()
     os._exit(0)

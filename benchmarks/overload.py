@@ -1,9 +1,9 @@
-"""Two hundred clients against room for sixteen: what becomes of each, and how fast those are that were let in.
+"""Two hundred clients against room for sixteen: what happens to each, and how fast the admitted ones are.
 
     python -m benchmarks.overload --clients 200 --room 16
 
-First as many clients come as there is room for, then all at once, in one run against one app with a tiny BLOOM. Each
-opens a session over a WebSocket and streams an answer. Printed are the waits, the refusals, the speeds and their ratio.
+First as many clients arrive as there is room for, then all at once, in one run against one app with a tiny BLOOM. Each
+opens a session over a WebSocket and streams an answer. Prints the waits, the refusals, the speeds and their ratio.
 """
 
 import argparse
@@ -28,15 +28,15 @@ NEVER = "no such text is ever generated"
 
 @dataclass
 class Outcome:
-    """What became of one client."""
+    """The outcome for one client."""
 
     result: str  # "answered", or the code of the refusal
-    waited: float  # seconds from asking for a session until the yes or the no
+    waited: float  # seconds from asking for a session until it is granted or refused
     speed: float = 0.0  # tokens/s of the answer
 
 
 def main() -> None:
-    """Measure, and print what came of it."""
+    """Measure and print the results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--room", type=int, default=16, help="sessions that the app takes (default: %(default)s)")
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def crowd(program: Program, size: int) -> list[Outcome]:
-    """Let ``size`` clients come at the same moment."""
+    """Let ``size`` clients arrive at the same moment."""
     outcomes: list[Outcome] = []
     barrier = threading.Barrier(size)
 
@@ -82,7 +82,7 @@ def crowd(program: Program, size: int) -> list[Outcome]:
 
 
 def client(program: Program) -> Outcome:
-    """Open a session, stream an answer."""
+    """Open a session and stream an answer."""
     began = time.monotonic()
     with websocket(program.url.replace("http", "ws") + "/api/v2/generate") as ws:
         reply = ws.ask({"type": "open_inference_session", "max_length": 128})

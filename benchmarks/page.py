@@ -1,10 +1,10 @@
-"""What showing a streamed answer costs the browser: script time per frame of the chat page, beside a naive renderer's.
+"""What showing a streamed answer costs the browser: script time per frame of the chat page and of a naive renderer.
 
     python -m benchmarks.page        or        python -m benchmarks.page --shapes --seconds 10
 
-The page is the real one, in Chromium, with a model behind the real WebSocket protocol that sends one token of a written
-answer after the other at a fixed rate. The naive renderer, on a page of its own, makes the whole text anew in each
-frame. ``--shapes`` streams what is hardest, one giant list, table, code block or paragraph, into the module alone.
+The page is the real one, in Chromium; a model behind the real WebSocket protocol sends a prepared answer token by token
+at a fixed rate. The naive renderer, on its own page, renders the whole text again in each frame. ``--shapes`` streams
+the hardest texts, one giant list, table, code block or paragraph, into the module alone.
 """
 
 import argparse
@@ -36,8 +36,8 @@ from web.websocket import WebSocket
 from web.websocket_handshake import accept_handshake
 from websocket_api import Upgraded, WebSockets
 
-# Events of the main thread in which scripts run; those within another of them are counted once. A layout that a script
-# asks for is part of it. The time is the thread's own, so that others on the machine do not count.
+# Events of the main thread in which scripts run; nested ones are counted once. A layout that a script requests is part
+# of it. The time is the thread's own, so other programs on the machine do not count.
 SCRIPT = {
     "FunctionCall",
     "EvaluateScript",
@@ -48,7 +48,7 @@ SCRIPT = {
     "EventDispatch",
 }
 SCRIPT |= {"FireAnimationFrame", "FireIdleCallback", "v8.callFunction", "MinorGC", "MajorGC"}
-FRAME = "BeginCommitCompositorFrame"  # the end of a frame, for the main thread
+FRAME = "BeginCommitCompositorFrame"  # ends a frame for the main thread
 CATEGORIES = ["devtools.timeline", "disabled-by-default-devtools.timeline", "devtools.timeline.frame", "v8.execute"]
 LONG_TASK = 50.0  # milliseconds
 SECTION = """## {n}. How a swarm serves a model
@@ -95,12 +95,12 @@ WORDS = (
 
 
 def answer(tokens: int) -> str:
-    """Prose, lists, tables, code and formulas."""
+    """Return an answer with prose, lists, tables, code and formulas."""
     return "".join(itertools.islice(split("".join(SECTION.format(n=n) for n in range(1, 40))), tokens))
 
 
 def shapes(tokens: int) -> dict[str, str]:
-    """What is hardest to show while it grows: blocks that end only with the text."""
+    """Return the texts that are hardest to show while they grow: blocks that end only with the text."""
     words = itertools.cycle(WORDS.split())
 
     def line(count: int) -> str:
@@ -121,12 +121,12 @@ def shapes(tokens: int) -> dict[str, str]:
 
 
 def split(text: str) -> Iterator[str]:
-    """Cut a text into about what tokenizers make of it: words with the space before them, long ones in parts."""
+    """Split a text roughly as tokenizers do: words with the space before them, long ones in parts."""
     return (match[0] for match in re.finditer(r" ?\w{1,8}|\n+| ?[^\w\s]{1,2}|\s", text))
 
 
 def main() -> None:
-    """Measure, and print a table and a line of JSON."""
+    """Measure; print a table and a line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--tokens", type=int, default=4000, help="of the answer (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=100.0, help="tokens per second (default: %(default)s)")
@@ -147,7 +147,7 @@ def main() -> None:
 
 @contextmanager
 def serving(text: str, rate: float) -> Iterator[str]:
-    """Run the pages, with a model that gives this answer to everything."""
+    """Serve the pages, with a model that gives this answer to everything."""
     app = Flask(__name__, root_path=str(ROOT), static_folder=None)
     service = Service(Settings(MODELS=("writer",)))  # not started: there is no model
     app.extensions["petals_chat"] = service
@@ -167,7 +167,7 @@ def serving(text: str, rate: float) -> Iterator[str]:
 
     @app.after_request
     def protect(response: Response) -> Response:
-        if response.mimetype == "text/html" and request.path != "/naive":  # which the policy would not let do it
+        if response.mimetype == "text/html" and request.path != "/naive":  # the policy would block it
             response.headers["Content-Security-Policy"] = page.CONTENT_SECURITY_POLICY
         return response
 
@@ -205,7 +205,7 @@ new PerformanceObserver((list) => {
 const longTasks = new PerformanceObserver((list) => (observed.long += list.getEntries().length));
 longTasks.observe({ type: "longtask", buffered: true });
 """
-# Naive: marked as its manual shows it, all of it in each frame.
+# Naive: marked as in its manual, the whole text in each frame.
 STREAM = """async ([tokens, rate, kind]) => {
   const { MarkdownView, ready } = await import("/static/js/markdown/view.js");
   const { marked } = await import("/vendor/marked/marked.esm.js");
@@ -237,7 +237,7 @@ STREAM = """async ([tokens, rate, kind]) => {
 
 
 def chat(browser: Page, url: str, seconds: float) -> None:
-    """Ask on the page as a user does, and wait for the end of the answer."""
+    """Ask on the page as a user does, and wait for the answer to end."""
     browser.goto(url)
     browser.wait_for_selector("body[data-state=ready]")
     browser.evaluate(OBSERVE)
@@ -256,7 +256,7 @@ def stream(browser: Page, url: str, text: str, rate: float, kind: str) -> None:
 
 @dataclass(frozen=True)
 class Cost:
-    """Script time (of the processor) of the frames in which there was any, in milliseconds."""
+    """Script time (processor time) of the frames that had any, in milliseconds."""
 
     frames: int
     median: float
@@ -267,7 +267,7 @@ class Cost:
 
 
 def measure(browser: Page, run: Callable[[], None]) -> Cost:
-    """Take a trace of a run."""
+    """Trace a run and return its costs."""
     context = browser.context.browser
     assert context is not None
     with tempfile.TemporaryDirectory() as directory:
@@ -288,7 +288,7 @@ def script_times(events: list[dict[str, Any]]) -> list[float]:
     frames_of: dict[tuple[int, int], list[dict[str, Any]]] = {}
     for event in events:
         frames_of.setdefault((event["pid"], event["tid"]), []).append(event)
-    # The page's main thread is the one that fires its animation frames.
+    # The page's main thread is the one that fires animation frames.
     main = max(frames_of.values(), key=lambda them: sum(event["name"] == "FireAnimationFrame" for event in them))
     ends = sorted(event["ts"] for event in main if event["name"] == FRAME)
     times = [0.0] * (len(ends) + 1)
@@ -302,11 +302,11 @@ def script_times(events: list[dict[str, Any]]) -> list[float]:
         if start >= covered:  # not within another one
             times[frame] += event.get("tdur", event["dur"]) / 1000
             covered = end
-    return sorted(spent for spent in times[1:] if spent > 0) or [0.0]  # before the first frame the page loads
+    return sorted(spent for spent in times[1:] if spent > 0) or [0.0]  # the page loads before the first frame
 
 
 def report(results: dict[str, Cost]) -> None:
-    """Print what each costs."""
+    """Print the costs of each."""
     print(
         f"{'script per frame':16}{'frames':>8}{'median ms':>11}{'p99 ms':>9}{'max ms':>9}{'long tasks':>12}{'shift':>9}"
     )

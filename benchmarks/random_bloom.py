@@ -1,6 +1,6 @@
-"""A BLOOM of more than a billion parameters with random weights, for machines that cannot download a real one.
+"""A BLOOM of more than a billion random parameters, for machines that cannot download a real one.
 
-Its blocks are those of BLOOM-1b7, 24 of 2,048 values; its words are the bundled model's.
+Its blocks are like BLOOM-1b7's, 24 with a hidden size of 2,048; its vocabulary is the bundled model's.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ NAME = "random-bloom-1b3"
 
 
 def random_bloom(settings: Settings) -> str:
-    """Return the directory of the model, below the cache directory; it is written there once, in bfloat16."""
+    """Return the model's directory, below the cache directory; it is written there once, in bfloat16."""
     directory = settings.cache_dir.absolute() / NAME
     if not directory.exists():
         unfinished = directory.with_name(f"{NAME}.part")
@@ -25,7 +25,7 @@ def random_bloom(settings: Settings) -> str:
 
 
 def write(directory: Path, tokenizer_of: str) -> None:
-    """Write a random model with the tokenizer of another one."""
+    """Write a random model with another model's tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
     config = BloomConfig(
         vocab_size=len(tokenizer),
@@ -38,5 +38,5 @@ def write(directory: Path, tokenizer_of: str) -> None:
     )
     torch.manual_seed(0)
     tokenizer.save_pretrained(directory)
-    # Without the head, which is the embeddings once more: as on the hub.
+    # Without the head, which repeats the embeddings: as on the hub.
     AutoModel.from_config(config, torch_dtype=torch.bfloat16).save_pretrained(directory, safe_serialization=True)

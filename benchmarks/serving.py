@@ -1,10 +1,10 @@
-"""How fast many users are served: this project's batching servers against stock Petals servers, in one run.
+"""How fast many users are served: this project's batching servers compared with stock Petals servers, in one run.
 
     make bench        or        python -m benchmarks.serving --clients 1 4 16 64
 
-For each number of clients, each of them a WebSocket that streams token by token as the chat page does, the same load is
-put on two copies of the app: one in front of a batching server, one in front of a server that computes as stock Petals
-does. Beside them stand two loops without app and transport: petals' own client on the stock server, this project's on
+For each number of clients, each a WebSocket that streams token by token as the chat page does, two copies of the app
+get the same load: one in front of a batching server, one in front of a server that computes as stock Petals does. For
+comparison there are two loops without app and transport, petals' own client on the stock server and this project's on
 the batching one; and plain Transformers in one process, all clients' prompts in one batch. Only one of them computes at
 a time. The results go to standard output, to ``--json`` and, as a plot, to ``--plot``.
 """
@@ -51,24 +51,24 @@ TOPICS = [
     "winter",
 ]
 PROMPT = "<|im_start|>user\nWrite a long story about {topic}.<|im_end|>\n<|im_start|>assistant\n"
-NEVER = "no such text is ever generated"  # with it and rounds of one token an answer is streamed
-ANSWER_TIMEOUT = 600  # seconds for one message; stock servers let 64 clients wait for long
-ARRIVALS = 3  # times that all clients come at once, beside the load itself, for the time to the first token
+NEVER = "no such text is ever generated"  # this and rounds of one token stream an answer
+ANSWER_TIMEOUT = 600  # seconds for one message; stock servers make 64 clients wait a long time
+ARRIVALS = 3  # times that all clients arrive at once, besides the load itself, for the time to the first token
 CLOSING_TIMEOUT = 60  # seconds; servers close sessions within one step
 STOCK, BATCHING = "stock Petals server", "batching server"
 
 
 @dataclass
 class Load:
-    """What one load of clients saw."""
+    """The times that one load of clients measured."""
 
     seconds: float = 0.0  # from the first request to the last token
-    first: list[float] = field(default_factory=list)  # seconds to the first token, of each client
+    first: list[float] = field(default_factory=list)  # seconds to the first token, per client
     gaps: list[float] = field(default_factory=list)  # seconds between tokens
     tokens: int = 0
 
     def summary(self) -> dict[str, float]:
-        """Return what is told of it: tokens/s, and milliseconds."""
+        """Return the reported figures: tokens/s, and milliseconds."""
         result = {"tokens_per_s": self.tokens / self.seconds}
         for name, values in (("ttft", self.first), ("itl", self.gaps)):
             if values:
@@ -83,7 +83,7 @@ def percentile(values: Sequence[float], percent: int) -> float:
 
 
 def main() -> None:
-    """Measure, and print a table and a line of JSON."""
+    """Measure; print a table and a line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--tokens", type=int, default=100, help="longest answer (default: %(default)s)")
@@ -117,7 +117,7 @@ def main() -> None:
                 url, sample = side.program.url, args.sample
                 arrivals = [asyncio.run(load(url, clients, 2, 60, sample)) for _ in range(1 + ARRIVALS)]
                 measured = asyncio.run(load(url, clients, args.tokens, args.seconds, sample))
-                # The first arrival warms up: while the other side was measured, this one's memory may have gone cold.
+                # The first arrival warms up: this side's memory may have gone cold while the other was measured.
                 for arrival in arrivals[1:]:
                     measured.first += arrival.first
                 memory = {"server_mib": side.memory(clients, args.tokens)}
@@ -137,19 +137,19 @@ def main() -> None:
 
 @dataclass
 class Side:
-    """A server, the app in front of it, and a client of our own."""
+    """A server, the app in front of it, and our own client."""
 
     server: LocalServer
     program: Program
     model: SwarmModel
-    free_cache: int  # tokens times blocks, while nobody uses the server
+    free_cache: int  # tokens times blocks, while the server is idle
 
     @classmethod
     @contextlib.contextmanager
     def started(
         cls, kind: str, name: str, device: str, dtype: str, settings: Settings, directory: Path
     ) -> Iterator["Side"]:
-        """Start everything, and end it after the block."""
+        """Start everything, and end it after the ``with`` block."""
         set_threads(settings.CLIENT_THREADS)
         with LocalSwarm() as local:
             model, server = serve_model(local, settings, name, device, dtype, share=0.1, batching=kind == BATCHING)
@@ -160,7 +160,7 @@ class Side:
                 "TORCH_DTYPE": dtype,
                 "MAX_SESSIONS": "96",
                 "MAX_CONCURRENT_GENERATIONS": "96",
-                "WARM_SESSIONS": "0",  # the prompts are the same again and again
+                "WARM_SESSIONS": "0",  # the prompts repeat
                 "LOG_LEVEL": "WARNING",
             }
             log = directory / f"{kind.split()[0]}.log"
@@ -170,10 +170,10 @@ class Side:
             model.close()
 
     def memory(self, sessions: int, tokens: int) -> int:
-        """Return the server's memory in MiB, what its processes share counted once, while it holds full sessions."""
+        """Return the server's memory in MiB while it holds full sessions; its processes' shared memory counts once."""
         process = psutil.Process(self.server.process.pid)
         deadline = time.monotonic() + CLOSING_TIMEOUT
-        while free_cache(self.model) < self.free_cache:  # sessions of the load before are still being closed
+        while free_cache(self.model) < self.free_cache:  # the previous load's sessions are still being closed
             if time.monotonic() > deadline:
                 raise SystemExit("the server still holds sessions that were closed")
         with contextlib.ExitStack() as stack:
@@ -191,9 +191,9 @@ def free_cache(model: SwarmModel) -> int:
 def serve_model(
     local: LocalSwarm, settings: Settings, name: str, device: str, dtype: str, *, share: float, batching: bool = True
 ) -> tuple[SwarmModel, LocalServer]:
-    """Serve a model, load the client's part of it, and wait until all its blocks are there.
+    """Serve a model, load the client's part of it, and wait until all its blocks are served.
 
-    :param share: of the free memory, for the server's attention cache
+    :param share: share of the free memory for the server's attention cache
     """
     model = SwarmModel.load(name, local.swarm, cache_dir=settings.cache_dir, device=device, torch_dtype=dtype)
     server = local.start_server(
@@ -214,7 +214,7 @@ def serve_model(
 
 
 async def load(url: str, clients: int, tokens: int, seconds: float, sample: bool) -> Load:
-    """Let clients stream at the same time; those that are not done after ``seconds`` are cut off."""
+    """Let clients stream at the same time; cut off those that are not done after ``seconds``."""
     result = Load()
     start = time.perf_counter()
     await asyncio.gather(*(client(url, i, tokens, start + seconds, sample, result) for i in range(clients)))
@@ -254,7 +254,7 @@ async def client(url: str, number: int, tokens: int, end: float, sample: bool, r
 
 
 def timed(step: Callable[[list[int]], int], token_ids: list[int], tokens: int) -> Load:
-    """Run a loop that makes one token from the last one, and take its times."""
+    """Run a loop that makes one token from the last, and measure its times."""
     result = Load()
     start = last = time.perf_counter()
     for i in range(tokens):
@@ -267,7 +267,7 @@ def timed(step: Callable[[list[int]], int], token_ids: list[int], tokens: int) -
 
 
 def own_loop(model: SwarmModel, tokens: int) -> Load:
-    """This project's session, without text and transport."""
+    """Run this project's session, without text and transport."""
     token_ids = model.tokenizer.encode(PROMPT.format(topic=TOPICS[0]))
     with model.open_session(len(token_ids) + tokens) as session:
         return timed(lambda ids: int(session.step(ids).argmax()), token_ids, tokens)
@@ -275,7 +275,7 @@ def own_loop(model: SwarmModel, tokens: int) -> Load:
 
 @torch.inference_mode()
 def bare_loop(model: SwarmModel, tokens: int) -> Load:
-    """Petals' own session, used directly: embed, step, final norm, head, pick the likeliest."""
+    """Run petals' own session directly: embed, step, final norm, head, pick the likeliest."""
     token_ids = model.tokenizer.encode(PROMPT.format(topic=TOPICS[0]))
     with InferenceSession(model.state.manager, len(token_ids) + tokens) as session:
 
@@ -298,7 +298,7 @@ def plain_model(name: str, device: str, dtype: str, settings: Settings) -> tuple
 
 @torch.inference_mode()
 def plain(model: Any, tokenizer: Any, clients: int, tokens: int) -> Load:
-    """Greedy decoding in one batch that begins and ends for all at once."""
+    """Decode greedily in one batch that begins and ends for all at once."""
     texts = [PROMPT.format(topic=TOPICS[i % len(TOPICS)]) for i in range(clients)]
     inputs = tokenizer(texts, padding=True, return_tensors="pt").to(model.device)
     ids, mask, past = inputs["input_ids"], inputs["attention_mask"], None
@@ -309,7 +309,7 @@ def plain(model: Any, tokenizer: Any, clients: int, tokens: int) -> Load:
         extra = {} if model.config.model_type == "bloom" else {"position_ids": positions}
         output = model(input_ids=ids, attention_mask=mask, past_key_values=past, use_cache=True, **extra)
         past, ids = output.past_key_values, output.logits[:, -1:].argmax(-1)
-        ids.tolist()  # as whoever sends them on would do; waits for a GPU
+        ids.tolist()  # as a sender of the tokens would; waits for a GPU
         mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
         now = time.perf_counter()
         (result.gaps if i else result.first).extend([now - last] * clients)
@@ -327,7 +327,7 @@ COLUMNS = ("tokens_per_s", "ttft_p50_ms", "ttft_p99_ms", "itl_p50_ms", "itl_p99_
 
 
 def report(results: dict[str, Any]) -> None:
-    """Print a table, and what batching gains."""
+    """Print a table and the gains of batching."""
     print(f"{results['model']}, {results['dtype']} on {results['device']}, {results['cores']} cores")
     print(f"{'':34}{'clients':>8}" + "".join(f"{name:>14}" for name in COLUMNS))
     runs = sorted(results["runs"], key=lambda run: run["clients"])
@@ -369,6 +369,6 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 if __name__ == "__main__":
     main()
-    # Threads of the libraries below may hold the interpreter; everything that was started has been ended.
+    # Library threads may keep the interpreter alive; everything we started has ended.
     sys.stdout.flush()
     os._exit(0)

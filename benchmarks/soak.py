@@ -1,12 +1,12 @@
-"""Hours of use in minutes: clients of every kind against the app, while servers are killed and stopped under it.
+"""Hours of use in minutes: clients of every kind use the app while its servers are killed and stopped.
 
     make soak MINUTES=30
 
 A swarm of four servers, two for each half of a tiny BLOOM, and the app under gunicorn. Clients generate over HTTP and
-WebSockets, continue sessions, stop, hang up, vanish and send rubbish. Others ask long prompts, whose batches take a
-fifth of a second, and hang up meanwhile; one asks the servers what they must refuse. Every greedy answer that ends is
-compared with plain Transformers. At the end nothing may be left: no session, no process, no growth of threads,
-descriptors or memory.
+WebSockets, continue sessions, stop, hang up, vanish and send rubbish. Others send long prompts, whose batches take a
+fifth of a second, and hang up meanwhile; one sends the servers requests they must refuse. Every greedy answer that
+finishes is compared with plain Transformers. At the end nothing may be left: no session, no process, no growth of
+threads, descriptors or memory.
 """
 
 import argparse
@@ -56,15 +56,15 @@ PROMPTS = [
 LONG_PROMPT = "The quick brown fox jumps over the lazy dog. " * 30  # some hundred tokens
 LONGEST = 60  # tokens of an answer
 CLIENTS = 6  # at a time; two cores compute for all of them
-# What may be answered while servers are being killed: asked again later it would have worked.
+# Refusals allowed while servers are being killed: a later retry would have worked.
 REFUSALS = {"blocks_missing", "cache_full", "swarm_timeout", "too_many_sessions", "too_many_requests"}
 NEVER = "no such text is ever generated"
-# Memory of a Python program with a hundred threads moves by some percent; a leak goes on growing.
+# The memory of a Python program with a hundred threads varies by some percent; a leak continues to grow.
 MEMORY_TOLERANCE = 0.15
 
 
 class Soak:
-    """The state of a run: what was done, and what went wrong."""
+    """The state of a run: what was done and what went wrong."""
 
     def __init__(self, program: Program, path: Path, seed: int) -> None:
         self.program = program
@@ -80,19 +80,19 @@ class Soak:
             self.counts[what] += 1
 
     def fault(self, what: str) -> None:
-        """Something that must not happen."""
+        """Record something that must not happen."""
         with self._lock:
             self.faults.append(what)
         print(f"FAULT: {what}", flush=True)
 
     def check(self, prompt: str, length: int, text: str) -> None:
-        """Compare a finished answer with the reference's."""
+        """Compare a finished answer with the reference."""
         if text != self.texts[prompt][length]:
             self.fault(f"{prompt!r}, {length} tokens: {text!r} instead of {self.texts[prompt][length]!r}")
         self.count("equal answers")
 
     def refused(self, status: int, body: Any) -> None:
-        """A refusal must be one that the swarm's troubles explain."""
+        """Check that the swarm's faults explain a refusal."""
         code = body["error"]["code"] if isinstance(body, dict) else str(body)[:100]
         if code not in REFUSALS:
             self.fault(f"status {status}: {body}")
@@ -100,7 +100,7 @@ class Soak:
 
 
 def expected_texts(path: Path) -> dict[str, list[str]]:
-    """Return the reference's text of each prompt for each length, less half a character at the end."""
+    """Return the reference's text of each prompt for each length, without an incomplete character at the end."""
     tokenizer, reference = AutoTokenizer.from_pretrained(path), load_reference(path)
     texts = {}
     for prompt in PROMPTS:
@@ -111,7 +111,7 @@ def expected_texts(path: Path) -> dict[str, list[str]]:
 
 
 def whole_text(tokenizer: Any, token_ids: list[int]) -> str:
-    """Decode; what may become a character with the next token is left out."""
+    """Decode, leaving out an incomplete character that the next token may finish."""
     from generation.text import Detokenizer
     from swarm.tokenization import TextTokenizer
 
@@ -123,7 +123,7 @@ def whole_text(tokenizer: Any, token_ids: list[int]) -> str:
 
 
 def http_answer(soak: Soak, rng: random.Random) -> None:
-    """One request."""
+    """Send one request."""
     prompt, length = rng.choice(PROMPTS), rng.randint(1, LONGEST)
     params = {"inputs": prompt, "max_new_tokens": length}
     status, _, body = call(soak.program.url, "/api/v1/generate", body=params)
@@ -134,7 +134,7 @@ def http_answer(soak: Soak, rng: random.Random) -> None:
 
 
 def http_session(soak: Soak, rng: random.Random) -> None:
-    """A session in several requests; every second one is left open."""
+    """Use a session in several requests; leave every second one open."""
     prompt, step, times = rng.choice(PROMPTS), rng.randint(2, 10), rng.randint(2, 6)
     url = soak.program.url
     status, _, body = call(url, "/api/v1/open_inference_session", body={"max_length": 160})
@@ -147,7 +147,7 @@ def http_session(soak: Soak, rng: random.Random) -> None:
         if status == 200:
             text, done = text + body["outputs"], done + 1
         else:
-            soak.refused(status, body)  # and the same again: nothing was lost by it
+            soak.refused(status, body)  # then retry the same: the refusal lost nothing
             if soak.ending.is_set():
                 return None
     soak.check(prompt, step * times, text)
@@ -157,7 +157,7 @@ def http_session(soak: Soak, rng: random.Random) -> None:
 
 
 def stream(soak: Soak, rng: random.Random) -> None:
-    """A WebSocket stream that is read to the end, stopped, or left in the middle."""
+    """Read a WebSocket stream to the end, stop it, or leave it in the middle."""
     prompt, end = rng.choice(PROMPTS), rng.choice(["finish", "stop", "close", "vanish"])
     with websocket(soak.program.url.replace("http", "ws") + "/api/v2/generate") as ws:
         reply = ws.ask({"type": "open_inference_session", "max_length": 160})
@@ -176,7 +176,7 @@ def stream(soak: Soak, rng: random.Random) -> None:
             if not reply["ok"]:
                 return soak.refused(0, reply)
             if reply["stop"]:
-                return None  # the text came to its end
+                return None  # the text has ended
             text, tokens = text + reply["outputs"], tokens + reply["token_count"]
         soak.check(prompt, tokens, text)
         if end == "stop":
@@ -190,7 +190,7 @@ def stream(soak: Soak, rng: random.Random) -> None:
 
 
 def rubbish(soak: Soak, rng: random.Random) -> None:
-    """Bad requests: clear answers, and no status above 499."""
+    """Send bad requests: they need clear answers, and no status above 499."""
     bodies: list[Any] = [
         {},
         {"inputs": "a"},
@@ -206,7 +206,7 @@ def rubbish(soak: Soak, rng: random.Random) -> None:
 
 
 def hang_up(soak: Soak, rng: random.Random) -> None:
-    """A long prompt that is given up while it is computed."""
+    """Send a long prompt and hang up while it is computed."""
     params = {"inputs": f"{rng.random()} " + LONG_PROMPT, "max_new_tokens": rng.randint(1, LONGEST)}
     with Client(soak.program.url).send("/api/v1/generate", params):
         soak.ending.wait(rng.uniform(0.02, 0.5))
@@ -214,7 +214,7 @@ def hang_up(soak: Soak, rng: random.Random) -> None:
 
 
 def harass(soak: Soak, local: LocalSwarm, path: Path) -> None:
-    """Ask the servers again and again what they must refuse."""
+    """Keep sending the servers requests they must refuse."""
     uids = [f"{weights.dht_prefix(str(path))}.{block}" for block in range(4)]
     hidden_size = json.loads((path / "config.json").read_text())["hidden_size"]
     with contextlib.closing(EvilServer(local.swarm.initial_peers, uids)) as enemy:
@@ -233,14 +233,14 @@ def harass_one(soak: Soak, enemy: EvilServer, peer_id: PeerID, requests: Mapping
     except (OSError, EOFError, TimeoutError, P2PDaemonError, P2PHandlerError, ControlFailure):
         soak.count("evil requests to servers that were gone")
         return
-    # A server that is killed or stopped meanwhile closes the stream, too.
+    # A server that is killed or stopped meanwhile also closes the stream.
     if answer not in got and got != "closed":
         soak.fault(f"{name} was answered with {got}")
     soak.count("evil requests")
 
 
 def client(soak: Soak, seed: int) -> None:
-    """Do one thing after the other until the end."""
+    """Do one thing after another until the end."""
     rng = random.Random(seed)
     kinds: list[Callable[[Soak, random.Random], None]] = [http_answer, http_session, stream, stream, rubbish, hang_up]
     while not soak.ending.is_set():
@@ -251,7 +251,7 @@ def client(soak: Soak, seed: int) -> None:
             soak.fault(f"{kind.__name__}: the connection was closed: {error}")
         except (OSError, TimeoutError) as error:
             soak.fault(f"{kind.__name__}: {type(error).__name__}: {error}")
-        except Exception as error:  # whatever it is, it is a finding
+        except Exception as error:  # any error is a finding
             soak.fault(f"{kind.__name__}: {type(error).__name__}: {error}")
 
 
@@ -287,9 +287,9 @@ def sample(program: Program) -> dict[str, int]:
 
 
 def run(minutes: float, *, period: float = 8.0, seed: int = 0) -> dict[str, Any]:
-    """Run a soak test and return what came of it; ``faults`` must be empty.
+    """Run a soak test and return its results; ``faults`` must be empty.
 
-    :param minutes: how long clients and trouble go on
+    :param minutes: how long clients and trouble continue
     :param period: mean seconds between two troubles
     """
     with tempfile.TemporaryDirectory() as directory:
@@ -307,7 +307,7 @@ def run(minutes: float, *, period: float = 8.0, seed: int = 0) -> dict[str, Any]
                 "SESSION_TIMEOUT": "5",
                 "LOG_LEVEL": "WARNING",
                 "UPDATE_PERIOD": "2",
-                # With all servers of some blocks gone, the app's clear refusal must come before the clients give up.
+                # If some blocks lose all servers, the app's clear refusal must come before the clients give up.
                 "RECOVERY_TIMEOUT": "30",
             }
             with running(GUNICORN, Path(directory) / "log", **environment) as program:
@@ -326,14 +326,14 @@ def run(minutes: float, *, period: float = 8.0, seed: int = 0) -> dict[str, Any]
 
 
 def soak_program(soak: Soak, servers: Sequence[LocalServer], minutes: float, period: float) -> dict[str, Any]:
-    """Let clients and trouble loose, wait, and look at what is left."""
+    """Start clients and trouble, wait, and check what is left."""
     threads = [threading.Thread(target=client, args=(soak, seed), daemon=True) for seed in range(CLIENTS)]
     threads.append(threading.Thread(target=trouble, args=(soak, servers, period), daemon=True))
     for thread in threads:
         thread.start()
     began, samples, end = time.monotonic(), [], time.monotonic() + minutes * 60
     while (left := end - time.monotonic()) > 0:
-        # The first sample is the measure for the last one: when everything has been used once.
+        # The last sample is compared with the first, taken when everything has been used once.
         soak.ending.wait(min(left, max(10.0, minutes * 60 / 10)))
         samples.append(sample(soak.program))
         print(f"{(time.monotonic() - began) / 60:5.1f} min {samples[-1]} {dict(soak.counts)}", flush=True)
@@ -360,7 +360,7 @@ def await_rest(soak: Soak) -> None:
 
 def judge(soak: Soak, samples: list[dict[str, int]]) -> None:
     first, last = samples[0], samples[-1]
-    if last["threads"] > first["threads"] + CLIENTS:  # gunicorn's pool grows with the most requests at a time
+    if last["threads"] > first["threads"] + CLIENTS:  # gunicorn's pool grows with the most requests at once
         soak.fault(f"threads: {first['threads']}, in the end {last['threads']}")
     if last["descriptors"] > first["descriptors"]:
         soak.fault(f"descriptors: {first['descriptors']}, in the end {last['descriptors']}")
@@ -384,5 +384,5 @@ def main() -> int:
 if __name__ == "__main__":
     status = main()
     sys.stdout.flush()
-    # Threads of the libraries below may hold the interpreter; everything that was started has been ended.
+    # Library threads may keep the interpreter alive; everything we started has ended.
     os._exit(status)

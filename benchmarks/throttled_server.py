@@ -1,6 +1,6 @@
-"""A server of the swarm that takes its time over prompts: ``python -m benchmarks.throttled_server MODEL ...``
+"""A server of the swarm that is slow at prompts: ``python -m benchmarks.throttled_server MODEL ...``
 
-A tiny model computes a batch in a millisecond, in which nothing happens to it. One of a large model takes a fifth of a
+A tiny model computes a batch in a millisecond, in which nothing else happens. A large model's batch takes a fifth of a
 second, in which users come and go; so does this server's.
 """
 
@@ -17,19 +17,19 @@ from swarm.local import LocalServer
 from swarm.server.blocks import Part, RaggedBlocks
 from swarm.server.serve import main
 
-ROWS = 48  # batches of so many tokens have a part of a prompt
+ROWS = 48  # batches of this many tokens contain a part of a prompt
 DELAY = 0.2  # seconds
 
 
 class ThrottledServer(LocalServer):
-    """Such a server in the embedded swarm."""
+    """A throttled server in the embedded swarm."""
 
     def command(self) -> list[str]:
         return [part.replace("swarm.server", "benchmarks.throttled_server") for part in super().command()]
 
 
 def throttle() -> None:
-    """Let batches with prompts take longer."""
+    """Slow down batches that contain prompts."""
     forward = RaggedBlocks.forward
 
     def throttled(self: Any, hidden: torch.Tensor, parts: Sequence[Part], first: int, last: int) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""Make the released petals run on today's packages. Import this before petals; it is the only place that patches them.
+"""Makes the released petals run on current packages. Import this before petals; it is the only place that patches them.
 
-Each patch is here for a fault that was seen to happen; the comment beside it says which. ``swarm.lazy_imports``, which
-comes first, replaces one function of PyTorch's as well, but only for as long as one import takes.
+Each patch fixes a fault that was observed; the comment beside it says which. ``swarm.lazy_imports``, which comes first,
+also replaces one PyTorch function, but only during one import.
 """
 
 import asyncio
@@ -37,16 +37,16 @@ from swarm.process import kill_descendants
 
 log = logging.getLogger(__name__)
 
-# The longest wait for an answer of the DHT process. Over the internet a large model's blocks take it many seconds.
+# The longest wait for an answer of the DHT process. Over the internet, a large model's blocks take it many seconds.
 CALL_TIMEOUT = 60.0  # seconds
-# How often who waits for the DHT process looks whether it still lives: a person waits behind it.
+# How often a wait for the DHT process checks whether it is still alive: a person may be waiting for the result.
 LIFE_PERIOD = 0.25  # seconds
-# hivemind's locks between processes are held for as long as it takes to write to a pipe.
+# hivemind's locks between processes are held only while it writes to a pipe.
 LOCK_TIMEOUT = 1.0  # seconds
 
 
 def _restore_hivemind_names() -> None:
-    """hivemind 1.1.12 no longer re-exports from its top level what petals 2.2.0 imports from there."""
+    """Restore top-level names that petals 2.2.0 imports and hivemind 1.1.12 no longer re-exports."""
     homes = {
         hivemind.p2p: ("P2P", "P2PContext", "PeerID"),
         hivemind.compression: ("deserialize_tensor_stream", "deserialize_torch_tensor", "serialize_torch_tensor"),
@@ -63,7 +63,7 @@ def _restore_hivemind_names() -> None:
 
 
 def _end_with_parent(process_class: type) -> None:
-    """Let a forked process of hivemind end when its parent is gone, however the parent went.
+    """Make a forked process of hivemind end when its parent has ended, however that happened.
 
     hivemind's DHT and handler processes outlive a parent that was killed with SIGKILL, and `p2pd` outlives them.
     """
@@ -77,8 +77,8 @@ def _end_with_parent(process_class: type) -> None:
             os._exit(1)
 
     def run_watched(self: Any) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the parent's handlers are inherited, but are not meant for us
-        os.setpgrp()  # Ctrl-C in a terminal is for the parent, which then ends its processes in order
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the inherited handlers are meant for the parent
+        os.setpgrp()  # Ctrl-C in a terminal is for the parent, which then ends its processes cleanly
         _let_go_of_connections()
         threading.Thread(target=watch, name="watch-parent", daemon=True).start()
         run(self)
@@ -87,14 +87,14 @@ def _end_with_parent(process_class: type) -> None:
 
 
 def _let_go_of_connections() -> None:
-    """In a forked process: close what it has inherited of the program's network sockets.
+    """In a forked process: close the network sockets inherited from the program.
 
-    The app forks while clients are connected, when it joins the swarm again; and a connection ends for its client only
-    when nobody holds it any more. The numbers stay taken, since objects that are inherited too may still close them.
+    The app forks while clients are connected when it rejoins the swarm, and a connection ends for its client only when
+    no process holds it. The descriptors stay allocated, since inherited objects may still close them.
     """
     nowhere = os.open(os.devnull, os.O_RDWR)
     for number in map(int, os.listdir("/dev/fd")):
-        with contextlib.suppress(OSError):  # the listing's own number is closed already
+        with contextlib.suppress(OSError):  # the listing's own descriptor is closed already
             if stat.S_ISSOCK(os.fstat(number).st_mode) and _family(number) in (socket.AF_INET, socket.AF_INET6):
                 os.dup2(nowhere, number, inheritable=False)
     os.close(nowhere)
@@ -107,9 +107,9 @@ def _family(number: int) -> int:
 
 
 def _end_with_daemon() -> None:
-    """A DHT process whose `p2pd` has died goes on and answers everything with errors; hivemind never starts another.
+    """Make a DHT process end when its `p2pd` has ended, so that watching the DHT process watches both.
 
-    Here it ends as well, so that whoever watches the DHT process watches both.
+    By itself it would continue and answer everything with errors; hivemind never starts another `p2pd`.
     """
     from hivemind.p2p import P2P
 
@@ -123,7 +123,7 @@ def _end_with_daemon() -> None:
 
     async def watch(p2p: Any) -> None:
         status = await p2p._child.wait()
-        if p2p.is_alive:  # nobody has shut it down
+        if p2p.is_alive:  # it was not shut down on purpose
             log.warning("p2pd has ended with %s, and the DHT process ends with it", status)
             os._exit(1)
 
@@ -131,8 +131,8 @@ def _end_with_daemon() -> None:
 
 
 def _limit_waits_for_dht() -> None:
-    """hivemind waits without a limit for its DHT process, which may have died, or hang: petals' routing and a server's
-    announcements would wait for ever. And what is written to a process that has died would be kept for it for ever.
+    """Limit hivemind's waits for its DHT process, which may have died or hang: petals' routing and a server's
+    announcements would wait forever. Also, data written to a dead process would be kept for it forever.
     """
 
     def limited(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -148,7 +148,7 @@ def _limit_waits_for_dht() -> None:
 
 
 def check_dht(dht: Any) -> None:
-    """Raise ConnectionError if a DHT process of this process has ended. A fork's parents' are not known to it."""
+    """Raise ConnectionError if this process's DHT process has ended. A fork cannot check its parent's DHT process."""
     if dht._parent_pid == os.getpid() and not dht.is_alive():
         raise ConnectionError("the DHT process has ended")
 
@@ -158,8 +158,8 @@ def await_dht(
 ) -> Any:
     """Return the result of a future that a DHT process sets.
 
-    :param given_up: looked at often; ends the wait when it returns true
-    :raises TimeoutError: if it does not come within ``timeout`` seconds, or the wait was ended
+    :param given_up: polled; the wait ends when it returns true
+    :raises TimeoutError: if there is no result within ``timeout`` seconds, or the wait was given up
     :raises ConnectionError: if the process ends
     """
     deadline = time.monotonic() + timeout
@@ -167,7 +167,7 @@ def await_dht(
         try:
             return future.result(timeout=max(0.0, min(LIFE_PERIOD, deadline - time.monotonic())))
         except concurrent.futures.TimeoutError:
-            if future.done():  # in the moment since; or the time-out was the call's own
+            if future.done():  # it finished just now, or the timeout was the call's own
                 return future.result()
         check_dht(dht)
         if given_up() or time.monotonic() >= deadline:
@@ -175,9 +175,9 @@ def await_dht(
 
 
 def repair_futures() -> None:
-    """After the death of a process: make hivemind's futures usable again, if it has died while it used them.
+    """After a process has died: make hivemind's futures usable again, in case it died while using them.
 
-    It may have held one of the locks that all processes share, and have written half a message.
+    It may have held one of the locks that all processes share, or have written half a message.
     """
     futures = hivemind.utils.mpfuture
     for lock in (futures.MPFuture._initialization_lock, futures.MPFuture._update_lock, futures.SharedBytes._lock):
@@ -188,11 +188,11 @@ def repair_futures() -> None:
 
 
 def _close_sessions_without_waiting() -> None:
-    """Petals' own inference sessions must never wait for the event loop from a finaliser.
+    """Keep petals' own inference sessions from waiting for the event loop in a finaliser.
 
-    A closing that fails (BrokenPipeError, about one in four on loopback) leaves petals' session open; when the garbage
-    collector meets it on the event-loop thread, ``__del__`` waits for that same thread for ever. Here the stream is
-    closed by the loop when it gets to it, and the session counts as closed from the first call on.
+    A close that fails (BrokenPipeError, about one in four on loopback) leaves petals' session open; when the garbage
+    collector finds it on the event-loop thread, ``__del__`` waits for that same thread forever. Here the loop closes
+    the stream when it gets to it, and the session counts as closed from the first call on.
     """
     from hivemind.moe.client.remote_expert_worker import RemoteExpertWorker
     from petals.client import inference_session
@@ -205,8 +205,8 @@ def _close_sessions_without_waiting() -> None:
 
     async def _end_stream(stream: Any, queue: Any) -> None:
         await queue.put(inference_session.runtime_pb2.ExpertRequest())  # an empty request ends the session
-        with contextlib.suppress(Exception):  # the server or the connection may be gone already: nothing left to end
-            # An iteration is needed: closing a generator that has never run would not close its socket.
+        with contextlib.suppress(Exception):  # the server or the connection may be gone: nothing left to end
+            # Iterate once: closing a generator that has never run would not close its socket.
             await asyncio.wait_for(stream.__anext__(), timeout=5)
         await stream.aclose()
 
@@ -215,7 +215,7 @@ def _close_sessions_without_waiting() -> None:
 
 
 class _RecordingConnector:
-    """Stands in for a control client of p2pd during one call, and remembers the connections that the call opens."""
+    """Stands in for a control client of p2pd during one call, and records the connections that the call opens."""
 
     def __init__(self, control: Any) -> None:
         self.daemon_connector = self
@@ -229,7 +229,7 @@ class _RecordingConnector:
 
 
 def _close_connections_that_fail() -> None:
-    """hivemind leaves its connection to p2pd open when a stream to a peer cannot be opened."""
+    """Close the connection to p2pd that hivemind leaves open when it cannot open a stream to a peer."""
     from hivemind.p2p.p2p_daemon_bindings.control import ControlClient
 
     open_stream = ControlClient.stream_open
@@ -247,7 +247,7 @@ def _close_connections_that_fail() -> None:
 
 
 def _send_messages_whole() -> None:
-    """hivemind writes a message in three pieces, each a system call and a packet to p2pd, which wakes up for each."""
+    """Write each message at once; hivemind writes three pieces, each a system call and a packet that wakes p2pd."""
     from hivemind.p2p import P2P
     from hivemind.proto.p2pd_pb2 import RPCError
 
@@ -265,7 +265,7 @@ _shared_dht: ContextVar[Any] = ContextVar("shared_dht", default=None)
 
 @contextlib.contextmanager
 def shared_dht(dht: Any) -> Iterator[None]:
-    """Within this context, models are made on ``dht`` instead of starting a DHT process and a p2pd of their own."""
+    """Within this context, models use ``dht`` instead of starting a DHT process and a p2pd of their own."""
     token = _shared_dht.set(dht)
     try:
         yield
@@ -274,7 +274,7 @@ def shared_dht(dht: Any) -> Iterator[None]:
 
 
 def use_server_parts(handler: type, memory_cache: type, container: type, announcer: type, dht: type) -> None:
-    """Let petals' server be made of these subclasses of its parts: it offers no parameters for them."""
+    """Make petals' server use these subclasses of its parts: it offers no parameters for them."""
     import petals.server.server
 
     petals.server.server.TransformerConnectionHandler = handler
@@ -285,9 +285,9 @@ def use_server_parts(handler: type, memory_cache: type, container: type, announc
 
 
 def probe_nobody() -> None:
-    """Let petals' servers not probe for others whether they are reachable: in a private swarm nobody asks.
+    """Stop petals' servers from probing the reachability of others: in a private swarm nobody asks.
 
-    Petals starts a second p2pd for it in every server, of 60 MB.
+    For this, petals starts a second p2pd of 60 MB in every server.
     """
     import petals.server.server
 
@@ -295,7 +295,7 @@ def probe_nobody() -> None:
 
 
 def _accept_shared_dht() -> None:
-    """petals' causal language models take no ``dht`` argument, so that each would start two processes of its own."""
+    """Pass ``shared_dht`` to petals' causal models: they take no ``dht``, so each would start two processes."""
     from petals.client.routing import RemoteSequenceManager
 
     init = RemoteSequenceManager.__init__
@@ -307,9 +307,10 @@ def _accept_shared_dht() -> None:
 
 
 def _read_peers_carefully() -> None:
-    """hivemind and petals read what peers send without bounds: 1 kB of nested tuples ends a process with SIGSEGV, a
-    tensor with 8-bit compression reads memory beyond its own, a length of 2**60 is waited for, one record of the DHT
-    hides all others. Here ``swarm.wire`` reads it; the processes that are forked from this one inherit that.
+    """Read what peers send with ``swarm.wire``; processes forked from this one inherit that.
+
+    hivemind and petals read it without bounds: 1 kB of nested tuples ends a process with SIGSEGV, a tensor with 8-bit
+    compression reads memory beyond its own, a length of 2**60 is waited for, one DHT record hides all others.
     """
     import hivemind.dht.storage
     import petals.utils.dht
@@ -341,7 +342,7 @@ def _read_peers_carefully() -> None:
 
 
 def use_view_reader(read: Callable[[Any], None]) -> None:
-    """Let petals' sequence managers read the swarm by ``read(manager)``: theirs has no bound for how many servers."""
+    """Make petals' sequence managers read the swarm by ``read(manager)``: their own does not limit the servers."""
     from petals.client.routing import RemoteSequenceManager
 
     RemoteSequenceManager._update = read
@@ -353,10 +354,10 @@ _end_with_parent(hivemind.moe.server.connection_handler.ConnectionHandler)
 _end_with_daemon()
 _limit_waits_for_dht()
 
-# Importing petals replaces the root logger's handlers, and so the program's own log, by hivemind's.
+# Importing petals replaces the root logger's handlers, and thus the program's own log, with hivemind's.
 _handlers, _level = logging.root.handlers[:], logging.root.level
 
-import petals  # noqa: E402  the names above must be there first
+import petals  # noqa: E402  the names above must exist first
 import petals.utils.convert_block  # noqa: E402, F401
 
 hivemind.utils.logging.use_hivemind_log_handler("nowhere")

@@ -1,8 +1,8 @@
-"""What can go wrong between this program and a swarm. Nothing here knows of HTTP: errors.py maps these to answers.
+"""What can go wrong between this program and a swarm. Nothing here knows HTTP: errors.py maps these to responses.
 
 SwarmError
- ├── ModelUnavailable       the model's files cannot be had, or are broken
- ├── ModelMismatch          a server computes something else than this model
+ ├── ModelUnavailable       the model's files are unavailable or broken
+ ├── ModelMismatch          a server computes something other than this model
  ├── SwarmUnreachable       no initial peer answers
  ├── BlocksMissing          no server holds some of the blocks
  ├── CacheFull              servers hold the blocks but have no attention cache left
@@ -17,11 +17,11 @@ from collections.abc import Sequence
 
 
 class SwarmError(Exception):
-    """Base of all errors that the swarm package raises on purpose."""
+    """The base of all errors that the swarm package raises deliberately."""
 
 
 class ModelUnavailable(SwarmError):
-    """The model's files cannot be had, or are broken. The message names the model."""
+    """The model's files are unavailable or broken. The message names the model."""
 
 
 class ModelMismatch(SwarmError):
@@ -41,7 +41,7 @@ class BlocksMissing(SwarmError):
 
 
 class CacheFull(SwarmError):
-    """The servers that hold the blocks have no room left for the session's attention cache."""
+    """The servers that hold the blocks have no room for the session's attention cache."""
 
 
 class SwarmTimeout(SwarmError):

@@ -1,4 +1,4 @@
-"""What this machine can compute with: the device, and the dtype that is fast and faithful on it."""
+"""What this machine can compute with: the device, and the dtype that is fast and accurate on it."""
 
 import contextlib
 import ctypes
@@ -16,8 +16,8 @@ def pick_device() -> str:
 def pick_dtype(device: str) -> str:
     """Return the name of the dtype to compute in on ``device``, or ``"auto"`` for the checkpoint's own.
 
-    On a CPU with AVX512 bfloat16 halves the memory traffic that decoding is bound by; without AVX512 PyTorch emulates
-    it, several times slower than float32. float16 has no fast CPU kernels at all.
+    On a CPU with AVX512, bfloat16 halves the memory traffic that bounds decoding; without AVX512, PyTorch emulates it,
+    several times slower than float32. float16 has no fast CPU kernels at all.
     """
     import torch
 
@@ -27,7 +27,7 @@ def pick_dtype(device: str) -> str:
 
 
 def cpu_count() -> int:
-    """Return the number of cores that this process may use, which in a container can be fewer than the machine has."""
+    """Return the number of cores that this process may use; in a container they may be fewer than the machine's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -43,13 +43,13 @@ def free_memory(device: str) -> int:
 
 
 def attn_cache_tokens(config: Any, dtype: str, share: float, device: str) -> int:
-    """Return for how many tokens a server of all blocks may hold attention cache.
+    """Return the number of tokens for which a server of all blocks may hold attention cache.
 
-    Pages are taken when they are first written, so that what is never used costs nothing.
+    Memory pages are allocated when first written, so unused cache costs nothing.
 
     :param config: the model's configuration
-    :param share: part of the device's free memory that the cache may take; the weights come on top
-    :param dtype: the dtype of the cache; ``"auto"`` counts as one of two bytes
+    :param share: share of the device's free memory that the cache may take; the weights come on top
+    :param dtype: the dtype of the cache; ``"auto"`` counts as two bytes
     """
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     values_per_token = 2 * config.num_hidden_layers * heads * (config.hidden_size // config.num_attention_heads)
@@ -58,6 +58,6 @@ def attn_cache_tokens(config: Any, dtype: str, share: float, device: str) -> int
 
 
 def return_free_memory() -> None:
-    """Give memory that was freed back to the system, which glibc otherwise keeps for later; elsewhere do nothing."""
+    """Return freed memory to the system, which glibc otherwise keeps for later; without glibc, do nothing."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,6 +1,7 @@
-"""Imports that a swarm's programs can do without: a third of the time that they take to start.
+"""Skips imports that a swarm's programs do not need, which take a third of their start-up time.
 
-A server that died is back the sooner, and so is the answer that waits for it. Import this before petals and hivemind.
+This brings a restarted server back sooner, and with it the answers that wait for it. Import this before petals and
+hivemind.
 """
 
 import contextlib
@@ -22,17 +23,17 @@ _postponed: dict[str, Loader] = {}  # modules that are not loaded yet
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Import modules that print on standard output at import: bitsandbytes complains there of a missing GPU."""
+    """Silence modules that print to standard output at import: bitsandbytes complains there about a missing GPU."""
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 class _Postponed(ModuleType):
-    """A module that is loaded when something in it is used.
+    """A module that is loaded when something in it is first used.
 
-    Unlike those of ``importlib.util.LazyLoader`` it is not loaded by whoever only looks at ``__file__``, as ``inspect``
-    does with all modules; and several threads may be the first to use it.
+    Unlike with ``importlib.util.LazyLoader``, merely reading ``__file__``, as ``inspect`` does for all modules, does
+    not load it; and several threads may be the first to use it.
     """
 
     def __getattr__(self, name: str) -> Any:
@@ -41,9 +42,9 @@ class _Postponed(ModuleType):
 
 
 def load(name: str) -> None:
-    """Load a module that was postponed, if that has not been done."""
+    """Load a postponed module, unless it is loaded already."""
     with _loading:
-        loader = _postponed.pop(name, None)  # nobody else's from now on, nor that of the code that it runs
+        loader = _postponed.pop(name, None)  # now neither others nor the module's own code can load it again
         if loader is not None:
             try:
                 with _quiet():
@@ -54,9 +55,9 @@ def load(name: str) -> None:
 
 
 def postpone(name: str) -> None:
-    """Let a module be loaded when something in it is first used, not when it is imported.
+    """Load a module when something in it is first used, not when it is imported.
 
-    :raises ModuleNotFoundError: if there is none of this name
+    :raises ModuleNotFoundError: if there is no module of this name
     """
     if name in sys.modules:
         return
@@ -73,10 +74,10 @@ def postpone(name: str) -> None:
 
 
 def _import_accelerate() -> None:
-    """accelerate, of which petals uses one function, imports all of PyTorch's training over several machines.
+    """Import accelerate without PyTorch's distributed training, all of which it imports; petals uses one function.
 
-    It does not where PyTorch says that it cannot do that. So PyTorch says so here, for as long as this import takes. It
-    is the only patch outside of ``swarm.compat``, which imports this module first.
+    accelerate skips it where PyTorch reports it as unavailable. So PyTorch reports that here, during this import. It is
+    the only patch outside ``swarm.compat``, which imports this module first.
     """
     is_available = torch.distributed.is_available
     torch.distributed.is_available = lambda: False

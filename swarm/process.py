@@ -1,4 +1,4 @@
-"""What a process of the swarm does to itself and to those below it: threads, garbage collection, a quick end."""
+"""Settings of a swarm process: threads, garbage collection; and killing its descendants."""
 
 import contextlib
 import gc
@@ -8,20 +8,19 @@ import torch
 
 
 def set_threads(count: int) -> None:
-    """Bound the threads of PyTorch's operators in this process.
+    """Limit the threads of PyTorch's operators in this process.
 
-    With the default, one per core in every process, servers and clients on one machine fight for the cores: four
+    With the default, one per core in every process, servers and clients on one machine compete for the cores: four
     parallel sessions were four times slower in total than one.
     """
     torch.set_num_threads(count)
 
 
 def freeze_collector() -> None:
-    """Let the garbage collector leave alone, from now on, everything that is there already.
+    """Make the garbage collector ignore all existing objects from now on.
 
-    A program with these libraries has some 400,000 objects that live until its end. To look through them all takes a
-    fifth of a second or more, in which no token is made, and writes to them all, which ends their sharing with forked
-    processes.
+    A program with these libraries has some 400,000 objects that live until it ends. Scanning them all takes a fifth of
+    a second or more, in which no token is made, and writes to them all, which ends their sharing with forked processes.
     """
     gc.collect()
     gc.freeze()

@@ -1,7 +1,7 @@
-"""The one owner of a model's tokenizer: everything between text and tokens goes through it.
+"""The one owner of a model's tokenizer: every conversion between text and tokens goes through it.
 
-Users send the texts. So there is no cache that grows with them, none is tokenized that cannot fit, long ones are
-tokenized by a few threads of their own, and what is known of single tokens is in tables that are made once.
+Users send the texts. So no cache grows with them, no text that cannot fit is tokenized, a few dedicated threads
+tokenize long ones, and facts about single tokens are in tables that are made once.
 """
 
 import json
@@ -22,23 +22,23 @@ from swarm.errors import SessionLengthExceeded, TokenizerBusy
 
 Result = TypeVar("Result")
 
-# The longest text that is tokenized where no bound follows from the tokens that may come out: to count them, and with
-# the few kinds of tokenizers that may drop any number of characters. Digits cost most: 430 bytes each, at the peak.
+# The longest text that is tokenized where the number of tokens sets no bound: when counting them, and with the few
+# kinds of tokenizers that may drop any number of characters. Digits cost most: 430 bytes each, at the peak.
 MAX_TEXT = 2**19  # characters
-# Shorter texts are tokenized at once, within 10 ms, by whoever asks; longer ones wait for a worker.
+# Shorter texts are tokenized at once, within 10 ms, on the caller's thread; longer ones wait for a worker.
 SMALL = 2**14  # characters, and tokens that are decoded
-# Threads keep half of the memory that a long text takes for the next one (glibc's arenas): hence threads of their own,
+# A thread keeps half of the memory that a long text takes for the next one (glibc's arenas): hence dedicated threads,
 # and few even where there are many cores.
 WORKERS = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 4)
-# A worker takes less than a second for a text: whoever waits longer has ten before them.
+# A worker takes less than a second per text: a caller that waits longer has ten before it.
 PATIENCE = 10.0  # seconds
-WORK_TIMEOUT = 60.0  # seconds; more than the longest text takes even on a machine that is busy
-# Tokens that are decoded without letting go of the interpreter's lock: in less time than it takes to get it back.
+WORK_TIMEOUT = 60.0  # seconds; more than the longest text takes even on a busy machine
+# Tokens that are decoded without releasing the interpreter's lock: that takes less time than getting it back.
 FEW = 64
 
 BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
 ALPHABET = frozenset(BYTES)
-# Canonical composition makes one character of at most four, such as U+1F82 (Unicode FAQ, "Normalization").
+# Canonical composition joins at most four characters into one, such as U+1F82 (Unicode FAQ, "Normalization").
 COMPOSED = 4
 
 BPE_OPTIONS = (
@@ -54,13 +54,13 @@ _workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="tokenizer")
 
 
 class TextTokenizer:
-    """Turns texts into tokens and tokens into texts, as the model's own tokenizer does. Thread-safe."""
+    """Converts texts to tokens and back, as the model's own tokenizer does. Thread-safe."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, workers: Executor | None = None) -> None:
         """Take over a tokenizer; this takes a second or two for a vocabulary of 250,000.
 
-        :param workers: threads for long texts; None: those of the program
-        :raises ValueError: if it is of a kind that is not served
+        :param workers: threads for long texts; None: the program's shared ones
+        :raises ValueError: if it is of an unsupported kind
         """
         if not tokenizer.is_fast:
             raise ValueError(f"its tokenizer, a {type(tokenizer).__name__}, has no fast version")
@@ -75,11 +75,11 @@ class TextTokenizer:
             found = (vocabulary.get(spelling) for spelling in spellings)
             return [token_id for token_id in found if token_id not in (None, tokenizer.unk_token_id)]
 
-        # Byte-level tokenizers: tokens of one byte that continue a UTF-8 character. Every character that can be
-        # continued at all can be continued with one of these two bytes (Unicode Standard, table 3-7).
+        # Byte-level tokenizers: one-byte tokens that continue a UTF-8 character. Any character that can be continued
+        # at all can be continued with one of these two bytes (Unicode Standard, table 3-7).
         self.continuations = tuple(ids([bytes_to_unicode()[byte] for byte in (0x80, 0xA0)]))
-        # Sentence-piece tokenizers: tokens that stand for one byte. Their own decoder turns a run of them into text
-        # all or not at all, so that whoever writes texts decodes them by itself.
+        # Sentence-piece tokenizers: tokens that stand for one byte. Their own decoder converts a run of them to text
+        # all or not at all, so code that writes texts decodes them itself.
         self.byte_tokens = {token_id: byte for byte in range(256) for token_id in ids([f"<0x{byte:02X}>"])}
         self._spellings = self._spell(vocabulary, frozenset(tokenizer.all_special_ids))
         longest, loss = max(map(len, vocabulary), default=1), loss_of(description)
@@ -87,15 +87,15 @@ class TextTokenizer:
         self._vanishing = "" if loss is None else loss.vanishing
 
     def _spell(self, vocabulary: Mapping[str, int], special: frozenset[int]) -> list[bytes]:
-        """Return what ``bytes_of`` tells, by id."""
+        """Return the results of ``bytes_of``, by id."""
         spellings = [b""] * (max(vocabulary.values(), default=-1) + 1)
         others = []
         for spelled, token_id in vocabulary.items():
             if token_id in self.byte_tokens:
                 spellings[token_id] = bytes([self.byte_tokens[token_id]])
-            elif token_id in special:  # spelled as it is by any tokenizer
+            elif token_id in special:  # any tokenizer spells it literally
                 spellings[token_id] = spelled.encode()
-            elif self.byte_tokens:  # a sentence-piece tokenizer, whose decoder would drop a blank at the beginning
+            elif self.byte_tokens:  # a sentence-piece tokenizer, whose decoder would drop a leading space
                 spellings[token_id] = spelled.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
             elif self.continuations and ALPHABET.issuperset(spelled):
                 spellings[token_id] = bytes(map(BYTES.__getitem__, spelled))
@@ -109,16 +109,16 @@ class TextTokenizer:
         return self.size
 
     def get_vocab(self) -> dict[str, int]:
-        """Return the ids of all tokens by their spelling. Made anew each time: nothing for a request."""
+        """Return the ids of all tokens by spelling. Built on each call: too slow to use per request."""
         vocabulary: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
         return vocabulary
 
     def bytes_of(self, token_id: int) -> bytes:
-        """Return the bytes that a token stands for, be they text or a part of a character; none if there is no such."""
+        """Return the bytes that a token stands for, whole characters or not; empty if there is no such token."""
         return self._spellings[token_id] if 0 <= token_id < len(self._spellings) else b""
 
     def most_characters(self, room: int | None) -> int:
-        """Return how many characters a text may have: no longer one can be so few tokens, but for those that vanish.
+        """Return how many characters a text may have to fit; a longer one cannot, except for characters that vanish.
 
         :param room: tokens; None: any number
         """
@@ -127,16 +127,16 @@ class TextTokenizer:
         return room * self._characters_per_token
 
     def encode(self, text: str, add_special_tokens: bool = True, *, room: int | None = None) -> list[int]:
-        """Turn a text into token ids; see ``encode_all``."""
+        """Convert a text to token ids; see ``encode_all``."""
         return self.encode_all([text], add_special_tokens, room=room)[0]
 
     def encode_all(
         self, texts: Sequence[str], add_special_tokens: bool = True, *, room: int | None = None
     ) -> list[list[int]]:
-        """Turn texts into token ids.
+        """Convert texts to token ids.
 
-        :param add_special_tokens: whether to add those that texts of the model begin or end with
-        :param room: tokens that each may have. It may come out longer: this is to refuse before what cannot fit
+        :param add_special_tokens: whether to add those that the model's texts begin or end with
+        :param room: tokens that each may have; refuses early what cannot fit, so results may still be longer
         :raises SessionLengthExceeded: if a text certainly has more tokens
         :raises TokenizerBusy: if too many long texts are being tokenized
         """
@@ -146,18 +146,18 @@ class TextTokenizer:
             raise SessionLengthExceeded(f"a text of {max(map(len, texts))} characters is longer than {bound}")
 
         def encode() -> list[list[int]]:
-            # As a batch even if it is one: the interpreter's lock is let go for batches only.
+            # Always a batch: the interpreter's lock is released only for batches.
             encodings = self._backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)
             return [encoding.ids for encoding in encodings]
 
         return self._run(encode, sum(map(len, texts)))
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Turn token ids into text, with special tokens and with blanks as they are.
+        """Convert token ids to text, with special tokens and with spaces unchanged.
 
         :raises TokenizerBusy: if too many long texts are being tokenized
         """
-        if len(token_ids) <= FEW:  # as for each token of an answer
+        if len(token_ids) <= FEW:  # as with each token of an answer
             text: str = self._backend.decode(list(token_ids), skip_special_tokens=False)
             return text
         return self._run(lambda: self._decode([token_ids])[0], len(token_ids))
@@ -167,7 +167,7 @@ class TextTokenizer:
         return decoded
 
     def _run(self, work: Callable[[], Result], size: int) -> Result:
-        """Do work of some size, on a thread for it if it is large."""
+        """Do work of the given size, on a worker thread if it is large."""
         if size <= SMALL:
             return work()
         future = self._workers.submit(work)
@@ -181,13 +181,13 @@ class TextTokenizer:
 
 
 def without_cache(backend: Tokenizer) -> tuple[Tokenizer, dict[str, Any]]:
-    """Return a copy of a tokenizer that remembers nothing of what it is given, and its description in JSON.
+    """Return a copy of a tokenizer that remembers none of its inputs, and its description in JSON.
 
-    BPE in tokenizers 0.14 keeps the first 10,000 words it meets for ever, however long (its issue 1539), and without
-    blanks or rules where to cut a whole text is one word. Ordinary texts take a third more time without (13 ms instead
-    of 10 ms for 8,000 tokens).
+    BPE in tokenizers 0.14 keeps the first 10,000 words it meets forever, however long (its issue 1539), and without
+    spaces or splitting rules a whole text is one word. Without the cache, ordinary texts take a third more time (13 ms
+    instead of 10 ms for 8,000 tokens).
 
-    :raises ValueError: if it is of a kind whose cache cannot be left out
+    :raises ValueError: if it is of a kind whose cache cannot be disabled
     """
     text = backend.to_str()
     copy, description = Tokenizer.from_str(text), json.loads(text)
@@ -210,16 +210,16 @@ def without_cache(backend: Tokenizer) -> tuple[Tokenizer, dict[str, Any]]:
 class Loss:
     """How much of a text a tokenizer may leave out."""
 
-    factor: int  # characters of the text of which one is left at least
-    vanishing: str  # characters that no token has: nothing is left of them
+    factor: int  # of this many characters of the text, at least one is left
+    vanishing: str  # characters in no token: nothing is left of them
 
 
 def loss_of(description: Mapping[str, Any]) -> Loss | None:
     """Return how much of a text may be left out; None: any amount.
 
-    :param description: of the tokenizer, as ``tokenizer.json``
+    :param description: of the tokenizer, as in ``tokenizer.json``
     """
-    swallows = any(token["lstrip"] or token["rstrip"] for token in description["added_tokens"])  # blanks around them
+    swallows = any(token["lstrip"] or token["rstrip"] for token in description["added_tokens"])  # spaces around them
     drops = any(drops_characters(step) for step in steps_of(description["pre_tokenizer"], "pretokenizers"))
     normalizers = steps_of(description["normalizer"], "normalizers")
     factors = [shrinks_by(step) for step in normalizers]
@@ -230,7 +230,7 @@ def loss_of(description: Mapping[str, Any]) -> Loss | None:
 
 
 def steps_of(step: Mapping[str, Any] | None, name: str) -> list[Mapping[str, Any]]:
-    """Return the steps of a normalizer or pre-tokenizer, which may be a sequence of others."""
+    """Return the steps of a normalizer or pre-tokenizer, which may be a (nested) sequence."""
     if step is None:
         return []
     if step["type"] != "Sequence":
@@ -239,7 +239,7 @@ def steps_of(step: Mapping[str, Any] | None, name: str) -> list[Mapping[str, Any
 
 
 def shrinks_by(normalizer: Mapping[str, Any]) -> int | None:
-    """Return how many characters a normalizer makes one of, at most; None: any number."""
+    """Return how many characters at most a normalizer reduces to one; None: any number."""
     kind = normalizer["type"]
     if kind in ("Prepend", "Lowercase", "NFD", "NFKD"):
         return 1
@@ -251,17 +251,17 @@ def shrinks_by(normalizer: Mapping[str, Any]) -> int | None:
 
 
 def drops_characters(pre_tokenizer: Mapping[str, Any]) -> bool:
-    """Whether a pre-tokenizer leaves out blanks or anything else between words."""
+    """Whether a pre-tokenizer drops spaces or anything else between words."""
     if pre_tokenizer["type"] in ("Split", "Punctuation"):
         return bool(pre_tokenizer["behavior"] == "Removed")
     return pre_tokenizer["type"] not in ("ByteLevel", "Digits", "Metaspace", "UnicodeScripts")
 
 
 def vanishing_characters(description: Mapping[str, Any]) -> str | None:
-    """Return the characters that become no token at all, not even an unknown one; None: too many to tell."""
+    """Return the characters that become no token, not even an unknown one; None: too many to list."""
     model = description["model"]
     if model["type"] != "BPE":
-        return None  # words as a whole become one unknown token
+        return None  # a whole word becomes one unknown token
     vocabulary = model["vocab"]
     if model["byte_fallback"] and all(f"<0x{byte:02X}>" in vocabulary for byte in range(256)):
         return ""
@@ -269,6 +269,6 @@ def vanishing_characters(description: Mapping[str, Any]) -> str | None:
     steps = steps_of(description["pre_tokenizer"], "pretokenizers")
     is_byte_level = any(step["type"] == "ByteLevel" for step in steps)
     if is_byte_level and all(spelled[byte] in vocabulary for byte in range(128, 192)):
-        # Of the others something is left: all characters but ASCII's have a byte of those.
+        # All others leave something: every non-ASCII character has one of those bytes.
         return "".join(chr(byte) for byte in range(128) if spelled[byte] not in vocabulary)
     return "" if model["unk_token"] is not None and not model["fuse_unk"] else None

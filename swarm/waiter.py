@@ -1,4 +1,4 @@
-"""Whoever waits: for a place, for a session, for the swarm to compute a step."""
+"""Waiters: how a wait for a place, a session or a step of the swarm checks on its caller."""
 
 import threading
 
@@ -6,32 +6,32 @@ from swarm.errors import Cancelled
 
 
 class Waiter:
-    """Somebody who waits, as seen by what they wait for. This one waits for as long as it takes; others say more.
+    """The caller of a wait, as the wait sees it. This one waits as long as it takes; subclasses may end the wait.
 
-    What makes others wait looks after them: it calls ``look`` at least every tenth of a second, from the thread that
-    waits. To look may do more than to look: it may send news to a client, and read what the client has sent.
+    A wait must call ``look`` at least every tenth of a second, from the waiting thread. ``look`` may do more than
+    check: it may send news to a client and read what the client has sent.
     """
 
     @property
     def attended(self) -> bool:
-        """Whether somebody would have the result now. Never waits: queues ask under their locks."""
+        """Whether a client is there to receive the result. Never waits: queues ask under their locks."""
         return True
 
     def look(self) -> None:
-        """Look whether the wait goes on.
+        """Check whether the wait should continue.
 
-        :raises Cancelled: if it does not
+        :raises Cancelled: if it should not
         """
 
     def position(self, place: int) -> None:
-        """Be told the place in a queue, 1 for the next one, whenever it changes."""
+        """Receive the place in a queue, 1 for the next, whenever it changes."""
 
 
 PATIENT = Waiter()
 
 
 class Until(Waiter):
-    """Somebody who waits until an event is set, and no longer than somebody else does."""
+    """Waits until an event is set, and no longer than another waiter does."""
 
     def __init__(self, ended: threading.Event, waiter: Waiter = PATIENT) -> None:
         self._ended = ended

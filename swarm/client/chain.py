@@ -1,8 +1,8 @@
-"""The spans that compute one session: their order, what happens when servers fail, turns when they are full.
+"""The spans that compute one session: their order, recovery when servers fail, and turns when servers are full.
 
-Each span can be computed again on other servers, from the inputs that it has received so far, or, when those were
-dropped to bound memory, from the token ids alone. All of it runs on hivemind's event-loop thread; the methods whose
-names end in ``soon`` may be called from any other, and only ask that thread.
+Other servers can recompute each span from the inputs it has received so far or, when those were dropped to bound
+memory, from the token ids alone. Everything runs on hivemind's event-loop thread. Methods whose names end in ``soon``
+may be called from any thread; they only schedule work on that one.
 """
 
 import asyncio
@@ -26,38 +26,38 @@ from swarm.errors import BlocksMissing, CacheFull, SessionClosed
 
 log = logging.getLogger(__name__)
 
-# Servers that one step tries without a look at the clock: as often as the view has filled up with fresh ones.
+# Servers that one step tries regardless of time: enough for the view to be refilled with new ones several times.
 MAX_TRIED = 8 * MAX_SERVERS_OF_BLOCK
-LOSSES_KEPT = 32  # newest ones, for whoever follows a session
-# A server frees the attention cache of a session that was closed within a few milliseconds.
+LOSSES_KEPT = 32  # the newest, for observers of a session
+# A server frees the attention cache of a closed session within a few milliseconds.
 FREEING_TIME = 0.05  # seconds
-# How often to look whether the swarm has the missing blocks again. To read what it announces takes 15 ms on loopback,
-# and however many sessions want that, it is read once at a time.
+# How often to check whether the swarm has the missing blocks again. Reading its announcements takes 15 ms on loopback,
+# and only one reading runs at a time, however many sessions ask for it.
 LOOK_PERIOD = 0.2  # seconds
 
 
 @dataclass(frozen=True)
 class Loss:
-    """A server that a session has lost."""
+    """The loss of a server by a session."""
 
-    number: int  # of the session's losses, from 1
+    number: int  # counts the session's losses, from 1
     peer_id: str
     start: int
-    end: int  # it computed blocks [start, end)
+    end: int  # the server computed blocks [start, end)
     reason: str
 
 
 class Chain:
-    """The spans that compute one session, in order, together covering all blocks. Lives on the event-loop thread."""
+    """The spans that compute one session, in order; together they cover all blocks. Lives on the event-loop thread."""
 
     def __init__(self, terms: SessionTerms) -> None:
         self.terms = terms
-        self.spans: list[Span | Gap] = []  # none before the first step
-        self.position = 0  # tokens that have passed all blocks
+        self.spans: list[Span | Gap] = []  # empty before the first step
+        self.position = 0  # tokens that have passed through all blocks
         self.recoveries = 0
-        self.losses: tuple[Loss, ...] = ()  # replaced and never changed, so that any thread may read them
+        self.losses: tuple[Loss, ...] = ()  # replaced, never changed, so any thread may read it
         self.closed = False
-        self._history_bytes = 0  # this chain's part of the budget
+        self._history_bytes = 0  # this chain's share of the budget
         self._task: asyncio.Task | None = None
 
     def close_soon(self) -> None:
@@ -66,7 +66,7 @@ class Chain:
         self.reset_soon()
 
     def reset_soon(self) -> concurrent.futures.Future[None]:
-        """End the running step and let go of all servers; the next step starts from the first token."""
+        """Cancel the running step and drop all servers; the next step starts from the first token."""
         return RemoteExpertWorker.run_coroutine(self._reset(), return_future=True)
 
     async def _reset(self) -> None:
@@ -82,7 +82,7 @@ class Chain:
         self._account_history()
 
     def truncate_soon(self, length: int) -> concurrent.futures.Future[None]:
-        """Set all spans back to their first ``length`` tokens; those whose servers cannot forget become gaps."""
+        """Truncate all spans to their first ``length`` tokens; spans whose servers cannot rewind become gaps."""
         return RemoteExpertWorker.run_coroutine(self._truncate(length), return_future=True)
 
     async def _truncate(self, length: int) -> None:
@@ -105,10 +105,10 @@ class Chain:
         """Send the hidden states of tokens [start, start + n) through all blocks.
 
         :param inputs: [1 or rows, n, hidden size], the embeddings of the tokens; 1 stands for all rows
-        :returns: the same shape; or None if the chain is not, or no longer, at ``start``: go on from ``position``
+        :returns: the same shape; or None if the chain is not, or no longer, at ``start``: continue from ``position``
         """
         if self._task is not None:
-            # A cancelled step is still on its way out, and with it its half of the streams.
+            # A cancelled step is still winding down and still holds its half of the streams.
             await asyncio.wait({self._task}, timeout=self.terms.limits.connect_timeout)
         if self.closed:
             raise SessionClosed("the session is closed")
@@ -118,7 +118,7 @@ class Chain:
         try:
             return await self._forward(inputs, start + inputs.shape[1])
         finally:
-            if self._task is task:  # a step that was let go may end after the next one has begun
+            if self._task is task:  # a cancelled step may end after the next one has begun
                 self._task = None
 
     async def _forward(self, inputs: torch.Tensor, end: int) -> torch.Tensor | None:
@@ -132,7 +132,7 @@ class Chain:
                 await turn.wait_behind_others()
             return await self._pass_through(inputs, end, turn)
         except BaseException:
-            # Some spans may have processed the step and others not: the next step starts with clean caches.
+            # Some spans may have processed the step and others not, so the next step starts with clean caches.
             if self.spans is spans:
                 self._drop()
             raise
@@ -162,25 +162,25 @@ class Chain:
         return hidden[:, -inputs.shape[1] :]
 
     def _check_not_dropped(self, spans: list[Span | Gap]) -> None:
-        """End a step that was cancelled without its noticing: asyncio's waits may lose that in Python before 3.12.
+        """End a step that missed its cancellation: before Python 3.12 asyncio's waits may lose one.
 
-        :raises asyncio.CancelledError: if these are no longer the spans of the session
+        :raises asyncio.CancelledError: if these are no longer the session's spans
         """
         if self.spans is not spans:
             raise asyncio.CancelledError
 
     async def _look_elsewhere(self, index: int, failure: ServerFailed, search: "_Search", turn: "_Turn") -> bool:
-        """After a failure, let go of the server and wait until it makes sense to go on.
+        """After a failure, drop the server and wait until it makes sense to continue.
 
-        :returns: whether the step can go on; if not, all spans were dropped
-        :raises SwarmError: if patience is at its end
+        :returns: whether the step can continue; if not, all spans were dropped
+        :raises SwarmError: if the failures have lasted longer than their patience
         """
         spans, state = self.spans, self.terms.state
         untried = search.note(spans[index], failure, state)
         if not untried and search.is_over():
             state.note_failure(failure.error)
             raise failure.error from failure
-        # A server that is full has not failed: it is asked again once others have no room either.
+        # A full server has not failed: it is asked again once the others have no room either.
         full = isinstance(failure.error, CacheFull)
         freed = full and not untried and state.free_attention_cache(self._cache_tokens)
         if not self._vacate(index, failure, ban=not full):
@@ -203,7 +203,7 @@ class Chain:
         return self.terms.max_length * self.terms.rows
 
     def _span(self, index: int, search: "_Search") -> Span:
-        """Return the span at ``index``. Where there is a gap, spans are put in it; the first gets its history.
+        """Return the span at ``index``. A gap is first replaced by spans, of which the first gets its history.
 
         :raises ServerFailed: if the gap cannot be filled
         """
@@ -216,7 +216,7 @@ class Chain:
         except BlocksMissing as error:
             state.refresh()
             raise ServerFailed(error, patience) from error
-        except Exception as error:  # whatever is wrong with the view, it is no server's fault and no caller's
+        except Exception as error:  # something is wrong with the view, which is neither a server's fault nor a caller's
             log.exception("no route could be found")
             missing = BlocksMissing(state.model, range(gap.start, gap.end))
             raise ServerFailed(missing, patience) from error
@@ -227,14 +227,14 @@ class Chain:
         return found[0]
 
     def _vacate(self, index: int, failure: ServerFailed, *, ban: bool) -> bool:
-        """Let go of a failed server. Return whether its blocks can be computed elsewhere from its history."""
+        """Drop a failed server. Return whether its blocks can be computed elsewhere from its history."""
         span = self.spans[index]
         if isinstance(span, Gap):
-            return True  # there was no server to begin with
+            return True  # there was no server
         log.warning("blocks %d:%d via %s: %s", span.start, span.end, span.peer_id, failure)
         if span.processed:
             self.recoveries += 1
-        if not isinstance(failure.error, CacheFull):  # such a server lives
+        if not isinstance(failure.error, CacheFull):  # a full server is alive
             number = self.losses[-1].number + 1 if self.losses else 1
             loss = Loss(number, str(span.peer_id), span.start, span.end, str(failure))
             self.losses = (*self.losses, loss)[-LOSSES_KEPT:]
@@ -245,7 +245,7 @@ class Chain:
         return span.history.complete
 
     def drop_history_soon(self) -> None:
-        """Drop the inputs of all spans, which can then be computed again from the token ids only."""
+        """Drop the inputs of all spans, which can then be recomputed only from the token ids."""
         RemoteExpertWorker.run_coroutine(self._drop_history(), return_future=True)
 
     async def _drop_history(self) -> None:
@@ -266,34 +266,34 @@ class Chain:
 
 
 class _Search:
-    """The search for a server that does its part of a step, from the first failure on."""
+    """The search for a server that can do its part of a step, from the first failure on."""
 
     def __init__(self) -> None:
-        self.tried: set[PeerID] = set()  # ids of peers that have failed; others are asked first
+        self.tried: set[PeerID] = set()  # peers that have failed; others are asked first
         self.delays = _retry_delays()
         self._since: float | None = None
-        self._patience = 0.0  # seconds, the longest of the failures'
+        self._patience = 0.0  # seconds, the longest of all failures
 
     def note(self, span: Span | Gap, failure: ServerFailed, state: SwarmState) -> bool:
-        """Take note of a failure; return whether there are servers for its blocks that were not tried.
+        """Record a failure; return whether untried servers are left for its blocks.
 
-        So however many refuse, each once, an answer that another can compute is computed. There is an end to that,
-        since somebody may announce new servers faster than they are tried.
+        However many servers refuse, once each, an answer that another one can compute is computed. The number tried is
+        limited, since an attacker may announce new servers faster than they are tried.
         """
         self._since = self._since or time.monotonic()
         self._patience = max(self._patience, failure.patience)
-        if isinstance(span, Gap):  # there was no server to begin with
+        if isinstance(span, Gap):  # there was no server
             return False
         self.tried.add(span.peer_id)
         return len(self.tried) <= MAX_TRIED and state.has_others(span.start, span.end, self.tried)
 
     def is_over(self) -> bool:
-        """Whether it has lasted for as long as makes sense."""
+        """Whether the search has exhausted its patience."""
         return self._since is not None and time.monotonic() - self._since > self._patience
 
 
 class _Turn:
-    """A place among the sessions that wait for attention cache to become free: first come, first served."""
+    """A turn among the sessions that wait for attention cache to become free: first come, first served."""
 
     def __init__(self, lock: asyncio.Lock, timeout: float) -> None:
         self._lock = lock
@@ -301,7 +301,7 @@ class _Turn:
         self._has_it = False
 
     async def wait_behind_others(self) -> None:
-        """Let those go first who wait already; costs nothing if there are none."""
+        """Let sessions that already wait go first; costs nothing if there are none."""
         if self._lock.locked():
             await self.take()
 
@@ -314,18 +314,18 @@ class _Turn:
             try:
                 await asyncio.wait_for(self._lock.acquire(), self._timeout)
             except asyncio.TimeoutError:
-                raise CacheFull(f"others waited for attention cache before, for {self._timeout:.0f} s") from None
+                raise CacheFull(f"other sessions were ahead for attention cache for {self._timeout:.0f} s") from None
             self._has_it = True
 
     def end(self) -> None:
-        """Let the next one."""
+        """Pass the turn to the next session."""
         if self._has_it:
             self._lock.release()
             self._has_it = False
 
 
 def _retry_delays() -> Iterator[float]:
-    """At once, for there may be another server; then slower and slower, for the swarm has to change first."""
+    """Yield seconds to wait: none at first, as another server may be there; then longer, as the swarm must change."""
     yield 0.0
     delay = 0.05
     while True:

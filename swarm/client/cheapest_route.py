@@ -1,4 +1,4 @@
-"""The route through a swarm's servers that is expected to compute soonest."""
+"""The route through a swarm's servers with the lowest expected latency."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,27 +9,27 @@ import swarm.compat  # noqa: F401
 from hivemind.p2p import PeerID
 from petals.data_structures import RemoteSpanInfo
 
-# From which servers a route goes on at one block: those that are reached soonest.
+# Servers from which a route may continue at one block: those reached soonest.
 MAX_DOORS = 8
-# What a route is expected to cost, as petals reckons.
+# The expected costs of a route, as petals estimates them.
 OVERHEAD = 0.018  # seconds for a request
-DEFAULT_RPS = 300.0  # requests per second of a server that does not say
+DEFAULT_RPS = 300.0  # requests per second of a server that does not announce them
 FULL_DELAY = 10.0  # seconds to wait for attention cache
-DEFAULT_DELAY, LONGEST_DELAY = 0.15, 5.0  # seconds there: not measured, not reachable
+DEFAULT_DELAY, LONGEST_DELAY = 0.15, 5.0  # seconds one way: if not measured, if unreachable
 
 
 def cheapest_route(
     spans: Sequence[RemoteSpanInfo], start: int, end: int, pings: Mapping[PeerID, float], cache_tokens: int
 ) -> list[RemoteSpanInfo] | None:
-    """Return the spans that are expected to compute blocks [start, end) soonest; None if some have no server.
+    """Return the spans expected to compute blocks [start, end) soonest; None if some blocks have no server.
 
-    A route stays with a server to the end of its span, or of the blocks. It is the shortest path through nodes
+    A route stays with a server to the end of its span or of the blocks. It is the shortest path through nodes
     (server, block), found block by block, since edges lead to the same block or the next. The costs are those of
     ``RemoteSequenceManager._build_inference_graph`` in petals.
 
-    :param pings: seconds there and back, by peer
+    :param pings: round-trip times in seconds, by peer
     """
-    # For each server at the present block: seconds until there, and (the way before, its span, the block it began at).
+    # For each server at the current block: seconds to reach it, and (the path before, its span, the block it began at).
     ways: dict[int, tuple[float, Any]] = {}
     for block in range(start, end):
         here = [(index, span) for index, span in enumerate(spans) if span.start <= block < span.end]
@@ -60,7 +60,7 @@ def cheapest_route(
 def _cheapest_door(
     span: RemoteSpanInfo, doors: Sequence[tuple[float, Any]], pings: Mapping[PeerID, float], *, first: bool
 ) -> tuple[float, Any]:
-    """Return after how many seconds a span can begin that is not under way yet, and the way before it."""
+    """Return the seconds until a route can enter this span, and the path before it."""
     if first:
         return _delay(pings.get(span.peer_id)) + OVERHEAD, None
     found: tuple[float, Any] = (math.inf, None)
@@ -73,11 +73,11 @@ def _cheapest_door(
 
 
 def _delay(ping: float | None) -> float:
-    """Return seconds there, by seconds there and back."""
+    """Return the one-way delay in seconds for a round-trip time in seconds."""
     return DEFAULT_DELAY if ping is None else min(ping / 2, LONGEST_DELAY)
 
 
 def has_cache(span: RemoteSpanInfo, tokens: int) -> bool:
-    """Whether a server announces attention cache for so many tokens: keys and values of all its blocks."""
+    """Whether a server announces attention cache for this many tokens: keys and values of all its blocks."""
     left = span.server_info.cache_tokens_left
     return left is None or tokens * 2 * span.length <= left

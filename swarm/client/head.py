@@ -1,4 +1,4 @@
-"""The two ends of a model that this program computes itself: token ids to hidden states, hidden states to logits."""
+"""The two ends of a model, which this program computes itself: token ids to hidden states, hidden states to logits."""
 
 import threading
 from collections import deque
@@ -13,12 +13,12 @@ import torch
 from swarm.errors import ModelMismatch
 from swarm.packed_linear import PackedLinear, can_pack
 
-# Of memory for a second copy of the head's weights, where the embeddings need the first one. BLOOM's would be 7 GB.
+# Memory for a second copy of the head's weights, where the embeddings need the first. BLOOM's would take 7 GB.
 COPY_LIMIT = 2**30  # bytes
 
 
 def pack_head(lm_head: Any, embeddings: torch.Tensor) -> Any:
-    """Return the language-model head with its weights in the order that the processor wants, if that can be had."""
+    """Return the language-model head with its weights packed in the processor's preferred order, if possible."""
     weight = lm_head.weight
     if not can_pack(weight) or (weight.dtype != torch.float32 and lm_head.use_chunked_forward):
         return lm_head  # petals knows a better way for a processor without AVX512
@@ -27,12 +27,12 @@ def pack_head(lm_head: Any, embeddings: torch.Tensor) -> Any:
         return lm_head
     packed = PackedLinear(lm_head)
     if not tied:
-        lm_head.weight.data = torch.empty(0)  # the packed one is in its place
-    return packed
+        lm_head.weight.data = torch.empty(0)  # the packed copy replaces it
+    return projection
 
 
 class Head:
-    """Embeddings and language-model head of a petals model. May be used by several threads at a time."""
+    """Embeddings and language-model head of a petals model. Thread-safe."""
 
     def __init__(self, model: Any) -> None:
         self._transformer = model.transformer  # petals gives all its model families BLOOM's attribute names
@@ -45,7 +45,7 @@ class Head:
 
     @torch.inference_mode()
     def embed(self, *rows: Sequence[int]) -> torch.Tensor:
-        """Return the inputs of the first block: [rows, n tokens, hidden size], on the CPU, from where they are sent."""
+        """Return the inputs of the first block: [rows, n tokens, hidden size], on the CPU, which they are sent from."""
         ids = torch.tensor([list(row) for row in rows], device=self.device)
         return self._transformer.word_embeddings_layernorm(self._transformer.word_embeddings(ids)).cpu()
 
@@ -60,11 +60,11 @@ class Head:
         return self._lm_head(self._transformer.ln_f(hidden)).float().cpu()
 
     def next_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the logits of one sequence's next token, computed together with those that other threads wait for.
+        """Return the logits of one sequence's next token, computed together with those other threads wait for.
 
-        The weights of the head are large, and reading them is what takes the time: for BLOOM's, 32 rows at once take
-        hardly longer than one. Whoever finds the head free computes for all who wait (flat combining, Hendler et al.,
-        SPAA 2010); nobody waits for company.
+        Reading the head's large weights takes most of the time: with BLOOM's, 32 rows at once take hardly longer than
+        one. The thread that finds the head free computes for all waiting threads (flat combining, Hendler et al., SPAA
+        2010); no thread waits for a batch to fill.
 
         :param hidden: [hidden size], floating
         :returns: [vocabulary], float32 on the CPU
@@ -83,7 +83,7 @@ class Head:
         waiting = [self._waiting.popleft() for _ in range(len(self._waiting))]
         try:
             rows = self.logits(torch.stack([hidden for hidden, _ in waiting])).unbind(0)
-        except Exception:  # out of memory, or one of them cannot be computed: which is seen when each is alone
+        except Exception:  # out of memory, or one of them cannot be computed; computing each alone shows which
             for hidden, future in waiting:
                 self._compute_alone(hidden, future)
         except BaseException as error:
@@ -97,5 +97,5 @@ class Head:
     def _compute_alone(self, hidden: torch.Tensor, future: "Future[torch.Tensor]") -> None:
         try:
             future.set_result(self.logits(hidden[None])[0])
-        except BaseException as error:  # raised by whoever waits for it
+        except BaseException as error:  # raised in the thread that waits for it
             future.set_exception(error)

@@ -1,4 +1,4 @@
-"""The inputs that a span has received, kept so that other servers can compute what is lost; and their budget."""
+"""The inputs a span has received, kept so that other servers can recompute what is lost; and their memory budget."""
 
 import itertools
 
@@ -6,7 +6,7 @@ import torch
 
 
 class HistoryBudget:
-    """Memory for recovery that all sessions of a program share. Used on the event-loop thread only."""
+    """Memory for recovery, shared by all sessions of a program. Used on the event-loop thread only."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit  # bytes
@@ -14,12 +14,12 @@ class HistoryBudget:
 
 
 class History:
-    """The inputs that a span has received: all of them, or only the newest after the others were dropped."""
+    """The inputs a span has received: all of them, or only the newest if older ones were dropped."""
 
     def __init__(self) -> None:
         self.length = 0  # tokens received
         self.size = 0  # bytes held
-        self._dropped = 0  # tokens whose inputs are not held any more
+        self._dropped = 0  # tokens whose inputs are no longer held
         self._chunks: list[torch.Tensor] = []  # [1 or rows, tokens, hidden size] each
 
     @property
@@ -27,7 +27,7 @@ class History:
         return self._dropped == 0
 
     def extend(self, hidden: torch.Tensor, end: int) -> None:
-        """Take from ``hidden``, which ends with the token before ``end``, what is not here yet."""
+        """Append the part of ``hidden``, which ends with the token before ``end``, that is not here yet."""
         missing = end - self.length
         if missing > 0:
             chunk = hidden[:, hidden.shape[1] - missing :]
@@ -36,10 +36,10 @@ class History:
             self.length = end
 
     def read(self, start: int, end: int) -> torch.Tensor:
-        """Return the inputs of tokens [start, end), or of the first of them up to where the rows part ways."""
+        """Return the inputs of tokens [start, end), or of the first of them up to where the rows diverge."""
         last = self._chunks[-1]
         if (start, end) == (self.length - last.shape[1], self.length):
-            return last  # the common case, a step of decoding
+            return last  # the common case, a decoding step
         self._join()
         position = self._dropped
         for chunk in self._chunks:
@@ -49,7 +49,7 @@ class History:
         raise IndexError(f"the history ends before token {start}")
 
     def _join(self) -> None:
-        """Make one chunk of those that all rows share, and one of the others."""
+        """Join the chunks that all rows share into one, and the others into another."""
         groups = [list(group) for _, group in itertools.groupby(self._chunks, key=lambda chunk: chunk.shape[0])]
         self._chunks = [torch.cat(group, dim=1) if len(group) > 1 else group[0] for group in groups]
 

@@ -1,4 +1,4 @@
-"""This program's membership in a swarm: it founds one or joins one, and is in it again whenever it has dropped out."""
+"""This program's membership in a swarm: it founds or joins one, and rejoins whenever it has dropped out."""
 
 import logging
 import multiprocessing.util
@@ -18,42 +18,42 @@ from swarm.errors import SwarmUnreachable
 
 log = logging.getLogger(__name__)
 
-# The death of the DHT process is noticed at once, whatever this is; what else is looked at costs a millisecond.
+# The death of the DHT process is noticed at once, whatever this is; the other checks cost a millisecond.
 WATCH_PERIOD = 0.5  # seconds
-KNOWN_PEERS = 32  # of whom one that answers is enough to be in the swarm again
-SAME_PORT_TRIES = 4  # after which those who know only the old port, and cannot be connected to, are given up
+KNOWN_PEERS = 32  # one that answers is enough to rejoin the swarm
+SAME_PORT_TRIES = 4  # afterwards we give up peers that know only the old port and cannot be connected to
 
 
 class Swarm:
     """This program's membership in a swarm: one DHT node and one ``p2pd``, shared by all models.
 
-    Both are watched. When one of them has died, or does not answer any more, both are started again and given to all
-    models. The first peer of a swarm comes back with its identity and its addresses, so that those who know it find it
-    again; and it connects to the peers that were there last, since they may have forgotten it. Thread-safe.
+    Both are watched. When one of them dies or stops answering, both are restarted and given to all models. The first
+    peer of a swarm comes back with its identity and addresses, so that peers that know it find it again; and it
+    connects to the peers it saw last, since they may have forgotten it. Thread-safe.
     """
 
     def __init__(self, initial_peers: Sequence[str] = (), host_maddrs: Sequence[str] = ()) -> None:
-        """Make one that is in no swarm yet; see ``join`` and ``found``.
+        """Make a membership that is in no swarm yet; see ``join`` and ``found``.
 
-        :param host_maddrs: none: join the swarm of the initial peers
+        :param host_maddrs: empty: join the swarm of the initial peers
         """
-        # Multiaddrs by which others join: through this program, or as it joined itself. Changed in place.
+        # Multiaddrs by which others join: this program's, or those it joined by itself. Changed in place.
         self.initial_peers = list(initial_peers)
         self._host_maddrs = list(host_maddrs)
         self._identity = make_identity() if host_maddrs else b""
-        self._node_id = DHTID.generate()  # another one would look for itself at its own address
-        self._bound: list[str] = []  # host_maddrs with the ports that were free when it was founded
-        self._known: dict[str, None] = {}  # multiaddrs of peers, those seen last at the end
-        self._failures = 0  # to be there again, in a row
+        self._node_id = DHTID.generate()  # a restarted node with another id would look for itself at its own address
+        self._bound: list[str] = []  # host_maddrs with the ports that were free when the swarm was founded
+        self._known: dict[str, None] = {}  # multiaddrs of peers, the last seen at the end
+        self._failures = 0  # to rejoin, in a row
         self._node: Node | None = None
         self._states: set[SwarmState] = set()
-        self._lock = threading.Lock()  # of the two above, and never held while anything waits
+        self._lock = threading.Lock()  # guards the two above; never held during a wait
         self._closing = threading.Event()
         self._watch = Loop("watch-swarm", self._look, 0.0, expected=(SwarmUnreachable,))
 
     @classmethod
     def join(cls, initial_peers: Sequence[str]) -> "Swarm":
-        """Join an existing swarm as a client, which nobody connects to.
+        """Join an existing swarm as a client, which accepts no connections.
 
         :param initial_peers: multiaddrs of peers, or ``["public"]``
         :raises SwarmUnreachable: if none of the peers answers
@@ -62,7 +62,7 @@ class Swarm:
 
     @classmethod
     def found(cls, host_maddrs: Sequence[str]) -> "Swarm":
-        """Start a new swarm, whose first peer this program is.
+        """Start a new swarm with this program as its first peer.
 
         :param host_maddrs: addresses to listen on, such as ``/ip4/127.0.0.1/tcp/0``
         :raises SwarmUnreachable: if the addresses cannot be listened on
@@ -76,9 +76,9 @@ class Swarm:
 
     @property
     def dht(self) -> Any:
-        """The DHT of the moment.
+        """The current DHT.
 
-        :raises SwarmUnreachable: while it is being started again
+        :raises SwarmUnreachable: while it is being restarted
         """
         if (node := self._node) is None:
             raise SwarmUnreachable("the swarm is being joined again")
@@ -86,7 +86,7 @@ class Swarm:
 
     @property
     def loop(self) -> Loop:
-        """What watches the DHT node and p2pd."""
+        """The loop that watches the DHT node and p2pd."""
         return self._watch
 
     def _start(self) -> Node:
@@ -98,9 +98,9 @@ class Swarm:
         return Node(failure, self._closing.is_set, initial_peers=[*peers, *self._known], client_mode=True)
 
     def _start_first_peer(self) -> Node:
-        # Somebody else may listen on its port meanwhile: then any other one, from which it connects to those it knows.
+        # Another program may have taken its port: then it takes any free one, and connects to the peers it knows.
         host_maddrs = self._bound if self._failures < SAME_PORT_TRIES and self._bound else self._host_maddrs
-        # p2pd refuses to start when it is given peers of whom none answers.
+        # p2pd refuses to start if none of the peers it is given answers.
         known = [] if self._failures % 2 else list(self._known)
         with identity_file(self._identity) as path:
             node = Node(
@@ -111,7 +111,7 @@ class Swarm:
                 identity_path=str(path),
                 node_id=self._node_id,
                 initial_peers=known or None,
-                check_if_identity_free=False,  # by whom? It takes another p2pd to ask
+                check_if_identity_free=False,  # the check needs a second p2pd to ask
                 ensure_bootstrap_success=False,
             )
         self.initial_peers[:] = node.maddrs
@@ -119,9 +119,9 @@ class Swarm:
         return node
 
     def _look(self) -> None:
-        """Wait a moment for the death of the DHT node or p2pd; after it, be there again.
+        """Wait a moment for the DHT node or p2pd to die; if one does, rejoin.
 
-        :raises SwarmUnreachable: if that fails
+        :raises SwarmUnreachable: if rejoining fails
         """
         node = self._node
         if node is not None:
@@ -129,10 +129,10 @@ class Swarm:
             self._remember(node.peers)
             if reason is None or self._closing.is_set():
                 return
-            if multiprocessing.util.is_exiting():  # and ends the child processes that are left
+            if multiprocessing.util.is_exiting():  # the interpreter ends the remaining child processes
                 self._watch.stop()
                 return
-            log.warning("%s; this program joins its swarm again", reason)
+            log.warning("%s; this program rejoins its swarm", reason)
             self._leave(node)
         try:
             self._enter(self._start())
@@ -163,10 +163,10 @@ class Swarm:
         for state in states:
             state.connect(node.dht, node.p2p)
         self._failures = 0
-        log.info("this program is in its swarm again")
+        log.info("this program has rejoined its swarm")
 
     def follow(self, state: SwarmState) -> None:
-        """Tell a model's state from now on by which DHT and P2P to reach the swarm."""
+        """Keep a model's state connected to the current DHT and P2P from now on."""
         with self._lock:
             self._states.add(state)
             node = self._node
@@ -181,7 +181,7 @@ class Swarm:
             self._states.discard(state)
 
     def close(self) -> None:
-        """Leave the swarm and end the processes below."""
+        """Leave the swarm and end its processes."""
         self._closing.set()
         self._watch.stop()
         self._watch.join(DHT_TIMEOUT)

@@ -1,4 +1,4 @@
-"""A model whose blocks are computed by a swarm: tokenizer, embeddings and head here, sessions over the servers."""
+"""A model whose blocks a swarm computes: tokenizer, embeddings and head here, sessions over the servers."""
 
 import logging
 from pathlib import Path
@@ -22,9 +22,9 @@ from swarm.tokenization import TextTokenizer
 
 log = logging.getLogger(__name__)
 
-# What a stock petals server accepts as the longest session, with and without grouped-query attention.
+# The longest session that a stock petals server accepts, without and with grouped-query attention.
 STOCK_MAX_LENGTH, STOCK_MAX_LENGTH_GROUPED = 2048, 8192  # tokens
-DEFAULT_HISTORY_BYTES = 2**30  # of hidden states kept to restore lost spans
+DEFAULT_HISTORY_BYTES = 2**30  # for hidden states kept to restore lost spans
 
 
 class SwarmModel:
@@ -67,16 +67,16 @@ class SwarmModel:
         budget: HistoryBudget | None = None,
         relief: CacheRelief | None = None,
     ) -> "SwarmModel":
-        """Load tokenizer, embeddings and head. The blocks need not be served yet.
+        """Load the tokenizer, embeddings and head. The blocks need not be served yet.
 
         :param name: hub name, local directory, or the name of a bundled model
         :param device: where embeddings and head are computed
         :param torch_dtype: their dtype, or ``"auto"``
         :param update_period: seconds between two readings of the DHT
         :param limits: how long sessions wait for servers
-        :param budget: memory for recovery, shared by all sessions of all models that are given the same one
+        :param budget: memory for recovery, shared by all sessions of all models given the same budget
         :param relief: asked when the servers have no attention cache left for a session
-        :raises ModelUnavailable: if the model's files cannot be had or are broken
+        :raises ModelUnavailable: if the model's files are unavailable or broken
         :raises SwarmUnreachable: while the swarm is being joined again
         """
         path = weights.locate(name, cache_dir=cache_dir, progress=weights.Progress(log.info))
@@ -85,7 +85,7 @@ class SwarmModel:
             with shared_dht(swarm.dht):
                 model = AutoDistributedModelForCausalLM.from_pretrained(
                     path,
-                    initial_peers=[],  # unused: the DHT is there already
+                    initial_peers=[],  # unused: the DHT already exists
                     dht_prefix=weights.dht_prefix(name),
                     torch_dtype=torch_dtype if torch_dtype == "auto" else getattr(torch, torch_dtype),
                     update_period=update_period,
@@ -98,9 +98,9 @@ class SwarmModel:
         return cls(name, swarm, model.to(device).eval(), tokenizer, limits or SessionLimits(), budget, relief)
 
     def open_session(self, max_length: int, rows: int = 1) -> SwarmSession:
-        """Open an inference session for up to ``max_length`` tokens of each row. Its first step chooses the servers.
+        """Open an inference session for up to ``max_length`` tokens per row. Its first step chooses the servers.
 
-        :raises SessionLengthExceeded: if the model or its servers take no session so long
+        :raises SessionLengthExceeded: if the model or its servers do not accept a session this long
         """
         if max_length > self.max_length:
             raise SessionLengthExceeded(f"{max_length} tokens exceed the {self.max_length} that {self.name} allows")
@@ -113,15 +113,15 @@ class SwarmModel:
 
 
 def count_parameters(model: Any) -> int:
-    """Return how many parameters a petals model has, with those of the blocks that others hold."""
-    with torch.device("meta"):  # no memory, no time
+    """Return how many parameters a petals model has, including those of the blocks on other servers."""
+    with torch.device("meta"):  # takes neither memory nor time
         block = model.config.block_class(model.config)
     here = sum(parameter.numel() for parameter in model.parameters())
     return here + len(model.transformer.h) * sum(parameter.numel() for parameter in block.parameters())
 
 
 def longest_session(config: Any) -> int:
-    """Return how many tokens a session may have: what the model was made for and what stock servers accept."""
+    """Return how many tokens a session may have: the model's own limit or that of stock servers, the smaller one."""
     grouped = getattr(config, "num_key_value_groups", 1) > 1
     served = STOCK_MAX_LENGTH_GROUPED if grouped else STOCK_MAX_LENGTH
     return min(served, getattr(config, "max_position_embeddings", None) or served)

@@ -1,4 +1,4 @@
-"""A program's node in a swarm: the DHT process and its ``p2pd``, started, looked after and ended together."""
+"""A program's node in a swarm: the DHT process and its ``p2pd``, started, watched and ended together."""
 
 import asyncio
 import contextlib
@@ -25,29 +25,29 @@ Result = TypeVar("Result")
 
 # A swarm's DHT answers within milliseconds on a local network and within seconds over the internet.
 DHT_TIMEOUT = 30.0  # seconds
-DHT_WORKERS = 32  # keys looked up at a time: as many as a large model has blocks, within a factor
-# Each look asks p2pd for its peers. On loopback this is answered within milliseconds, and on a machine that is short of
-# memory within seconds; what is silent for so many looks will not answer any more.
+DHT_WORKERS = 32  # keys looked up at a time: about as many as a large model has blocks, within a factor
+# Each look asks p2pd for its peers. On loopback it answers within milliseconds, and on a machine that is short of
+# memory within seconds; after this many silent looks it will never answer.
 SILENT_LOOKS = 60  # of half a second each: 30 s
-KILL_TIMEOUT = 5.0  # seconds; a process that is killed ends when it comes back from its system call
+KILL_TIMEOUT = 5.0  # seconds; a killed process ends when its system call returns
 
 
 class Node:
-    """A DHT process, its ``p2pd``, and this process's connection to that: they live and die together."""
+    """A DHT process, its ``p2pd``, and this process's connection to p2pd; they start and end together."""
 
     def __init__(self, failure: str, given_up: Callable[[], bool], **options: Any) -> None:
-        """Start them.
+        """Start the processes and connect.
 
-        :param failure: what to say if that fails
-        :param given_up: looked at often while waiting; ends it when it returns true
-        :param options: of hivemind's ``DHT``
-        :raises SwarmUnreachable: if it fails
+        :param failure: the error message if that fails
+        :param given_up: polled during the wait, which ends when it returns true
+        :param options: for hivemind's ``DHT``
+        :raises SwarmUnreachable: if that fails
         """
         self.dht = hivemind.DHT(start=False, num_workers=DHT_WORKERS, **options)
-        self.maddrs: list[str] = []  # by which others reach it
-        self.peers: list[str] = []  # multiaddrs of those connected to, as was told last
-        self._question: Any = None  # that the DHT process has not answered yet
-        self._silent_looks = 0  # since it answered last
+        self.maddrs: list[str] = []  # by which others reach this node
+        self.peers: list[str] = []  # multiaddrs of connected peers, as last reported
+        self._question: Any = None  # pending in the DHT process
+        self._silent_looks = 0  # since its last answer
         try:
             self.dht.start()
             await_dht(self.dht, self.dht._ready, DHT_TIMEOUT, given_up)
@@ -57,14 +57,14 @@ class Node:
             self._daemon = psutil.Process(pid)
             self._sockets = [Path(maddr["unix"]), Path(maddr["unix"].replace("p2pd-", "p2pclient-"))]
             self.p2p = on_loop(P2P.replicate(maddr))
-        except Exception as error:  # hivemind raises whatever its child process met
+        except Exception as error:  # hivemind re-raises any error of its child process
             self._end_process()
             self._close_pipes()
             raise SwarmUnreachable(f"{failure}: {str(error) or type(error).__name__}") from error
-        self.dht._p2p_replica = self.p2p  # or hivemind would make it on the event loop, and hold that up meanwhile
+        self.dht._p2p_replica = self.p2p  # otherwise hivemind would create it on the event loop and block that
 
     def look(self, seconds: float) -> str | None:
-        """Wait for so long, or until the DHT process ends. Return what is wrong, or None."""
+        """Wait this long, or until the DHT process ends. Return what is wrong, or None."""
         if multiprocessing.connection.wait([self.dht.sentinel], timeout=seconds):
             self.dht.join(KILL_TIMEOUT)
             return f"the DHT process or its p2pd has ended with {self.dht.exitcode}"
@@ -72,7 +72,7 @@ class Node:
             self._hear()
         if self._question is None:
             self._question = self.dht.run_coroutine(list_peers, return_future=True)
-        # Looks and not seconds: this process may have been stopped as well.
+        # Count looks rather than seconds: this process may have been suspended too.
         self._silent_looks += 1
         return "the DHT process or its p2pd does not answer" if self._silent_looks > SILENT_LOOKS else None
 
@@ -82,7 +82,7 @@ class Node:
             self.peers, self._silent_looks = peers, 0
 
     def kill(self) -> None:
-        """End at once what is left of it."""
+        """Kill whatever is left of the node at once."""
         self._end_process()
         with contextlib.suppress(psutil.NoSuchProcess):
             self._daemon.kill()
@@ -93,7 +93,7 @@ class Node:
         self._close_pipes()
 
     def shut_down(self) -> None:
-        """Leave the swarm in order, and end."""
+        """Leave the swarm cleanly and end the processes."""
         self._disconnect()
         self.dht.shutdown()
         self._end_process()
@@ -106,7 +106,7 @@ class Node:
         self.dht.join(KILL_TIMEOUT)
 
     def _disconnect(self) -> None:
-        # Left to the garbage collector it would look for its event loop on a thread that has none.
+        # If left to the garbage collector, it would look for its event loop on a thread that has none.
         on_loop(self.p2p.shutdown())
 
     def _close_pipes(self) -> None:
@@ -115,7 +115,7 @@ class Node:
 
 
 async def describe_daemon(dht: Any, node: Any) -> tuple[int, Any]:
-    """In the DHT process: return the process id of p2pd, and the multiaddr of its socket."""
+    """In the DHT process: return the process id of p2pd and the multiaddr of its socket."""
     return node.p2p._child.pid, node.p2p.daemon_listen_maddr
 
 
@@ -123,7 +123,7 @@ async def list_peers(dht: Any, node: Any) -> list[str] | None:
     """In the DHT process: return the multiaddrs of the peers that p2pd is connected to; None if it does not answer."""
     try:
         peers = await asyncio.wait_for(node.p2p.list_peers(), DHT_TIMEOUT)
-    except Exception:  # whatever it is, p2pd has not answered
+    except Exception:  # any error means that p2pd has not answered
         return None
     return [f"{maddr}/p2p/{peer.peer_id.to_base58()}" for peer in peers for maddr in peer.addrs]
 
@@ -138,7 +138,7 @@ def on_loop(coroutine: Coroutine[Any, Any, Result]) -> Result:
 
 
 def make_identity() -> bytes:
-    """Return a new private key as p2pd reads it, of the kind that p2pd makes for itself: RSA takes long to make.
+    """Return a new private key as p2pd reads it, of the kind p2pd generates itself: RSA keys take long to generate.
 
     The format: https://github.com/libp2p/specs/blob/master/peer-ids/peer-ids.md#ed25519
     """
@@ -149,7 +149,7 @@ def make_identity() -> bytes:
 
 @contextlib.contextmanager
 def identity_file(identity: bytes) -> Iterator[Path]:
-    """Have a private key in a file that only its owner can read, for as long as p2pd starts."""
+    """Keep a private key in a file that only its owner can read, while p2pd starts."""
     with tempfile.TemporaryDirectory(prefix="petals-chat-") as directory:
         path = Path(directory, "identity")
         path.touch(mode=0o600)
@@ -158,9 +158,9 @@ def identity_file(identity: bytes) -> Iterator[Path]:
 
 
 def with_port(maddr: str, bound: Sequence[str]) -> str:
-    """Return an address to listen on with the port that was found for it, if it asks for any that is free.
+    """Return an address to listen on; if it asks for any free port, with the port that was found.
 
-    :param bound: the addresses that are listened on
+    :param bound: the addresses that p2pd listens on
     """
     if (found := re.search(r"^/(ip[46])/([^/]+)/(tcp|udp)/0(?=/|$)", maddr)) is None:
         return maddr

@@ -1,4 +1,4 @@
-"""Who serves which blocks, how fast, how full; and the route of a session through them."""
+"""Which servers hold which blocks, how fast and how full they are; and a session's route through them."""
 
 import asyncio
 import collections
@@ -24,34 +24,34 @@ from swarm.errors import BlocksMissing, CacheFull, SessionLengthExceeded, SwarmE
 
 log = logging.getLogger(__name__)
 
-# Routing takes time with the number of servers, and anybody can announce thousands. More than these of one block, or
-# in all, are not better for one session than these.
+# Routing time grows with the number of servers, and anybody can announce thousands. More servers than this of one
+# block, or in all, do not help a single session.
 MAX_SERVERS_OF_BLOCK, MAX_SERVERS = 16, 256
-# A server that has answered rubbish is trusted again after so many good steps, an answer or two.
+# A server that has answered rubbish is trusted again after this many good steps, an answer or two.
 GOOD_STEPS = 1000
-MAX_OFFENDERS = 10_000  # remembered; peers can have any number of names
+MAX_OFFENDERS = 10_000  # remembered; a peer can take any number of names
 
 
 @dataclass(frozen=True)
 class ServerView:
-    """What one server announced last."""
+    """What one server last announced."""
 
     peer_id: str
     start: int
     end: int  # serves blocks [start, end)
     throughput: float  # as announced, requests/s
-    cache_tokens_left: int | None  # free attention cache: tokens times blocks, keys and values counted apart
+    cache_tokens_left: int | None  # free attention cache: tokens times blocks, keys and values counted separately
     torch_dtype: str | None
     version: str | None
     public_name: str | None
-    ping: float | None = None  # seconds there and back, smoothed; None: not measured, or it does not answer
+    ping: float | None = None  # round trip in seconds, smoothed; None: not measured, or no answer
 
 
 class CacheRelief(Protocol):
-    """Whoever opens sessions, and can do without some of them."""
+    """The opener of sessions, which can give up some of them."""
 
     def free_attention_cache(self, model: str, tokens: int) -> bool:
-        """Take so many tokens of attention cache from sessions of a model that nobody uses. Does not wait.
+        """Free this many tokens of attention cache from unused sessions of a model. Does not wait.
 
         :returns: whether there were any
         """
@@ -60,13 +60,13 @@ class CacheRelief(Protocol):
 class SwarmState:
     """A view of the servers of one model, kept fresh from the DHT by a background thread.
 
-    It wraps petals' ``RemoteSequenceManager``, whose routing it uses and whose faults it mends: a failed peer leaves
-    the routing tables at once instead of with the next refresh, no wait is without a limit, and the thread that reads
-    the DHT outlives its failures.
+    It wraps petals' ``RemoteSequenceManager``, uses its routing and fixes its faults: a failed peer leaves the routing
+    tables at once instead of at the next refresh, every wait has a limit, and the thread that reads the DHT survives
+    failures.
     """
 
     def __init__(self, manager: RemoteSequenceManager, model: str, relief: CacheRelief | None = None) -> None:
-        """Make a view that is not read yet; see ``start``.
+        """Make a view that has not been read yet; see ``start``.
 
         :param relief: asked when servers have no attention cache left for a session
         """
@@ -74,11 +74,11 @@ class SwarmState:
         self.model = model
         self.num_blocks = len(manager)
         self._relief = relief
-        self.cache_turn = asyncio.Lock()  # held by the session that waits for attention cache; for the event loop
+        self.cache_turn = asyncio.Lock()  # held by the session that waits for attention cache; on the event loop only
         period = manager.config.update_period
-        # A reading begins a period after the last one, or two when servers were slow to answer pings, and has a limit.
+        # A reading begins one period after the last, or two if servers were slow to answer pings, and has a limit.
         self.stale_after = 2 * period + CALL_TIMEOUT  # seconds
-        # In place of petals' thread, with whose event everybody asks for a reading, petals included.
+        # Replaces petals' thread, but shares its event, by which everybody asks for a reading, petals included.
         self.reader = Loop(
             f"read-swarm {model}",
             self._read,
@@ -88,14 +88,14 @@ class SwarmState:
             wake=manager._thread.trigger,
         )
         self._connected = True
-        self._connected_at = 0.0  # seconds, of the clock that petals dates its readings with
+        self._connected_at = 0.0  # seconds, on the clock by which petals dates its readings
         self._answered_at: float | None = None  # seconds, monotonic
         self._failed_at: float | None = None  # seconds, monotonic
-        # Peers that have answered rubbish: good steps until they are trusted again. The oldest are forgotten.
+        # Peers that have answered rubbish: good steps left until they are trusted again. The oldest are forgotten.
         self._offenders: collections.OrderedDict[PeerID, int] = collections.OrderedDict()
 
     def _read(self) -> None:
-        if self._connected:  # else there is no DHT to read, and `connect` asks for a reading
+        if self._connected:  # otherwise there is no DHT to read; `connect` will ask for a reading
             self.manager._update()
 
     def start(self, timeout: float) -> bool:
@@ -104,15 +104,15 @@ class SwarmState:
         return self.wait(lambda: self.view_age is not None, timeout)
 
     def disconnect(self) -> None:
-        """Note that this program is in no swarm for the time being; the view stays as it was read last."""
+        """Note that this program is currently in no swarm; the view stays as last read."""
         self._connected = False
 
     def connect(self, dht: Any, p2p: Any) -> None:
-        """From now on read this DHT and reach servers by this P2P. Sessions take it with their next server."""
+        """From now on, read this DHT and reach servers by this P2P. Sessions use it from their next server on."""
         manager = self.manager
         manager.state.p2p = p2p
         manager.dht = manager.ping_aggregator.dht = dht
-        # They were banned for what was not their fault.
+        # The banned peers were not at fault.
         banned = manager.state.banned_peers
         manager.state.banned_peers = type(banned)(base_time=banned.base_time, backoff_rate=banned.backoff)
         self._connected_at, self._connected = time.perf_counter(), True
@@ -120,55 +120,55 @@ class SwarmState:
 
     @property
     def connected(self) -> bool:
-        """Whether this program is in the swarm, and has read its DHT since it is."""
+        """Whether this program is in the swarm and has read its DHT since joining."""
         read_at = self.manager.state.sequence_info.last_updated_time
         return self._connected and (read_at is None or read_at >= self._connected_at)
 
     @property
     def view_age(self) -> float | None:
         """Seconds since the DHT was read; None: not yet."""
-        read_at = self.manager.state.sequence_info.last_updated_time  # of a clock that nobody sets
+        read_at = self.manager.state.sequence_info.last_updated_time  # on a clock that nobody adjusts
         return None if read_at is None else time.perf_counter() - read_at
 
     @property
     def stale(self) -> bool:
-        """Whether the view is older than a swarm that can be read lets it become."""
+        """Whether the view is older than it can become while the swarm is readable."""
         age = self.view_age
         return age is not None and age > self.stale_after
 
     def free_attention_cache(self, tokens: int) -> bool:
-        """Ask for attention cache for so many tokens of a session; return whether some will be free. Does not wait."""
+        """Ask to free attention cache for this many tokens; return whether some will be free. Does not wait."""
         return self._relief is not None and self._relief.free_attention_cache(self.model, tokens)
 
     def note_answer(self) -> None:
-        """A step of some session has passed all blocks."""
+        """Record that a step of some session has passed through all blocks."""
         self._answered_at = time.monotonic()
 
     def note_failure(self, error: SwarmError) -> None:
-        """A step of some session was given up. It counts if other sessions may meet with the same."""
+        """Record that a step of some session was given up. It counts if other sessions may fail the same way."""
         if not isinstance(error, (CacheFull, SessionLengthExceeded)):
             self._failed_at = time.monotonic()
 
     @property
     def answer_age(self) -> float | None:
-        """Seconds since a step of any session has passed all blocks; None: not yet."""
+        """Seconds since a step of any session passed through all blocks; None: not yet."""
         answered_at = self._answered_at
         return None if answered_at is None else time.monotonic() - answered_at
 
     @property
     def doubtful(self) -> bool:
-        """Whether the last step of any session was given up."""
+        """Whether the most recent step of all sessions was given up."""
         answered_at, failed_at = self._answered_at, self._failed_at
         return failed_at is not None and (answered_at is None or failed_at > answered_at)
 
     def wait(self, condition: Callable[[], bool], timeout: float) -> bool:
-        """Refresh until ``condition`` holds or ``timeout`` seconds are over; return whether it holds."""
+        """Refresh until ``condition`` holds or ``timeout`` seconds have passed; return whether it holds."""
         deadline = time.monotonic() + timeout
         while not condition():
             if (left := deadline - time.monotonic()) <= 0:
                 return False
             self.refresh()
-            # `ready` is set at the end of each refresh; a server that joins is seen by the next one.
+            # `ready` is set at the end of each refresh; the next one sees a server that joins.
             self.manager.ready.wait(min(left, 0.25))
             time.sleep(min(left, 0.05))
         return True
@@ -179,7 +179,7 @@ class SwarmState:
         self.manager._thread.trigger.set()
 
     def missing_blocks(self) -> list[int]:
-        """Return the numbers of the blocks that no known server holds. Takes no lock: it is asked while things hang."""
+        """Return the numbers of the blocks that no known server holds. Takes no lock: it works while others hang."""
         # Petals replaces these lists and never changes them.
         spans = self.manager.state.sequence_info.spans_containing_block
         return [block for block in range(self.num_blocks) if not spans[block]]
@@ -189,7 +189,7 @@ class SwarmState:
         return [len(spans) for spans in self.manager.state.sequence_info.spans_containing_block]
 
     def servers(self) -> list[ServerView]:
-        """Return all known servers that are online, longest span first. Asks nobody: it is what was read last."""
+        """Return all known servers that are online, longest span first, as last read; asks no server."""
         manager = self.manager
         pings = manager.ping_aggregator.to_dict()
         with manager.lock_changes:
@@ -213,10 +213,10 @@ class SwarmState:
     def route(
         self, start: int, end: int, cache_tokens: int, avoid: Collection[PeerID] = frozenset()
     ) -> list[RemoteSpanInfo]:
-        """Return spans that together compute blocks [start, end) with the least expected latency.
+        """Return spans that together compute blocks [start, end) with the lowest expected latency.
 
         :param cache_tokens: tokens of attention cache that the session needs; servers without them are avoided
-        :param avoid: ids of peers not to route to, as long as the others have all blocks
+        :param avoid: ids of peers to avoid, as long as the others have all blocks
         :raises BlocksMissing: if no known server holds one of the blocks
         """
         manager = self.manager
@@ -233,7 +233,7 @@ class SwarmState:
         return found
 
     def has_others(self, start: int, end: int, avoid: Collection[PeerID]) -> bool:
-        """Whether peers that are not in ``avoid`` have blocks [start, end) all together."""
+        """Whether the peers outside ``avoid`` together have blocks [start, end)."""
         manager = self.manager
         with manager.lock_changes:
             spans = list(manager.state.sequence_info.spans_by_priority)
@@ -243,7 +243,7 @@ class SwarmState:
     def ban(self, peer_id: PeerID, *, offence: bool = False) -> None:
         """Do not route to a peer for a while (petals' ``ban_timeout``, longer with every failure in a row).
 
-        :param offence: whether it did what no sound server does. Single good answers do not make up for that
+        :param offence: whether it did what no sound server does; single good answers do not make up for that
         """
         manager = self.manager
         if offence:
@@ -253,12 +253,12 @@ class SwarmState:
                 self._offenders.popitem(last=False)
         manager.on_request_failure(peer_id)
         with manager.lock_changes:
-            # petals drops the peer from `block_infos` only and goes on routing to it until the next refresh.
+            # petals drops the peer only from `block_infos` and continues to route to it until the next refresh.
             info = manager.state.sequence_info
             info.spans_by_priority, info.spans_containing_block = info._sort_spans(info.block_infos)
 
     def unban(self, peer_id: PeerID) -> None:
-        """Forget the failures of a peer that has answered; those of an offender after it has answered often."""
+        """Forget the failures of a peer that has answered; an offender's only after it has answered often."""
         if peer_id in self._offenders:
             self._offenders[peer_id] -= 1
             if self._offenders[peer_id]:
@@ -266,18 +266,18 @@ class SwarmState:
             del self._offenders[peer_id]
         manager = self.manager
         manager.on_request_success(peer_id)
-        first_seen(manager)[peer_id] = 0.0  # whoever has computed is known better than all who have not
+        first_seen(manager)[peer_id] = 0.0  # a server that has computed ranks before all that have not
 
     def close(self) -> None:
-        """End the background thread; does not wait for it."""
+        """Stop the background thread; does not wait for it."""
         self.manager._thread.should_shutdown = True  # it runs if petals' own sessions were used
         self.reader.stop()
 
 
 def read_view(manager: RemoteSequenceManager) -> None:
-    """Read who serves which blocks, leave out who is banned and who is too many, and measure some pings.
+    """Read which servers hold which blocks, leave out banned and surplus ones, and measure some pings.
 
-    In the place of petals' ``RemoteSequenceManager._update``, on its thread.
+    Replaces petals' ``RemoteSequenceManager._update``, on its thread.
     """
     config = manager.config
     infos = get_remote_module_infos(manager.dht, manager.block_uids, active_adapter=config.active_adapter, latest=True)
@@ -288,7 +288,7 @@ def read_view(manager: RemoteSequenceManager) -> None:
             if (manager.allowed_servers is None or peer in manager.allowed_servers)
             and (manager.blocked_servers is None or peer not in manager.blocked_servers)
         }
-        # If all are banned the fault may be ours.
+        # If all are banned, the fault may be ours.
         info.servers = {peer: it for peer, it in allowed.items() if peer not in manager.state.banned_peers} or allowed
     keep_some(infos, preference(manager, infos))
     with manager.lock_changes:
@@ -301,15 +301,15 @@ def read_view(manager: RemoteSequenceManager) -> None:
 
 
 def first_seen(manager: RemoteSequenceManager) -> dict[PeerID, float]:
-    """Return since when each server of the view is known, time.monotonic(); 0 for those that have computed."""
+    """Return when each server of the view was first seen, time.monotonic(); 0 for those that have computed."""
     return vars(manager).setdefault("first_seen", {})
 
 
 def preference(manager: RemoteSequenceManager, infos: Sequence[RemoteModuleInfo]) -> Callable[[PeerID], Any]:
-    """Note which servers are there; return a key that puts those first which are most likely to be sound ones.
+    """Note which servers are present; return a key that sorts those most likely to be sound first.
 
-    Those that have computed come first, then those that are known for longest, and among these those whose pings are
-    known: what is announced in order to crowd others out comes after them.
+    Servers that have computed come first, then those known longest, and among these those whose pings are known.
+    Servers announced to crowd others out come after them.
     """
     seen, now = first_seen(manager), time.monotonic()
     present = {peer for info in infos for peer in info.servers}
@@ -322,7 +322,7 @@ def preference(manager: RemoteSequenceManager, infos: Sequence[RemoteModuleInfo]
 
 
 def keep_some(infos: Sequence[RemoteModuleInfo], key: Callable[[PeerID], Any]) -> None:
-    """Leave only so many servers in the view that a route is found in milliseconds, by ``key`` the first ones."""
+    """Keep the first servers by ``key`` in the view, few enough that a route is found in milliseconds."""
     spans = compute_spans(infos, min_state=ServerState.ONLINE)
     kept: set[PeerID] = set()
     counts = [0] * len(infos)

@@ -1,7 +1,7 @@
-"""A sequence of tokens that a swarm computes: step by step, over servers that come and go.
+"""A sequence of tokens that a swarm computes step by step, over servers that come and go.
 
-A session is its token ids. The attention caches on the servers are a cache of them, which ``swarm.client.chain`` looks
-after on hivemind's event-loop thread; callers wait for it with a limit.
+A session is its token ids. The servers' attention caches are a cache of them, which ``swarm.client.chain`` manages on
+hivemind's event-loop thread; callers wait for it with a limit.
 """
 
 import concurrent.futures
@@ -24,29 +24,29 @@ from swarm.waiter import PATIENT, Waiter
 
 Result = TypeVar("Result")
 
-# How often a waiting caller looks whether it was cancelled: a twentieth of a second is not noticed by a person, and
-# costs a few microseconds.
+# How often a waiting caller checks whether it was cancelled: a person does not notice a twentieth of a second, and a
+# check costs a few microseconds.
 CANCEL_POLL = 0.05  # seconds
-# Logits computed at a time when all are wanted: with BLOOM's vocabulary these are 32 MB.
+# Rows of logits computed at a time when all are wanted: with BLOOM's vocabulary, 32 MB.
 LOGIT_ROWS = 32
 # The event loop never computes and never waits, so that it answers within milliseconds even on a busy machine.
 LOOP_TIMEOUT = 10.0  # seconds
 
 
 class SwarmSession:
-    """An inference session. One thread at a time; ``close`` may come from any.
+    """An inference session. One thread at a time may use it; any thread may call ``close``.
 
-    It is one sequence of tokens, or, with several rows, sequences that begin with the same tokens: those are computed
+    It is one sequence of tokens or, with several rows, sequences that begin with the same tokens: those are computed
     once, and then each step adds a token to every row.
 
     The servers hold attention cache for ``max_length`` tokens of each row from the first step until ``close``. A
-    session that is dropped without closing frees it when it is collected.
+    session that is dropped without closing frees it when it is garbage-collected.
     """
 
     def __init__(self, head: Head, terms: SessionTerms) -> None:
         self.max_length = terms.max_length  # tokens of a row, prefix included
-        self.token_ids: list[int] = []  # that all rows begin with
-        self.branches: list[list[int]] = [[] for _ in range(terms.rows)]  # what each row has after them, equally many
+        self.token_ids: list[int] = []  # shared beginning of all rows
+        self.branches: list[list[int]] = [[] for _ in range(terms.rows)]  # each row's tokens after it, equally many
         self._head = head
         self._chain = Chain(terms)
         # The finaliser may run on any thread, the event loop's included, so it only asks the loop to close.
@@ -55,7 +55,7 @@ class SwarmSession:
 
     @property
     def position(self) -> int:
-        """Number of tokens that the servers have processed."""
+        """The number of tokens that the servers have processed."""
         return self._chain.position
 
     @property
@@ -64,22 +64,22 @@ class SwarmSession:
 
     @property
     def route(self) -> list[tuple[str, int, int]]:
-        """The servers that compute this session: (peer id, first block, block after the last) each. From any thread.
+        """The servers that compute this session: (peer id, first block, block after the last) each. Thread-safe.
 
-        Empty before the first step, and while there is no server for some of the blocks.
+        Empty before the first step, and while some of the blocks have no server.
         """
-        spans = tuple(self._chain.spans)  # in one go: the event loop may be replacing some of them
+        spans = tuple(self._chain.spans)  # one copy: the event loop may be replacing some of them
         route = [(str(span.peer_id), span.start, span.end) for span in spans if isinstance(span, Span)]
         return route if len(route) == len(spans) else []  # there is a gap
 
     @property
     def losses(self) -> tuple[Loss, ...]:
-        """The newest losses of servers, oldest first. From any thread."""
+        """The newest losses of servers, oldest first. Thread-safe."""
         return self._chain.losses
 
     @property
     def rewinds(self) -> bool:
-        """Whether ``truncate`` is free: all servers of the session can forget tokens."""
+        """Whether ``truncate`` costs nothing: all servers of the session can rewind."""
         spans = self._chain.spans
         return bool(spans) and all(isinstance(span, Span) and span.rewinds for span in spans)
 
@@ -89,7 +89,7 @@ class SwarmSession:
         return self._chain.recoveries
 
     def append(self, token_ids: Sequence[int]) -> None:
-        """Add tokens to the sequence, or to the beginning of all rows; they are processed with the next step.
+        """Add tokens to the sequence, or to the shared beginning of all rows; the next step processes them.
 
         :raises SessionLengthExceeded: if they do not fit; the session is unchanged
         """
@@ -108,13 +108,13 @@ class SwarmSession:
 
     @torch.inference_mode()
     def step(self, token_ids: Sequence[int] = (), *, waiter: Waiter = PATIENT) -> torch.Tensor:
-        """Add tokens, process all that are unprocessed, and return the logits of the next token.
+        """Add tokens, process all unprocessed ones, and return the logits of the next token.
 
-        :param waiter: whoever waits for the step; its ``look`` may end it with ``Cancelled``
+        :param waiter: waits for the step; its ``look`` may end the step with ``Cancelled``
         :returns: logits of shape [vocabulary], float32
         :raises ValueError: if the sequence is empty
         :raises SessionClosed, SessionLengthExceeded, Cancelled, BlocksMissing, CacheFull, SwarmTimeout, ModelMismatch:
-            except after ``SessionClosed`` the session stays usable: its tokens are kept, and the next step processes
+            except after ``SessionClosed``, the session stays usable: its tokens are kept, and the next step processes
             what this one did not
         """
         self.append(token_ids)
@@ -124,7 +124,7 @@ class SwarmSession:
 
     @torch.inference_mode()
     def step_rows(self, token_ids: Sequence[int], *, waiter: Waiter = PATIENT) -> torch.Tensor:
-        """Add a token to each row, process all that are unprocessed, and return the logits of the rows' next tokens.
+        """Add a token to each row, process all unprocessed ones, and return the logits of the rows' next tokens.
 
         :returns: logits of shape [rows, vocabulary], float32
         :raises: as ``step``
@@ -138,34 +138,34 @@ class SwarmSession:
 
     @torch.inference_mode()
     def step_each(self, token_ids: Sequence[int], *, waiter: Waiter = PATIENT) -> Iterator[torch.Tensor]:
-        """As ``step``, but yield the logits after each of the new tokens, in pieces of shape [tokens, vocabulary]."""
+        """As ``step``, but yield the logits after each new token, in pieces of shape [tokens, vocabulary]."""
         done = len(self.token_ids)
         self.append(token_ids)
         for start, hidden in self._process(waiter):
             new = hidden[0, max(0, done - start) :]
-            if len(new):  # after a loss what was there already comes again
+            if len(new):  # after a loss, earlier positions are yielded again
                 for piece in new.split(LOGIT_ROWS):
                     yield self._head.logits(piece)
             done = max(done, start + hidden.shape[1])
 
     def _process(self, waiter: Waiter) -> Iterator[tuple[int, torch.Tensor]]:
-        """Process what is unprocessed, at least the last token; yield positions and hidden states [1 or rows, n, h].
+        """Process the unprocessed tokens, at least the last one; yield positions and hidden states [1 or rows, n, h].
 
-        After a loss that could not be mended in place positions that were there already may come again.
+        If a lost span cannot be restored in place, positions already yielded are yielded again.
         """
         if not self._length:
             raise ValueError("there is no token to step from")
-        if self.position == self._length:  # the last token's logits once more
+        if self.position == self._length:  # compute the last token's logits again
             self._chain.truncate_soon(self.position - 1).result(timeout=LOOP_TIMEOUT)
         lost_since, furthest = None, 0
         while (start := self.position) < self._length:
             hidden = self._run(self._chain.forward(self._inputs(start), start), waiter)
             if hidden is not None:
-                if self.position > furthest:  # what was lost is there again, and more
+                if self.position > furthest:  # the lost positions are restored, and more
                     lost_since, furthest = None, self.position
                 yield start, hidden
                 if self.position < self._length:
-                    waiter.look()  # each piece may be over before it is looked at while that is under way
+                    waiter.look()  # each piece may finish before `_run` looks for the first time
                 continue
             lost_since = lost_since or time.monotonic()
             if time.monotonic() - lost_since > self._chain.terms.limits.recovery_timeout:
@@ -180,7 +180,7 @@ class SwarmSession:
         return self._head.embed(*(branch[first : first + count] for branch in self.branches))
 
     def _run(self, coroutine: Coroutine[Any, Any, Result], waiter: Waiter) -> Result:
-        """Run a coroutine on the event loop and wait for it, letting the waiter look meanwhile."""
+        """Run a coroutine on the event loop and wait for it, while the waiter looks periodically."""
         if self.closed:
             coroutine.close()
             raise SessionClosed("the session is closed")
@@ -190,12 +190,12 @@ class SwarmSession:
                 try:
                     return future.result(timeout=CANCEL_POLL)
                 except concurrent.futures.TimeoutError:
-                    if future.done():  # in the moment since; or the time-out was the step's own
+                    if future.done():  # it finished just now, or the timeout was the step's own
                         return future.result()
                 try:
                     waiter.look()
                 except BaseException:
-                    # Whether the servers process the step is not known any more, so they are let go. The tokens stay.
+                    # We cannot know whether the servers processed this step, so drop them; the tokens are kept.
                     future.cancel()
                     self.release()
                     raise
@@ -203,9 +203,9 @@ class SwarmSession:
             raise SessionClosed("the session was closed during a step") from None
 
     def truncate(self, length: int) -> None:
-        """Set the session back to its first ``length`` tokens. Not during a step, and not on the event-loop thread.
+        """Truncate the session to its first ``length`` tokens. Not during a step, and not on the event-loop thread.
 
-        Servers that cannot forget tokens, as stock ones, are let go; the next step computes their blocks again.
+        Servers that cannot rewind, such as stock ones, are dropped; the next step recomputes their blocks.
         """
         if length < self.position:
             self._chain.truncate_soon(length).result(timeout=LOOP_TIMEOUT)
@@ -214,22 +214,22 @@ class SwarmSession:
         del self.token_ids[length:]
 
     def release(self) -> None:
-        """Free the servers' attention cache but keep the tokens: the next step computes them again.
+        """Free the servers' attention cache but keep the tokens; the next step recomputes them.
 
         Not during a step, and not on the event-loop thread.
         """
         self._chain.reset_soon().result(timeout=LOOP_TIMEOUT)
 
     def release_soon(self) -> None:
-        """As ``release``, but without waiting, and from any thread: whatever is called afterwards finds it done."""
+        """As ``release``, but from any thread and without waiting; it takes effect before any later call."""
         self._chain.reset_soon()
 
     def drop_history(self) -> None:
-        """Free the memory for restoring lost spans; they can be restored from the tokens. Does not wait."""
+        """Free the memory for restoring lost spans, which can still be restored from the tokens. Does not wait."""
         self._chain.drop_history_soon()
 
     def close(self) -> None:
-        """Free the servers' attention cache. Does not wait; may be called twice, and from any thread."""
+        """Free the servers' attention cache. Does not wait; may be called twice and from any thread."""
         self._finalizer()
 
     def __enter__(self) -> "SwarmSession":

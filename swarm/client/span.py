@@ -1,7 +1,7 @@
-"""One server's part of a session: its blocks, and the stream by which it computes them.
+"""One server's part of a session: its blocks, and the stream over which it computes them.
 
-The wire protocol is petals' ``rpc_inference``: a stream per span, a request with new hidden states for each step, an
-answer with as many. All of it runs on hivemind's event-loop thread.
+The wire protocol is petals' ``rpc_inference``: one stream per span, and for each step a request with new hidden states
+and a reply with as many. Everything runs on hivemind's event-loop thread.
 """
 
 import asyncio
@@ -31,11 +31,11 @@ from swarm.wire.text import Malformed, clean, quoted
 
 log = logging.getLogger(__name__)
 
-# Prompts go through the swarm in pieces, so that cancelling takes effect between them and one piece stays far below
-# the size of message that hivemind can take: 512 tokens of BLOOM-176B are 15 MB.
+# Prompts go through the swarm in chunks, so that cancelling takes effect between them and each chunk stays far below
+# the largest message that hivemind accepts: 512 tokens of BLOOM-176B are 15 MB.
 PREFILL_CHUNK = 512  # tokens, of all rows together
-# A server that answers with an error will answer the same again. When all have been tried the chain asks again for so
-# long, for the swarm may change.
+# A server that answers with an error will answer the same again. When all have been tried, the chain keeps asking for
+# this long, for the swarm may change.
 REFUSAL_PATIENCE = 3.0  # seconds
 # A request carries hidden states, deep prompts and beam hypotheses; this program sends only the first.
 ARGS_STRUCTURE = pack_args_kwargs(torch.empty(1), DUMMY, DUMMY_INT64)[1]
@@ -43,45 +43,45 @@ NO_PROMPTS_AND_HYPOTHESES = (serialize_torch_tensor(DUMMY), serialize_torch_tens
 
 
 class ServerFailed(Exception):
-    """A server did not do its part of a step. Internal: it leads to a recovery, or becomes ``error`` for the caller."""
+    """A server did not do its part of a step. Internal: it leads to recovery, or becomes ``error`` for the caller."""
 
     def __init__(self, error: SwarmError, patience: float, *, offence: bool = False) -> None:
         super().__init__(str(error))
         self.error = error
-        self.patience = patience  # seconds for which trying again makes sense, when all servers have been tried
-        self.offence = offence  # whether it did what no sound server does
+        self.patience = patience  # seconds for which retrying makes sense once all servers have been tried
+        self.offence = offence  # whether the server did what no sound server does
 
 
 class StepTooSlow(asyncio.TimeoutError):
-    """A server that lives has not answered within the time that one has for a step."""
+    """A live server has not answered within the time limit of a step."""
 
 
 @dataclass(frozen=True, eq=False)
 class Gap:
-    """Blocks [start, end) of a chain that have no server: not yet, or not any more."""
+    """Blocks [start, end) of a chain that have no server: not yet, or no longer."""
 
     start: int
     end: int
-    history: History = field(default_factory=History)  # the inputs that they have received
+    history: History = field(default_factory=History)  # the inputs the blocks have received
 
 
 class Span:
     """Blocks [start, end) of a chain, computed by one server."""
 
     def __init__(self, info: RemoteSpanInfo, history: History, terms: SessionTerms) -> None:
-        """Make one whose stream is opened with the first step.
+        """Make a span, whose first step opens its stream.
 
-        :param history: the inputs that its blocks have received
+        :param history: the inputs its blocks have received
         """
         self.start: int = info.start
         self.end: int = info.end
         self.peer_id = info.peer_id
         self.history = history
         self.processed = 0  # tokens in the server's attention cache
-        # What the server can do; it tells with its first answer.
+        # What the server can do; its first reply says so.
         self.rewinds = False  # forget tokens
         self.spreads = False  # compute for all rows what is sent once
-        self._must_rewind = False  # whether it has to be told that it should forget
+        self._must_rewind = False  # whether the next request must ask it to rewind
         self._terms = terms
         manager = terms.state.manager
         self._p2p: P2P = manager.state.p2p
@@ -114,13 +114,13 @@ class Span:
         return torch.cat([output.expand(rows, -1, -1) for output in outputs], dim=1)
 
     def truncate(self, length: int) -> None:
-        """Let the server forget all but its first ``length`` tokens, with the next step."""
+        """Have the server forget all but its first ``length`` tokens, with the next step."""
         self.processed, self._must_rewind = length, True
 
     async def _exchange(self, inputs: torch.Tensor) -> torch.Tensor:
         """Send inputs to the server and wait for its outputs.
 
-        :raises ServerFailed: whatever is wrong with what comes back, or does not come
+        :raises ServerFailed: if the reply does not come, or anything is wrong with it
         """
         request = self._request(inputs)
         reply = asyncio.ensure_future(self._call(request, reply_limit(inputs.shape)))
@@ -139,7 +139,7 @@ class Span:
             raise ServerFailed(error_, self._terms.limits.recovery_timeout, offence=late) from failure
         except Malformed as failure:
             raise self._offence(f"sends what cannot be used: {failure}") from failure
-        except Exception as failure:  # a way to fail that was not thought of; it came with this server's reply
+        except Exception as failure:  # an unforeseen failure, caused by this server's reply
             log.exception("the reply of the server %s cannot be read", self.peer_id)
             raise self._offence(f"sends what cannot be read: {quoted(failure)}") from failure
         finally:
@@ -175,15 +175,15 @@ class Span:
             )
             self._streams = (streams[0], streams[1])
         reader, writer = self._streams
-        if writer.is_closing():  # uvloop would raise a RuntimeError for it
+        if writer.is_closing():  # uvloop would raise a RuntimeError
             raise ConnectionResetError("the connection is closed")
         await P2P.send_protobuf(request, writer)
         return await receive(runtime_pb2.ExpertResponse, reader, limit)
 
     async def _wait_while_alive(self, reply: asyncio.Future) -> None:
-        """Wait for a reply; when it is late, ask the server whether it lives.
+        """Wait for a reply; while it is late, probe whether the server is alive.
 
-        A dead server is so noticed within seconds, while a slow one that lives has its full time.
+        This notices a dead server within seconds, while a slow live one has its full time.
 
         :raises asyncio.TimeoutError, P2PDaemonError, P2PHandlerError: if the server is silent or too slow
         """
@@ -194,7 +194,7 @@ class Span:
             await self._probe()
 
     async def _probe(self) -> None:
-        """Ask the server whether it lives; ours also tell whether the process that computes does.
+        """Ask the server whether it is alive; ours also report whether their computing process is.
 
         :raises asyncio.TimeoutError, P2PDaemonError, P2PHandlerError: if not
         """
@@ -209,12 +209,12 @@ class Span:
             raise asyncio.TimeoutError(f"its process has been silent for {silent_for:.1f} s")
 
     def _refusal(self, message: str) -> ServerFailed:
-        """Turn the error that a server answered with into ours. The texts are those of petals 2.2.0.
+        """Translate a server's error reply into ours. The texts are those of petals 2.2.0.
 
-        :param message: of any peer, as ``clean`` returns it
+        :param message: from any peer, as ``clean`` returns it
         """
         if "allocate" in message and "max =" in message:
-            error: SwarmError = SessionLengthExceeded(f"the server takes no session so long: {message}")
+            error: SwarmError = SessionLengthExceeded(f"the server takes no session this long: {message}")
             return ServerFailed(error, REFUSAL_PATIENCE)
         if "allocate" in message:
             blocks = format_blocks(range(self.start, self.end))
@@ -224,7 +224,7 @@ class Span:
         return self._offence(f"refuses: {message}")
 
     def close(self) -> None:
-        """Close the stream, upon which the server frees the attention cache. Does not wait."""
+        """Close the stream, which makes the server free the attention cache. Does not wait."""
         if self._streams is not None:
             self._streams[1].close()
         self._streams = None

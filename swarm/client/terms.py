@@ -1,4 +1,4 @@
-"""What a session is opened with: how long it may become, and for how long it waits for the swarm."""
+"""What a session is opened with: its maximum length, and how long it waits for the swarm."""
 
 from dataclasses import dataclass
 
@@ -12,15 +12,15 @@ class SessionLimits:
 
     connect_timeout: float = 5.0  # seconds to open a stream to a server
     step_timeout: float = 120.0  # seconds for one server to answer one step
-    probe_after: float = 1.0  # seconds a step may be late before its server is asked whether it lives
-    probe_timeout: float = 2.0  # seconds for that question, and for which a living server's process may be silent
+    probe_after: float = 1.0  # seconds a step may take before its server is probed
+    probe_timeout: float = 2.0  # seconds for the probe, and for which a live server's process may be silent
     recovery_timeout: float = 60.0  # seconds to wait for lost blocks to be served again
     cache_timeout: float = 10.0  # seconds to wait for a server with free attention cache
 
 
 @dataclass(frozen=True)
 class SessionTerms:
-    """What a session is opened with. Its chain and its spans go by the same."""
+    """What a session is opened with, shared by its chain and its spans."""
 
     state: SwarmState
     limits: SessionLimits

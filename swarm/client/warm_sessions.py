@@ -1,8 +1,8 @@
-"""Warm sessions: of finished answers, kept for a while: whoever sends their tokens again goes on from them.
+"""Warm sessions: the sessions of finished answers, kept for a while so that a request with their tokens can reuse them.
 
 Each turn of a chat sends the whole conversation. Its tokens begin with those of the turn before, whose attention cache
-the servers still hold if the session was not closed; then only what is new has to be computed. A session serves one
-request at a time: it is taken out of the memory for that, and whoever wants the same one meanwhile starts anew.
+the servers still hold if the session was not closed; then only the new tokens have to be computed. A session serves one
+request at a time: it is taken out for that, and another request for the same one meanwhile starts from scratch.
 """
 
 import concurrent.futures
@@ -27,13 +27,13 @@ class _Warm:
     session: "SwarmSession"
     model: str
     owner: str
-    since: float  # the memory's clock
+    since: float  # by the clock of WarmSessions
 
 
 class WarmSessions:
-    """Warm sessions, bounded in number, tokens and time; the one unused for longest goes first. Thread-safe.
+    """Warm sessions, bounded in number, tokens and time; the least recently used is evicted first. Thread-safe.
 
-    Nothing here waits but setting a session back, which is the taker's alone.
+    Only truncating a session waits, and by then it belongs to the taker alone.
     """
 
     def __init__(
@@ -43,12 +43,12 @@ class WarmSessions:
         timeout: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Make an empty memory; by default one that keeps nothing.
+        """Start empty; by default nothing is ever kept.
 
-        :param max_sessions: sessions kept at a time; 0: none are
+        :param max_sessions: sessions kept at a time; 0: none
         :param max_tokens: tokens of attention cache that they may hold together
         :param timeout: seconds for which each is kept
-        :param clock: returns seconds; tests bring their own
+        :param clock: returns seconds; tests pass their own
         """
         self.max_sessions = max_sessions
         self.max_tokens = max_tokens
@@ -63,19 +63,19 @@ class WarmSessions:
 
     @property
     def tokens(self) -> int:
-        """Tokens of attention cache that the kept sessions hold."""
+        """The tokens of attention cache that the kept sessions hold."""
         with self._lock:
             return sum(kept.session.max_length for kept in self._kept)
 
     def keep(self, model: str, owner: str, session: "SwarmSession") -> None:
-        """Take over a session that nobody uses; it is closed now if it is of no use, or later.
+        """Take over an unused session; close it now if it cannot be reused, otherwise later.
 
-        :param owner: only requests of the same owner will be given it
+        :param owner: only requests of the same owner can take it
         """
         with self._lock:
             useful = session.position > 0 and not session.closed and not self._closed
             if useful and session.max_length <= self.max_tokens and self.max_sessions > 0:
-                session.drop_history()  # who is being answered needs that memory more
+                session.drop_history()  # running answers need that memory more
                 self._kept.append(_Warm(session, model, owner, self._clock()))
                 dropped = self._drop_excess()
             else:
@@ -94,12 +94,12 @@ class WarmSessions:
     def take(
         self, model: str, owner: str, token_ids: Sequence[int], min_length: int, max_length: int | None = None
     ) -> "SwarmSession | None":
-        """Return the session that saves most of processing these tokens, set back to what it has in common with them.
+        """Return the session that shares the longest prefix with these tokens, truncated to that prefix.
 
-        At least one token is left to process. A session is not taken if more of it would be lost than is saved.
+        At least one token is left to process. A session is not taken if truncating would lose more than it saves.
 
-        :param min_length, max_length: what its length must be
-        :returns: a session whose ``token_ids`` are a beginning of the given ones; or None
+        :param min_length, max_length: bounds of its ``max_length``
+        :returns: a session whose ``token_ids`` are a prefix of the given ones; or None
         """
         self.expire()
         with self._lock:
@@ -113,7 +113,7 @@ class WarmSessions:
                 processed = session.token_ids[: session.position]
                 shared = min(common_prefix(processed, token_ids), len(token_ids) - 1)
                 lost = len(processed) - shared
-                # Servers that cannot forget would have to compute everything again.
+                # Servers that cannot rewind would have to recompute everything.
                 if shared > common and lost <= shared and (lost == 0 or session.rewinds):
                     best, common = kept, shared
             if best is None:
@@ -121,14 +121,14 @@ class WarmSessions:
             self._kept.remove(best)
         try:
             best.session.truncate(common)
-        except (SwarmError, concurrent.futures.TimeoutError):  # which in Python 3.10 is a class of its own
-            log.exception("a kept session could not be set back")
+        except (SwarmError, concurrent.futures.TimeoutError):  # in Python 3.10 this is a class of its own
+            log.exception("a kept session could not be truncated")
             best.session.close()
             return None
         return best.session
 
     def free_attention_cache(self, model: str, tokens: int) -> bool:
-        """Close sessions of a model that hold so many tokens of attention cache, if there are any. Does not wait.
+        """Close sessions of a model that hold this many tokens of attention cache, if there are any. Does not wait.
 
         :returns: whether there were any
         """
@@ -152,7 +152,7 @@ class WarmSessions:
         close_all(dropped)
 
     def close(self) -> None:
-        """Close all sessions, and from now on those that are to be kept."""
+        """Close all sessions; from now on ``keep`` closes them too."""
         with self._lock:
             self._closed = True
             dropped, self._kept = [kept.session for kept in self._kept], []
@@ -168,5 +168,5 @@ def close_all(sessions: Sequence["SwarmSession"]) -> None:
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
     """Return how many tokens two sequences begin with in common."""
     longest = min(len(first), len(second))
-    # Bisection over slices, whose comparison is the interpreter's own: a loop over tokens would be fifty times slower.
+    # Bisect over slices, which the interpreter compares natively: a loop over tokens would be fifty times slower.
     return bisect_left(range(longest), True, key=lambda n: first[: n + 1] != second[: n + 1])

@@ -1,7 +1,7 @@
-"""Compiled loops for decoding on a CPU, where single operators of PyTorch cost more than what they compute.
+"""Compiled loops for decoding on a CPU, where calling a PyTorch operator costs more than its computation.
 
-Between two matrix products of a decoding step lie a dozen operators on some thousand numbers, and attention over each
-sequence's own keys and values. PyTorch takes ten to fifty microseconds for each, thirty times per token for each
+Between two matrix products of a decoding step there are a dozen operators on some thousand numbers, and attention over
+each sequence's own keys and values. PyTorch takes ten to fifty microseconds for each, thirty times per token for each
 sequence; these loops, compiled by Numba when a server starts, take one or two. They compute in float32 and round to
 bfloat16 where PyTorch does.
 """
@@ -17,7 +17,7 @@ from llvmlite import ir
 from numba import carray, njit, types
 from numba.extending import intrinsic, overload
 
-# float32: beyond it exp() is zero, and the smallest normal number would be left.
+# float32: below this exp() is zero, and would leave the range of normal numbers.
 LOWEST_EXPONENT = -87.0
 
 
@@ -39,7 +39,7 @@ def _bits_of_float(typing_context: Any, value: Any) -> Any:
 
 @intrinsic
 def _pointer(typing_context: Any, address: Any, like: Any) -> Any:
-    """Turn an address into a pointer to values of the type that the array ``like`` holds."""
+    """Convert an address to a pointer to values of the array ``like``'s type."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
@@ -60,7 +60,7 @@ def _load_compiled(values, index):  # type: ignore[no-untyped-def]  # Numba comp
 
 
 def _store(values: Any, index: Any, value: Any) -> None:
-    """Write a float32, rounded to the nearest bfloat16, or to the even one of two, if that is what the array holds."""
+    """Write a float32; for an array of bfloat16, round it to the nearest one, ties to even."""
     raise NotImplementedError
 
 
@@ -192,12 +192,12 @@ def array(tensor: torch.Tensor) -> np.ndarray:
 
 
 class Attention:
-    """Attention of few new tokens over caches that are read and written where they are."""
+    """Attention of a few new tokens over caches that are read and written in place."""
 
     def __init__(self, slopes: torch.Tensor, max_length: int, group: int, head_size: int) -> None:
-        """Allocate what the kernel needs.
+        """Allocate the kernel's buffers.
 
-        :param slopes: [heads], added to a head's scores times the key's position; zero for none
+        :param slopes: [heads]; times the key's position, added to the head's scores; zero for none
         :param max_length: longest sequence, tokens
         """
         self._slopes = slopes.float().numpy()
@@ -207,12 +207,12 @@ class Attention:
     def __call__(
         self, queries: torch.Tensor, new: torch.Tensor, addresses: np.ndarray, positions: np.ndarray
     ) -> torch.Tensor:
-        """Write the keys and values of new tokens one after the other, and let each attend to all up to itself.
+        """Write the keys and values of the new tokens one by one, and let each attend to all up to itself.
 
         :param queries: [tokens, key/value heads, query heads of each, head size]
         :param new: keys and values, [tokens, 2, key/value heads, head size]
-        :param addresses: of the cache of each token's sequence, [max length, 2, key/value heads, head size] contiguous
-        :param positions: of the tokens in their sequences; tokens of one sequence in their order
+        :param addresses: of each token's sequence's cache, [max length, 2, key/value heads, head size] contiguous
+        :param positions: of the tokens in their sequences; tokens of one sequence in order
         :returns: [tokens, hidden size]
         """
         outputs = torch.empty(queries.shape, dtype=queries.dtype)
@@ -225,7 +225,7 @@ def rotate(heads: torch.Tensor, count: int, cos: torch.Tensor, sin: torch.Tensor
     """Rotate the first ``count`` of [tokens, heads, head size] in place.
 
     :param cos: [tokens, head size]
-    :param sin: the same; negative in its first half, which is what the second half is added with
+    :param sin: the same; its first half is negated, as the factor of the second half's values
     """
     _rotate(array(heads), count, array(cos), array(sin))
 

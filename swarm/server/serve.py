@@ -33,7 +33,7 @@ from swarm.errors import ModelUnavailable
 from swarm.options import ServerOptions, parse_args
 from swarm.process import freeze_collector, kill_descendants, set_threads
 from swarm.server.announcing import Announcer
-from swarm.server.batching import SharedMemoryCache
+from swarm.server.cache import SharedMemoryCache
 from swarm.server.container import ADAPTERS, STEP_LIMIT, WatchedContainer, batching_container, time_in_batch
 from swarm.server.dht import PatientDHT, find_daemon, is_running
 from swarm.server.handler import TransformerConnectionHandler

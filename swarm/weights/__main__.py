@@ -9,7 +9,7 @@ from swarm.weights import BUNDLED_MODELS, Progress, default_cache_dir, locate
 
 
 def main() -> None:
-    """Prepare a model ahead of time and say on standard output where it is."""
+    """Prepare a model ahead of time and print where it is."""
     parser = argparse.ArgumentParser(prog="python -m swarm.weights", description="Prepare a model's files.")
     default = next(iter(BUNDLED_MODELS))
     parser.add_argument("model", nargs="?", default=default, help="bundled name, directory or hub name (%(default)s)")

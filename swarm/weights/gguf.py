@@ -1,4 +1,4 @@
-"""A GGUF file to a Transformers checkpoint: configuration, tokenizer and weights."""
+"""Converts a GGUF file to a Transformers checkpoint: configuration, tokenizer and weights."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
     from gguf import GGUFReader
 
-# How GGUF and Transformers name a Llama's tensors, without the ".weight" at the end.
+# GGUF's and Transformers' names of a Llama's tensors, without the ".weight" at the end.
 _TENSORS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _BLOCK_TENSORS = {
     "attn_norm": "input_layernorm",
@@ -25,14 +25,14 @@ _BLOCK_TENSORS = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-# The kind of token that stands for itself and is never split: <|im_end|> and the like.
+# The type of token that stands for itself and is never split, such as <|im_end|>.
 _CONTROL_TOKEN = 3
 
 
 def convert(gguf_file: Path, directory: Path, progress: Progress) -> None:
-    """Write the Llama of a GGUF file as a Transformers checkpoint with its tokenizer.
+    """Write the Llama model in a GGUF file as a Transformers checkpoint with its tokenizer.
 
-    Everything is taken from the file. What it asks for that is not known here is refused with ValueError, not ignored.
+    Everything comes from the file. A setting or tensor that is unknown here raises ValueError; none is ignored.
     The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
     """
     from gguf import GGUFReader
@@ -73,7 +73,7 @@ def _config(metadata: Mapping[str, Any], *, tied: bool) -> dict[str, Any]:
         "pad_token_id": metadata["tokenizer.ggml.padding_token_id"],
         "torch_dtype": "float32",
     }
-    # Transformers has no setting for this one: a head is always rotated as a whole.
+    # Transformers has no setting for this: it always rotates whole heads.
     if llama.pop("rope.dimension_count") * config["num_attention_heads"] != config["hidden_size"]:
         raise ValueError("it rotates only a part of each attention head")
     if len(metadata["tokenizer.ggml.tokens"]) != config["vocab_size"]:
@@ -93,7 +93,7 @@ def _shortest(value: float) -> float:
 def _weights(
     reader: "GGUFReader", config: Mapping[str, Any], progress: Progress
 ) -> Iterator[tuple[str, "np.ndarray[Any, Any]"]]:
-    """Yield Transformers' names and the weights, float32, of shape (out, in) or (hidden,); block by block."""
+    """Yield Transformers' names and the weights, float32, of shape (out, in) or (hidden,), block by block."""
     from gguf import dequantize
 
     tensors = {tensor.name.removesuffix(".weight"): tensor for tensor in reader.tensors}
@@ -119,9 +119,9 @@ def _weights(
 
 
 def _unpermute(weight: "np.ndarray[Any, Any]", heads: int) -> "np.ndarray[Any, Any]":
-    """Order the rows of a query or key projection, shape (out, in), as Transformers rotates them.
+    """Reorder the rows of a query or key projection, shape (out, in), as Transformers rotates them.
 
-    GGUF has the two rows that are rotated together next to each other, Transformers half a head apart.
+    GGUF puts the two rows that are rotated together next to each other, Transformers half a head apart.
     """
     rows, columns = weight.shape
     pairs = weight.reshape(heads, rows // heads // 2, 2, columns)
@@ -131,20 +131,20 @@ def _unpermute(weight: "np.ndarray[Any, Any]", heads: int) -> "np.ndarray[Any, A
 def _write_weights(weights: "Mapping[str, np.ndarray[Any, Any]]", file: Path) -> None:
     """Write weights as one safetensors file, in the float32 that they were dequantised to.
 
-    float32 holds the 4-bit file's values exactly; float16 rounds 48% of them, bfloat16 82%. Under float32 compute that
-    changed 2 and 1 of 12 greedy answers of 64 tokens, but the perplexity of a 2,048-token text by no more than 0.006 of
-    19.715. So half the size would do no harm to speak of, but it would save nothing else: 538 MB of float32 load in
-    0.5 s, which is faster than float16 (0.7-0.8 s), for they need no conversion.
+    float32 holds the 4-bit file's values exactly; float16 rounds 48% of them, bfloat16 82%. With float32 compute that
+    changed 2 and 1 of 12 greedy answers of 64 tokens, but the perplexity of a 2,048-token text by at most 0.006 of
+    19.715. So half the size would do little harm, but would save nothing else: 538 MB of float32 load in 0.5 s, faster
+    than float16 (0.7-0.8 s), since they need no conversion.
     """
     import numpy as np
     from safetensors.numpy import save_file
 
     save_file({name: np.ascontiguousarray(weight) for name, weight in weights.items()}, file, metadata={"format": "pt"})
-    shutil.copymode(file.with_name("config.json"), file)  # safetensors lets nobody but the owner read it
+    shutil.copymode(file.with_name("config.json"), file)  # safetensors makes it readable only by the owner
 
 
 def _write_tokenizer(metadata: Mapping[str, Any], directory: Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json: byte-level BPE that adds no tokens of its own."""
+    """Write tokenizer.json and tokenizer_config.json: byte-level BPE that adds no tokens by itself."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     given = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
@@ -158,7 +158,7 @@ def _write_tokenizer(metadata: Mapping[str, Any], directory: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
-    # Not by tokenizer.save(), which raises a bare Exception when it cannot write.
+    # tokenizer.save() would raise a bare Exception if it cannot write.
     (directory / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
     named = {
         "bos_token": tokens[given["bos_token_id"]],

@@ -1,11 +1,11 @@
-"""Everything that comes from a peer is read in this package; each module says in its first line what it reads.
+"""Reads everything that comes from a peer; the first line of each module says what it reads.
 
-A peer is whoever reaches the swarm. What it sends is checked for size, depth, types, shapes and finiteness before
-native or recursive code sees it, with bounds that follow from the session that it is for. Whatever is wrong is
-``text.Malformed``: for a client that is a failure of the server which sent it, for a server a refusal to the client.
+A peer is anybody who can reach the swarm. Its data is checked for size, depth, types, shapes and finiteness before
+native or recursive code sees it, with bounds that follow from its session. Any fault raises ``text.Malformed``: a
+client treats it as a failure of the server that sent the data, a server refuses the client's request.
 
-``swarm.compat`` puts these functions in the place of hivemind's and petals' own, in every process. The package
-therefore imports neither it nor petals while it is loaded.
+``swarm.compat`` replaces hivemind's and petals' own functions by these, in every process. While it is loaded, the
+package therefore imports neither ``swarm.compat`` nor petals.
 """
 
 import swarm.lazy_imports  # noqa: F401

@@ -1,4 +1,4 @@
-"""Who serves which blocks, from the records that servers leave in the DHT."""
+"""Which servers hold which blocks, from the records that servers store in the DHT."""
 
 import contextlib
 import math
@@ -26,9 +26,9 @@ async def read_module_infos(
     expiration_time: float | None,
     latest: bool,
 ) -> list[Any]:
-    """Read who serves which blocks; in the place of petals' function of the same purpose, in the DHT's process.
+    """Read which servers hold which blocks; replaces petals' function, in the DHT's process.
 
-    Petals' fails with the first record that is of a kind which it has not thought of, for all blocks.
+    Petals' function fails for all blocks at the first record of an unexpected kind.
     """
     from petals.data_structures import RemoteModuleInfo  # petals cannot be imported before compat
 
@@ -44,9 +44,9 @@ async def read_module_infos(
 
 
 def read_announcements(uid: str, members: object) -> dict[PeerID, Any]:
-    """Return the announcements of a block's servers; what is not sane is left out, each for itself.
+    """Return the announcements of a block's servers; each malformed one is left out by itself.
 
-    :param members: what the DHT keeps for the block: subkeys to values with times of expiry
+    :param members: what the DHT keeps for the block: subkeys to values with expiration times
     """
     servers: dict[PeerID, Any] = {}
     block = int(uid.rpartition(".")[2])
@@ -58,16 +58,16 @@ def read_announcements(uid: str, members: object) -> dict[PeerID, Any]:
 
 
 def read_peer_id(text: object) -> PeerID:
-    """Return the peer whose id this is, in base58.
+    """Parse a peer id in base58.
 
-    :raises Malformed: if it is none
+    :raises Malformed: if it is not one
     """
     try:
         peer = PeerID.from_base58(read_text(text, "a peer id"))
     except Exception as error:  # base58 raises several kinds
         raise Malformed(f"{quoted(text)} is no peer id") from error
     data = peer.to_bytes()
-    # A multihash: SHA-256, or a short public key itself. See the specification of libp2p's peer ids.
+    # A multihash: SHA-256, or a short public key itself. See libp2p's specification of peer ids.
     if not (
         len(data) == 34 and data[:2] == b"\x12\x20" or 3 <= len(data) <= 44 and data[:2] == bytes((0, len(data) - 2))
     ):
@@ -76,10 +76,10 @@ def read_peer_id(text: object) -> PeerID:
 
 
 def read_announcement(value: object, block: int) -> Any:
-    """Return what a server announces of itself, as petals' ``ServerInfo``.
+    """Return what a server announces about itself, as petals' ``ServerInfo``.
 
     :param value: (state, throughput, the rest)
-    :param block: the number of the block under whose key it stands
+    :param block: the number of the block whose key it is stored under
     :raises Malformed: if it cannot be true
     """
     from petals.data_structures import ServerInfo, ServerState
@@ -122,7 +122,7 @@ def _shown_text(announced: Mapping[Any, Any], name: str) -> str | None:
 
 
 def _rate(announced: Mapping[Any, Any], name: str) -> float | None:
-    """Return requests per second; what divides by them needs them to be more than nothing."""
+    """Return requests per second, always positive, since callers divide by them."""
     value = announced.get(name)
     return None if value is None else min(read_number(value, name, 1 / MAX_RPS), MAX_RPS)
 

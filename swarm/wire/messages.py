@@ -1,4 +1,4 @@
-"""Messages as they come out of a stream: how large they may be, and how many of one peer may be under way."""
+"""Messages from a stream: how large they may be, and how many one peer may have in flight."""
 
 import asyncio
 import contextlib
@@ -13,18 +13,18 @@ from hivemind.proto.p2pd_pb2 import RPCError
 
 from swarm.wire.text import Malformed, clean, quoted
 
-# Streams are made of pieces of 4 MB. 64 MB are 4,096 tokens of the inputs of a 7B model, or deep prompts of 70 blocks.
+# Streams consist of pieces of 4 MB. 64 MB hold 4,096 tokens of a 7B model's inputs, or deep prompts for 70 blocks.
 MAX_MESSAGE = 64 * 2**20  # bytes
-# A client has a stream for each session, and reads or computes one message of each at a time.
+# A client has one stream per session, and reads or computes one message of each at a time.
 MAX_STREAMS = 512  # of one peer to one process
 
 
 @dataclass
 class _Sender:
-    """What one peer has under way to this process."""
+    """What one peer has in flight to this process."""
 
     streams: int = 0
-    size: int = 0  # bytes of the messages that are being received
+    size: int = 0  # bytes of the messages being received
 
 
 _senders: dict[PeerID, _Sender] = {}
@@ -33,15 +33,15 @@ _limits = {"message": MAX_MESSAGE}
 
 
 def limit_messages(size: int) -> None:
-    """Let this process take messages of up to ``size`` bytes, where nothing else is said."""
+    """Let this process accept messages of up to ``size`` bytes by default."""
     _limits["message"] = size
 
 
 async def receive(kind: type[Message], reader: asyncio.StreamReader, limit: int | None = None) -> tuple[Any, Any]:
-    """Receive one of hivemind's messages: (it, None) or (None, the error that the peer answers with).
+    """Receive one of hivemind's messages: (message, None), or (None, the error that the peer replies with).
 
-    :param limit: bytes; default: what the process takes
-    :raises Malformed: if it is too large, or cannot be read. The stream is of no use then
+    :param limit: bytes; default: the process's own limit
+    :raises Malformed: if it is too large or cannot be read; the stream is unusable then
     :raises EOFError: if the stream ends
     """
     limit = _limits["message"] if limit is None else limit
@@ -63,12 +63,12 @@ async def receive(kind: type[Message], reader: asyncio.StreamReader, limit: int 
 
 @contextlib.contextmanager
 def _under_way(size: int) -> Iterator[None]:
-    """Count what the peer of this task sends; it may send two of the largest messages at a time.
+    """Count what this task's peer sends; it may send two of the largest messages at a time.
 
-    :raises Malformed: if that is too much
+    :raises Malformed: if it sends more
     """
     sender = _sender.get()
-    if sender is None:  # a stream that this process has opened, for one message
+    if sender is None:  # a stream that this process opened, for one message
         yield
         return
     if sender.size + size > 2 * _limits["message"]:
@@ -81,7 +81,7 @@ def _under_way(size: int) -> Iterator[None]:
 
 
 def bound_streams(handler: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a handler of binary streams that takes a bounded number of them from each peer, and closes the others."""
+    """Return a handler of binary streams that accepts a bounded number from each peer and closes the others."""
 
     async def handle(info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         sender = _senders.setdefault(info.peer_id, _Sender())
@@ -89,7 +89,7 @@ def bound_streams(handler: Callable[..., Any]) -> Callable[..., Any]:
             writer.close()
             return
         sender.streams += 1
-        _sender.set(sender)  # for this task, which is the stream's own, and those that it starts
+        _sender.set(sender)  # for this task, which belongs to the stream, and the tasks it starts
         try:
             await handler(info, reader, writer)
         finally:
@@ -101,9 +101,9 @@ def bound_streams(handler: Callable[..., Any]) -> Callable[..., Any]:
 
 
 async def bound_total(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    """Yield the pieces of a request that comes as a stream, as long as all together are no more than one may be.
+    """Yield the pieces of a streamed request, as long as their total stays within the limit of one message.
 
-    :raises Malformed: when they are
+    :raises Malformed: if it does not
     """
     size = 0
     async for request in requests:

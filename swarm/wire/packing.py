@@ -1,4 +1,4 @@
-"""Values that hivemind packs: messages' metadata, records of the DHT, arguments."""
+"""Values packed by hivemind: message metadata, DHT records, arguments."""
 
 import math
 import threading
@@ -10,11 +10,11 @@ from hivemind.utils import MSGPackSerializer
 
 from swarm.wire.text import MAX_NAME, Malformed, clean, quoted
 
-# What is packed goes in one message through p2pd, or in the metadata of one that carries tensors besides.
+# Packed values travel in one message through p2pd, or in the metadata of one that also carries tensors.
 MAX_PACKED = DEFAULT_MAX_MSG_SIZE  # bytes
-# A dictionary of the DHT has a member for each server of a block; nothing else has so many.
+# A dictionary in the DHT has a member for each server of a block; nothing else has this many.
 MAX_MEMBERS = 2**14
-# A record has two levels of tuples, an argument structure has three. A level takes 40 kB of a stack of 8 MB.
+# A record has two levels of tuples, an argument structure three. Each level takes 40 kB of a stack of 8 MB.
 MAX_LEVELS = 16
 
 
@@ -26,9 +26,9 @@ _nesting = _Nesting()
 
 
 def unpack(data: bytes) -> Any:
-    """Return what was packed by hivemind's ``MSGPackSerializer``.
+    """Unpack what hivemind's ``MSGPackSerializer`` packed.
 
-    :raises Malformed: if it cannot be read, is too large or nested too deeply
+    :raises Malformed: if it cannot be read, is too large or is nested too deeply
     """
     if len(data) > MAX_PACKED:
         raise Malformed(f"{len(data)} bytes of packed values are more than {MAX_PACKED}")
@@ -38,14 +38,14 @@ def unpack(data: bytes) -> Any:
         )
     except Malformed:
         raise
-    except Exception as error:  # msgpack's own, UnicodeDecodeError, and whatever a registered type raises
+    except Exception as error:  # msgpack's own, UnicodeDecodeError, and any that a registered type raises
         raise Malformed(f"packed values cannot be read: {clean(str(error)) or type(error).__name__}") from None
 
 
 def unpack_extension(code: int, data: bytes) -> Any:
-    """Read a tuple or one of hivemind's registered types; these call ``unpack`` for what is in them.
+    """Read a tuple or one of hivemind's registered types, which call ``unpack`` for their contents.
 
-    :raises Malformed: if it is of another type, or nested too deeply: each level takes its part of the stack
+    :raises Malformed: if it is of another type or nested too deeply: each level takes some of the stack
     """
     if _nesting.levels >= MAX_LEVELS:
         raise Malformed(f"packed values are nested more than {MAX_LEVELS} levels deep")
@@ -66,7 +66,7 @@ def unpack_extension(code: int, data: bytes) -> Any:
 def read_metadata(data: bytes) -> dict[str, Any]:
     """Return the metadata of a message.
 
-    :raises Malformed: if it is no dictionary
+    :raises Malformed: if it is not a dictionary
     """
     metadata = unpack(data) if data else {}
     if not isinstance(metadata, dict):
@@ -75,9 +75,9 @@ def read_metadata(data: bytes) -> dict[str, Any]:
 
 
 def read_text(value: object, name: str, limit: int = MAX_NAME) -> str:
-    """Return a text.
+    """Return ``value`` as a text.
 
-    :raises Malformed: if it is none, or longer than ``limit`` characters
+    :raises Malformed: if it is not a text or longer than ``limit`` characters
     """
     if not isinstance(value, str) or len(value) > limit:
         raise Malformed(f"{name} must be a text of at most {limit} characters, not {quoted(value)}")
@@ -85,19 +85,19 @@ def read_text(value: object, name: str, limit: int = MAX_NAME) -> str:
 
 
 def read_integer(value: object, name: str, low: int, high: int) -> int:
-    """Return a whole number.
+    """Return ``value`` as a whole number.
 
-    :raises Malformed: if it is none, or not from ``low`` to ``high``
+    :raises Malformed: if it is not a whole number from ``low`` to ``high``
     """
-    if type(value) is not int or not low <= value <= high:  # no bool and no float, which count and compare alike
+    if type(value) is not int or not low <= value <= high:  # excludes bool and float, which compare like int
         raise Malformed(f"{name} must be a whole number from {low} to {high}, not {quoted(value)}")
     return value
 
 
 def read_number(value: object, name: str, low: float = 0.0, high: float = math.inf) -> float:
-    """Return a number.
+    """Return ``value`` as a float.
 
-    :raises Malformed: if it is none, or not from ``low`` to ``high``
+    :raises Malformed: if it is not a number from ``low`` to ``high``
     """
     if type(value) not in (int, float) or not low <= value <= high:  # type: ignore[operator]  # NaN is not between them
         raise Malformed(f"{name} must be a number from {low:g} to {high:g}, not {quoted(value)}")

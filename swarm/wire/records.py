@@ -1,4 +1,4 @@
-"""Records of the DHT as a node keeps them: which it takes, how many, and for how long."""
+"""DHT records as a node stores them: which it accepts, how many, and for how long."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,16 +11,16 @@ from hivemind.utils import get_dht_time
 from swarm.wire.packing import unpack
 from swarm.wire.text import MAX_TEXT, Malformed, quoted
 
-# Petals' servers announce for twice their period, which is a minute in the public swarm.
+# Petals' servers announce for twice their update period, which is a minute in the public swarm.
 MAX_LIFE = 3600.0  # seconds
 MAX_RECORD = 2**16  # bytes; an announcement with the pings of 60 neighbours has 4,000
-MAX_SUBKEYS = 1024  # servers of one block that a node keeps records of
+MAX_SUBKEYS = 1024  # servers of one block whose records a node keeps
 
 
 def unpack_dictionary(data: bytes) -> DictionaryDHTValue:
-    """Read a dictionary of the DHT as another node keeps it; members that are not sane are left out, each for itself.
+    """Read a DHT dictionary as another node stores it; each malformed member is left out by itself.
 
-    :raises Malformed: if it is none
+    :raises Malformed: if it is not a dictionary
     """
     match unpack(data):
         case [_, _, list(members)]:
@@ -28,7 +28,7 @@ def unpack_dictionary(data: bytes) -> DictionaryDHTValue:
         case other:
             raise Malformed(f"a dictionary of the DHT is {quoted(other)}")
     dictionary = DictionaryDHTValue()
-    with dictionary.freeze():  # what has expired is looked at by those who read it
+    with dictionary.freeze():  # the readers check for expiration
         for member in members:
             match member:
                 case [subkey, bytes(value), int() | float() as expiration] if is_sane(subkey, value, expiration):
@@ -37,10 +37,10 @@ def unpack_dictionary(data: bytes) -> DictionaryDHTValue:
 
 
 def is_sane(subkey: object, value: bytes, expiration: float) -> bool:
-    """Whether a member of a dictionary of the DHT is what petals' nodes keep there: it can be read, and will expire."""
+    """Whether a member of a DHT dictionary is one that petals' nodes would store: readable, and going to expire."""
     if not isinstance(subkey, str) or len(subkey) > MAX_TEXT or len(value) > MAX_RECORD:
         return False
-    if not expiration <= get_dht_time() + MAX_LIFE:  # nor NaN
+    if not expiration <= get_dht_time() + MAX_LIFE:  # also refuses NaN
         return False
     try:
         unpack(value)
@@ -50,8 +50,8 @@ def is_sane(subkey: object, value: bytes, expiration: float) -> bool:
 
 
 class SaneRecords(RecordValidatorBase):
-    """Refuses records that petals does not make: plain values, which would stand in the way of all servers' entries
-    until they expire, times of expiry that are far away, and values that cannot be read.
+    """Refuses records that petals never makes: plain values, which would block all servers' entries until they expire,
+    distant expiration times, and unreadable values.
     """
 
     def validate(self, record: DHTRecord) -> bool:
@@ -63,7 +63,7 @@ class SaneRecords(RecordValidatorBase):
 
 
 def bound_subkeys(store: Callable[..., bool]) -> Callable[..., bool]:
-    """Return ``DHTLocalStorage.store_subkey`` for a bounded number of members of each dictionary."""
+    """Return ``DHTLocalStorage.store_subkey`` with a bound on the members of each dictionary."""
 
     def store_subkey(self: DHTLocalStorage, key: DHTID, subkey: Any, value: bytes, expiration_time: float) -> bool:
         kept = self.get(key)

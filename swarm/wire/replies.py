@@ -1,4 +1,4 @@
-"""What a server answers a client: hidden states, what it can do, whether it lives."""
+"""What a server replies to a client: hidden states, its abilities, whether it is alive."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from swarm.wire.packing import read_metadata, read_number
 from swarm.wire.tensors import FLOATING, is_finite, read_tensor
 from swarm.wire.text import Malformed, quoted
 
-# Beside the tensors of a reply: names of dtypes, metadata, or the text of an error.
+# Room in a reply beside its tensors: names of dtypes, metadata, or the text of an error.
 SLACK = 64 * 2**10  # bytes
 
 
@@ -24,15 +24,15 @@ class Abilities:
 
 
 def reply_limit(shape: Sequence[int]) -> int:
-    """Return how many bytes a reply with hidden states of this shape may have."""
+    """Return the largest size in bytes of a reply with hidden states of this shape."""
     return 4 * math.prod(shape) + SLACK
 
 
 def read_hidden(tensors: Sequence[runtime_pb2.Tensor], shape: Sequence[int]) -> torch.Tensor:
-    """Return the hidden states that a server answers with.
+    """Return the hidden states in a server's reply.
 
-    :param shape: the one that they must have
-    :raises Malformed: if there are none, or others, or they are not finite
+    :param shape: their required shape
+    :raises Malformed: if they are missing, of another shape or dtype, or not finite
     """
     if len(tensors) != 1:
         raise Malformed(f"it answers with {len(tensors)} tensors instead of 1")
@@ -48,20 +48,20 @@ def read_hidden(tensors: Sequence[runtime_pb2.Tensor], shape: Sequence[int]) -> 
 
 
 def read_abilities(metadata: bytes) -> Abilities:
-    """Return what the first reply of a session tells of the server.
+    """Return the server's abilities from the first reply of a session.
 
     :raises Malformed: if the metadata cannot be read
     """
     told = read_metadata(metadata)
     rewind, spread = told.get("rewind", False), told.get("spread", False)
     if type(rewind) is not bool or type(spread) is not bool:
-        raise Malformed(f"it tells of abilities {quoted(told)}")
+        raise Malformed(f"it reports abilities {quoted(told)}")
     return Abilities(rewind, spread)
 
 
 def read_silence(info: bytes) -> float:
-    """Return from a server's ``rpc_info`` for how many seconds the process that computes has been silent.
+    """Return for how many seconds the computing process has been silent, from a server's ``rpc_info``.
 
-    :raises Malformed: if it says nonsense
+    :raises Malformed: if that is not a number of seconds
     """
     return read_number(read_metadata(info).get("silent_for", 0.0), "silent_for")

@@ -11,12 +11,12 @@ from swarm.wire.packing import read_integer, read_metadata, read_number, read_te
 from swarm.wire.tensors import check_tensor, is_finite, read_tensor
 from swarm.wire.text import Malformed, quoted
 
-# This program asks for 16 rows at the most; beams and batches of petals' clients are small. All rows of a session are
-# in one batch with others' steps, who wait for them.
+# This program asks for 16 rows at most; the beams and batches of petals' clients are small. All rows of a session share
+# a batch with other sessions' steps, which wait for them.
 MAX_ROWS = 64
-# Who waits longer for attention cache holds up all who would have room; this program's clients ask again themselves.
+# A session that waits longer for attention cache holds up those that would fit; this program's clients retry anyway.
 MAX_PATIENCE = 10.0  # seconds
-MAX_ARGUMENTS = 8  # of a request: hidden states, deep prompts, hypotheses, and what petals may add
+MAX_ARGUMENTS = 8  # per request: hidden states, deep prompts, hypotheses, and any that petals may add
 
 
 @dataclass(frozen=True)
@@ -28,25 +28,25 @@ class SessionRequest:
     alloc_timeout: float  # seconds to wait for attention cache
     session_id: str | None
     adapter: str
-    # Which tensors of a step are the hidden states, deep prompts and hypotheses; None: as they come.
+    # Which tensors of a step are the hidden states, deep prompts and hypotheses; None: in that order.
     arguments: tuple[int, ...] | None
 
 
 @dataclass(frozen=True)
 class StepInputs:
-    """What a step of a session brings."""
+    """The inputs of a session's step."""
 
     start: int  # position of the first token
     hidden: torch.Tensor  # [1 or sequences, tokens, hidden size]
     prompts: torch.Tensor | None  # [blocks, sequences, tokens, hidden size]
-    hypotheses: list[int] | None  # which sequence each of the sequences goes on from
+    hypotheses: list[int] | None  # for each sequence, the one it continues
 
 
 def split_uids(text: str, known: Mapping[str, Any], delimiter: str) -> tuple[str, ...]:
     """Return the names of the blocks that a request is for.
 
-    :param known: the blocks that are served here
-    :raises Malformed: if there are none, or unknown ones, or some twice
+    :param known: the blocks served here
+    :raises Malformed: if the request names none, unknown ones, or one twice
     """
     uids = text.split(delimiter, len(known))
     for uid in uids:
@@ -60,13 +60,13 @@ def split_uids(text: str, known: Mapping[str, Any], delimiter: str) -> tuple[str
 def read_session(request: runtime_pb2.ExpertRequest, longest: int) -> SessionRequest:
     """Return what the first request of a session asks for.
 
-    :param longest: tokens of the longest session that the server takes
-    :raises Malformed: if there is nothing that could be asked for
+    :param longest: tokens of the longest session that the server accepts
+    :raises Malformed: if it asks for something impossible
     """
     metadata = read_metadata(request.metadata)
     max_length = metadata.get("max_length")
     if type(max_length) is not int or not 0 <= max_length <= longest:
-        # The words are petals': clients tell from them what is wrong.
+        # The words are petals': clients recognise the error by them.
         raise Malformed(f"Cannot allocate KV cache for {quoted(max_length)} tokens, max = {longest}")
     patience = read_number(metadata.get("alloc_timeout", 0.0), "alloc_timeout")
     session_id = metadata.get("session_id")
@@ -90,7 +90,7 @@ def read_arguments(structure: object, count: int) -> tuple[int, ...] | None:
     """Return the tensors' numbers in the order of the arguments, from petals' ``args_structure``.
 
     :param count: how many tensors there are
-    :raises Malformed: if it is not what petals' clients send: marks of tensors, and no keywords
+    :raises Malformed: unless it is what petals' clients send: placeholders of tensors, and no keywords
     """
     if structure is None:
         return None
@@ -116,7 +116,7 @@ def read_step(
     num_blocks: int,
     hidden_size: int,
 ) -> StepInputs:
-    """Return what a step of a session brings.
+    """Return the inputs of a session's step.
 
     :param metadata: the request's
     :param position: how many tokens the session has
@@ -143,14 +143,14 @@ def read_step(
 
 
 def _is_dummy(tensor: torch.Tensor) -> bool:
-    """Whether a tensor stands for none, as petals' clients send it."""
+    """Whether a tensor is petals' placeholder for none."""
     return tensor.numel() == 0
 
 
 def rewound(position: int, wanted: object) -> int:
-    """Return where a step begins.
+    """Return the position at which a step begins.
 
-    :raises Malformed: if the session has not come so far
+    :raises Malformed: if it is beyond the session's position
     """
     if wanted is None:
         return position
@@ -160,9 +160,9 @@ def rewound(position: int, wanted: object) -> int:
 
 
 def check_room(position: int, length: int, max_length: int) -> None:
-    """Refuse tokens for which there is no attention cache.
+    """Refuse tokens that exceed the session's attention cache.
 
-    :raises Malformed: telling the numbers
+    :raises Malformed: with the numbers
     """
     if position + length > max_length:
         raise Malformed(
@@ -173,7 +173,7 @@ def check_room(position: int, length: int, max_length: int) -> None:
 def check_inputs(
     hidden: torch.Tensor, prompts: torch.Tensor, hypotheses: torch.Tensor, sizes: tuple[int, int, int]
 ) -> None:
-    """Refuse what does not fit the session: in a batch it would be others' failure too.
+    """Refuse inputs that do not fit the session: in a batch they would make others' steps fail too.
 
     :param sizes: blocks and sequences of the session, hidden size
     :raises Malformed: naming what does not fit
@@ -198,9 +198,9 @@ def check_inputs(
 
 
 def check_call(request: runtime_pb2.ExpertRequest) -> None:
-    """Check what petals itself will read of a request.
+    """Check the parts of a request that petals itself will read.
 
-    :raises Malformed: if it cannot be read
+    :raises Malformed: if they cannot be read
     """
     if len(request.tensors) > MAX_ARGUMENTS:
         raise Malformed(f"a request brings {len(request.tensors)} tensors")

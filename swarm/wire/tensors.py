@@ -1,4 +1,4 @@
-"""Tensors: what they say of themselves is checked against the bytes that are there, before anything reads them."""
+"""Tensors: before anything reads one, its header is checked against the bytes that are there."""
 
 import math
 from collections.abc import Callable
@@ -11,17 +11,17 @@ from hivemind.proto import runtime_pb2
 
 from swarm.wire.text import Malformed, clean, quoted
 
-# Petals' servers send NONE, unless they are told otherwise; its 8-bit compressions read where the sender says.
+# Petals' servers send NONE by default; its 8-bit compressions read memory wherever the sender says.
 COMPRESSIONS = ("NONE", "FLOAT16", "MEANSTD_16BIT")
 COMPRESSION_NAMES = {number: name for name, number in runtime_pb2.CompressionType.items()}
 FLOATING = {"float32": 4, "float16": 2, "bfloat16": 2}  # bytes of a value
 DTYPES = {**FLOATING, "int64": 8}
 MAX_DIMENSIONS = 4  # deep prompts: [blocks, sequences, tokens, hidden size]
-MAX_VALUES = 2**32  # more than any message holds, and far from where a product overflows
+MAX_VALUES = 2**32  # more than any message holds, and far from overflowing a product
 
 
 def check_tensor(tensor: runtime_pb2.Tensor) -> None:
-    """Check a serialised tensor before it is read: what it says of itself, against the bytes that are there.
+    """Check a serialised tensor's header against the bytes that are there, before it is read.
 
     :raises Malformed: naming what does not fit
     """
@@ -36,14 +36,14 @@ def check_tensor(tensor: runtime_pb2.Tensor) -> None:
     if kind == runtime_pb2.NONE:
         expected = [DTYPES[dtype] * values]
         if dtype == "bfloat16":
-            expected.append(4 * values)  # some of hivemind's versions send it as float32
+            expected.append(4 * values)  # some versions of hivemind send it as float32
     elif kind not in (runtime_pb2.FLOAT16, runtime_pb2.MEANSTD_16BIT):
         raise Malformed(f"the compression {COMPRESSION_NAMES.get(kind, kind)} is not accepted")
     elif dtype not in ("float32", "float16"):
         raise Malformed(f"{dtype} cannot have been compressed to 16 bits")
     elif kind == runtime_pb2.FLOAT16:
         expected = [2 * values]
-    else:  # two float32 for each vector
+    else:  # plus two float32 for each vector
         expected = [2 * values + 8 * (values // sizes[-1])] if values and sizes else []
     if len(tensor.buffer) not in expected:
         raise Malformed(f"{len(tensor.buffer)} bytes are no tensor of size {quoted(sizes)} and dtype {dtype}")
@@ -52,7 +52,7 @@ def check_tensor(tensor: runtime_pb2.Tensor) -> None:
 
 
 def check_compressions() -> None:
-    """Let hivemind read only tensors that ``check_tensor`` lets pass, and refuse the other compressions by name."""
+    """Let hivemind read only tensors that pass ``check_tensor``, and refuse the other compressions by name."""
     for name, compression in _BASE_COMPRESSION_TYPES.items():
         if name in COMPRESSIONS:
             compression.extract = _checked(compression.extract)
@@ -76,7 +76,7 @@ def _refusing(name: str) -> Callable[..., Any]:
 
 
 def read_tensor(tensor: runtime_pb2.Tensor) -> torch.Tensor:
-    """Return a tensor that a peer has sent.
+    """Read a tensor that a peer has sent.
 
     :raises Malformed: if it cannot be read
     """
@@ -84,13 +84,13 @@ def read_tensor(tensor: runtime_pb2.Tensor) -> torch.Tensor:
         return deserialize_torch_tensor(tensor).detach()
     except Malformed:
         raise
-    except Exception as error:  # numpy's and torch's, of which there are many
+    except Exception as error:  # numpy and torch raise many kinds
         raise Malformed(f"a tensor cannot be read: {clean(str(error))}") from None
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether no value is NaN or infinite. Takes a few microseconds for a token."""
+    """Whether all values are finite. Takes a few microseconds for a token."""
     if not tensor.numel():
         return True
-    low, high = torch.aminmax(tensor)  # one pass; NaN if there is one. A fifth of the time of `isfinite`
+    low, high = torch.aminmax(tensor)  # one pass, which keeps NaN; takes a fifth of the time of `isfinite`
     return math.isfinite(low) and math.isfinite(high)
