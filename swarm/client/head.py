@@ -28,7 +28,7 @@ def pack_head(lm_head: Any, embeddings: torch.Tensor) -> Any:
     packed = PackedLinear(lm_head)
     if not tied:
         lm_head.weight.data = torch.empty(0)  # the packed copy replaces it
-    return projection
+    return packed
 
 
 class Head:

@@ -1,9 +1,8 @@
 /** Which models there are, what each is and how far it is; and the choice of one. */
 
 import { $, element, setText } from "../shared/dom.js";
-import { WORDS } from "./readiness.js";
 import { StateRefused, fetchState } from "../shared/swarm-state.js";
-import { number } from "../shared/words.js";
+import { number, stateWords } from "../shared/words.js";
 
 const REFRESH_MS = 2_000; // while the list is open
 
@@ -71,7 +70,7 @@ export class Picker {
     if (!row) return;
     const facts = [size, licence, length && `reads ${number(length)} tokens`].filter(Boolean);
     setText(row.facts, facts.join(" · "));
-    setText(row.state, state === "ready" ? WORDS.ready : `${WORDS[state] ?? state}: ${message}`);
+    setText(row.state, state === "ready" ? stateWords(state) : `${stateWords(state)}: ${message}`);
     row.state.dataset.state = state;
     row.progress.hidden = state !== "loading";
     if (progress === null || progress === undefined) row.progress.removeAttribute("value");

@@ -1,23 +1,13 @@
 /** Whether a model can answer, as GET /readyz tells it. Knows nothing of the page. */
 
 import { pause } from "../shared/pause.js";
+import { stateWords } from "../shared/words.js";
 
 const POLL_MS = 2_000;
 const PROBE_LIMIT_MS = 5_000;
 
 /** States of a model that may never become ready. */
 export const DOWN = new Set(["failed", "unreachable"]);
-
-/** What people are told of a state. */
-export const WORDS = {
-  loading: "Loading",
-  ready: "Ready",
-  failed: "The model does not answer",
-  blocks_missing: "Waiting for parts of the model",
-  stale: "Waiting for news of the servers",
-  rejoining: "Connecting to the servers again",
-  unreachable: "The server cannot be reached",
-};
 
 /**
  * Ask until the model is ready.
@@ -42,10 +32,10 @@ async function probe(model, pageToken, signal) {
     const response = await fetch("readyz", { headers: { "X-Page-Token": pageToken }, signal: limited, cache: "no-store" });
     const { ready, models } = await response.json(); // 503 has the same body as 200
     const { state, message } = models?.[model] ?? { state: ready ? "ready" : "loading" };
-    const words = WORDS[state] ?? state;
+    const words = stateWords(state);
     return { state, words: message && message !== state ? `${words}: ${message}` : words };
   } catch {
     signal.throwIfAborted();
-    return { state: "unreachable", words: WORDS.unreachable };
+    return { state: "unreachable", words: stateWords("unreachable") };
   }
 }

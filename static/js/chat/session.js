@@ -8,7 +8,7 @@ import { DOWN, readiness } from "./readiness.js";
 import { ConnectionLost, InferenceSocket, RequestFailed, ResponseTimeout } from "./socket.js";
 
 const PATIENCE_MS = 20_000; // with a model that has failed, or a server that cannot be reached, before an answer begins
-const RESUME_PATIENCE_MS = 60_000; // with a lost connection: as long as the server keeps an answer by default
+const RESUME_TIMEOUT = 60; // seconds that the server keeps an answer without its connection, until it says its own
 const RETRY_MS = 500; // between two tries to connect anew
 const ROOM = 512; // tokens that a new session has left for an answer at least, where the model allows it
 const CHARACTERS_PER_TOKEN = 3; // about; it is checked by the server
@@ -30,6 +30,7 @@ export class ChatSession {
   #held = ""; // what stands in the session's context
   #before = null; // the same before the last request, if it is known
   #length = 0; // tokens that the session takes
+  #resumeTimeout = RESUME_TIMEOUT;
   #stopAsked = false;
 
   /**
@@ -48,13 +49,18 @@ export class ChatSession {
     return Math.max(this.#limitOf(), this.#model.max_length);
   }
 
+  /** How long to try to come back to a lost answer: as long as it is kept, and as with a server that is just restarted. */
+  get #patience() {
+    return Math.max(PATIENCE_MS, 1000 * this.#resumeTimeout);
+  }
+
   get model() {
     return this.#model.name;
   }
 
   /** Where the running answer can be taken up by another page: see `answer`. */
   get point() {
-    return { sessionId: this.#sessionId, answers: this.#answers, received: this.#received, length: this.#length };
+    return { sessionId: this.#sessionId, answers: this.#answers, received: this.#received, length: this.#length, resumeTimeout: this.#resumeTimeout };
   }
 
   /**
@@ -80,13 +86,13 @@ export class ChatSession {
     const run = { transcript, parameters, signal, position, text: "", tokens: 0, isNew: point === null, again: false };
     let how = point ? "resume" : "generate";
     if (point) this.#restore(point, transcript);
-    let patientUntil = performance.now() + RESUME_PATIENCE_MS;
+    let patientUntil = performance.now() + this.#patience;
     signal.addEventListener("abort", () => this.close(), { once: true });
     for (;;) {
       try {
         const messages = how === "resume" ? this.#resume(run) : this.#generate(run);
         for await (const message of messages) {
-          if (!message.status) patientUntil = performance.now() + RESUME_PATIENCE_MS;
+          if (!message.status) patientUntil = performance.now() + this.#patience;
           if (this.#isFull(message)) {
             yield { ...message, stop: false, finish_reason: undefined };
             break;
@@ -206,16 +212,19 @@ export class ChatSession {
     const options = { model: this.#model.name, maxLength: this.#length, pageToken: this.#pageToken };
     const opening = socket.open(options, (update) => updates.push(update)).finally(() => updates.end());
     yield* updates;
-    this.#sessionId = (await opening).session_id;
+    const { session_id: sessionId, resume_timeout: resumeTimeout } = await opening;
+    this.#sessionId = sessionId;
+    this.#resumeTimeout = resumeTimeout ?? RESUME_TIMEOUT;
     this.#answers = 0;
   }
 
-  #restore({ sessionId, answers, received, length }, transcript) {
+  #restore({ sessionId, answers, received, length, resumeTimeout = RESUME_TIMEOUT }, transcript) {
     this.close();
     this.#sessionId = sessionId;
     this.#answers = answers;
     this.#received = received;
     this.#length = length;
+    this.#resumeTimeout = resumeTimeout;
     this.#held = transcript;
     this.#before = null;
   }

@@ -3,7 +3,27 @@
 const whole = new Intl.NumberFormat("en");
 const tenths = new Intl.NumberFormat("en", { minimumFractionDigits: 1, maximumFractionDigits: 1 });
 const hundredths = new Intl.NumberFormat("en", { minimumFractionDigits: 2, maximumFractionDigits: 2 });
+/** States of a model: of /readyz, and "unreachable"; in a word or two, and as a sentence for who waits for it. */
+const STATES = {
+  loading: ["Loading", "Loading"],
+  ready: ["Ready", "Ready"],
+  failed: ["Does not answer", "The model does not answer"],
+  blocks_missing: ["Blocks missing", "Waiting for parts of the model"],
+  stale: ["No news", "Waiting for news of the servers"],
+  rejoining: ["Joining again", "Connecting to the servers again"],
+  unreachable: ["Unreachable", "The server cannot be reached"],
+};
 const PEER_END = 6; // characters by which a peer is told from others; all ids begin alike
+
+/** A model's state for a list. */
+export function stateLabel(state) {
+  return STATES[state]?.[0] ?? state;
+}
+
+/** A model's state for whoever waits for it. */
+export function stateWords(state) {
+  return STATES[state]?.[1] ?? state;
+}
 
 export function plural(number, unit) {
   return `${whole.format(number)} ${unit}${number === 1 ? "" : "s"}`;

@@ -2,21 +2,12 @@
 
 import { copyButton } from "../shared/copy.js";
 import { element, setText } from "../shared/dom.js";
-import { number, plural, range, shortPeer } from "../shared/words.js";
+import { number, plural, range, shortPeer, stateLabel } from "../shared/words.js";
 
 const MOST_LEVELS = 3; // of servers per block that are drawn apart
 const DENSE = 60; // blocks, from which on there is little room between them
 const TICK_STEPS = [1, 2, 5, 10, 20, 50, 100];
 const MOST_TICKS = 8; // for which there is room on a phone
-
-const STATES = {
-  ready: "Ready",
-  loading: "Loading",
-  blocks_missing: "Blocks missing",
-  stale: "No news",
-  rejoining: "Joining again",
-  failed: "Does not answer",
-};
 
 const precise = new Intl.NumberFormat("en", { maximumSignificantDigits: 3 });
 
@@ -38,7 +29,7 @@ export function runs(values) {
 }
 
 /** "block 4", or "blocks 0–3, 7". */
-function blocks(ranges) {
+function blocksOf(ranges) {
   const one = ranges.length === 1 && ranges[0].end - ranges[0].start === 1;
   return `${one ? "block" : "blocks"} ${ranges.map(range).join(", ")}`;
 }
@@ -78,7 +69,7 @@ export class ModelCard {
   show(model) {
     setText(this.#title, model.title);
     this.#title.title = model.name;
-    setText(this.#state, STATES[model.state] ?? model.state);
+    setText(this.#state, stateLabel(model.state));
     this.node.dataset.state = model.state;
     setText(this.#detail, outlook(model));
     this.#showProgress(model);
@@ -140,7 +131,7 @@ export class ModelCard {
     const before = this.#model;
     if (!before) return;
     if (before.state !== model.state) {
-      this.#announce(`${model.title}: ${STATES[model.state] ?? model.state}. ${model.state === "ready" ? "" : outlook(model)}`);
+      this.#announce(`${model.title}: ${stateLabel(model.state)}. ${model.state === "ready" ? "" : outlook(model)}`);
       return;
     }
     const news = [
@@ -161,14 +152,14 @@ function without(servers, others) {
 function outlook({ state, message, blocks: counts }) {
   if (state === "blocks_missing" && counts.length) {
     const missing = runs(counts).filter(({ value }) => value === 0);
-    return `No server holds ${blocks(missing)}. Answers wait until one does.`;
+    return `No server holds ${blocksOf(missing)}. Answers wait until one does.`;
   }
   if (state !== "ready" || !counts.length) return message ? sentence(message) : "";
   const least = Math.min(...counts);
   if (least > 1) return `Every block is held by ${plural(least, "server")} or more: each of them may go.`;
   const alone = runs(counts.map((count) => count === 1)).filter(({ value }) => value);
   const all = alone.length === 1 && alone[0].end - alone[0].start === counts.length;
-  const which = all ? "Each block is" : `${blocks(alone).replace("block", "Block")} ${isOne(alone) ? "is" : "are"}`;
+  const which = all ? "Each block is" : `${blocksOf(alone).replace("block", "Block")} ${isOne(alone) ? "is" : "are"}`;
   return `${which} held by one server only: when it goes, answers wait for another.`;
 }
 
