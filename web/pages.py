@@ -1,6 +1,7 @@
 """The pages for people, and the files that they load: all from this program, none from elsewhere."""
 
 import functools
+import gzip
 import secrets
 from pathlib import Path
 from typing import Any
@@ -174,8 +175,13 @@ def static_file(filename: str) -> Response:
     path = Path(safe_join(str(STATIC), filename) or "")
     if path.suffix not in MINIFIERS or not path.is_file():
         return send_from_directory(STATIC, filename)
-    text, content_type = minified(path, path.stat().st_mtime_ns)
-    response = Response(text, content_type=f"{content_type}; charset=utf-8")
+    zipped = request.accept_encodings["gzip"] > 0
+    response = Response(
+        minified(path, path.stat().st_mtime_ns, zipped), content_type=f"{MINIFIERS[path.suffix][1]}; charset=utf-8"
+    )
+    if zipped:
+        response.headers["Content-Encoding"] = "gzip"
+    response.vary.add("Accept-Encoding")
     response.headers["Cache-Control"] = "no-cache"  # ask each time whether it has changed
     response.add_etag()
     response.make_conditional(request)
@@ -183,10 +189,11 @@ def static_file(filename: str) -> Response:
 
 
 @functools.lru_cache(maxsize=256)  # more than there are files
-def minified(path: Path, modified: int) -> tuple[str, str]:
-    """Return a script or style without what only people read, and its type."""
-    minify, content_type = MINIFIERS[path.suffix]
-    return minify(path.read_text()), content_type
+def minified(path: Path, modified: int, zipped: bool) -> bytes:
+    """Return a script or style without what only people read, compressed if that is wanted."""
+    minify, _ = MINIFIERS[path.suffix]
+    data: bytes = minify(path.read_text()).encode()
+    return gzip.compress(data, mtime=0) if zipped else data
 
 
 @blueprint.get("/vendor/<package>/<path:name>")
