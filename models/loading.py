@@ -118,7 +118,6 @@ class Models:
         self._budget: HistoryBudget | None = None
         self._keepers: list[Loop] = []
         self._stop = threading.Event()
-        self._loading = threading.Lock()  # Transformers patches torch.nn while it loads: one model at a time
 
     def start(self) -> None:
         """Begin to load in the background."""
@@ -242,8 +241,7 @@ class Models:
 
         if served.model is None:
             self._start_server(served)
-            with self._loading:
-                served.model = self._load_client(served)
+            served.model = self._load_client(served)
         self._await_blocks(served, served.model)
         self._warm_up(served, served.model)
         served.ready = True

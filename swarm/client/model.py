@@ -1,6 +1,7 @@
 """A model whose blocks a swarm computes: tokenizer, embeddings and head here, sessions over the servers."""
 
 import logging
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ log = logging.getLogger(__name__)
 # The longest session that a stock petals server accepts, without and with grouped-query attention.
 STOCK_MAX_LENGTH, STOCK_MAX_LENGTH_GROUPED = 2048, 8192  # tokens
 DEFAULT_HISTORY_BYTES = 2**30  # for hidden states kept to restore lost spans
+# Transformers patches torch.nn while it loads: one model at a time in a process.
+LOADING = threading.Lock()
 
 
 class SwarmModel:
@@ -82,7 +85,7 @@ class SwarmModel:
         path = weights.locate(name, cache_dir=cache_dir, progress=weights.Progress(log.info))
         try:
             tokenizer = TextTokenizer(AutoTokenizer.from_pretrained(path))
-            with shared_dht(swarm.dht):
+            with LOADING, shared_dht(swarm.dht):
                 model = AutoDistributedModelForCausalLM.from_pretrained(
                     path,
                     initial_peers=[],  # unused: the DHT already exists
