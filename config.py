@@ -81,7 +81,7 @@ class Settings:
     # Bounds
     MAX_SESSIONS: int = positive(64)  # inference sessions open at a time
     SESSION_TIMEOUT: float = positive(300.0)  # seconds after which an unused session is closed
-    # Answers computed at a time; up to so many, servers that batch gain speed
+    # Answers computed at a time; up to this many, servers that batch gain speed
     MAX_CONCURRENT_GENERATIONS: int = positive(64)
     MAX_QUEUE: int = 32  # requests that may wait for a session, or for their answer's turn; each takes a thread
     MAX_WAITING_PER_SESSION: int = 4  # requests that may wait for one busy session; each takes a thread
@@ -107,7 +107,8 @@ class Settings:
     KEY_TOKENS_PER_MINUTE: int = 0  # tokens of prompts and answers, of each key that says nothing else; 0: no limit
     KEY_CONCURRENT: int = 0  # answers computed at a time, of each key that says nothing else; 0: no limit
     NON_PUBLIC_MODELS: tuple[str, ...] = ()  # of MODELS: only for the page, and for keys that name them
-    SECRET_KEY: str = ""  # signs what the page shows to be the page; empty: pages must be loaded anew after a restart
+    # Signs the token that identifies our own pages; empty: a random one, so open pages must be reloaded after a restart
+    SECRET_KEY: str = ""
     # Who may use the chat page; empty: who has a key, or everybody if there are none
     PAGE: str = setting("", choices=("open", "key", "off"))
     # Names that the app goes by, or "*"; empty: this machine's, or all: see docs/deployment.md

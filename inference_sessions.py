@@ -139,7 +139,7 @@ class InferenceSession:
     def release_soon(self) -> None:
         """Free the attention cache of a session that nobody uses, under the registry's lock. Does not wait.
 
-        The tokens stay; whoever uses the session next finds it so, and the cache is computed anew.
+        The tokens stay; whoever uses the session next finds it so, and the cache is computed again.
         """
         self.released = True
         self.session.release_soon()
@@ -257,13 +257,13 @@ class InferenceSessions:
         :param owner: with whom alone it shares what was computed
         :param client: whose it is where places and attention cache are shared out
         :param connected: it belongs to an open connection: when unused for ``timeout`` seconds it is not closed, but
-            its attention cache is freed, and built anew when it is used again. Its place is given to others only when
+            its attention cache is freed, and built again when it is used again. Its place is given to others only when
             there is no other.
         :param on_close: told the session's id when it has ended, however it did
         :param waiter: who waits for a place, and is told theirs among those who do
         :raises TooManySessions: if ``max_sessions`` are open, and too many wait or no place becomes free in time
         :raises ShuttingDown: if the program is ending
-        :raises SessionLengthExceeded: if the model takes no session so long
+        :raises SessionLengthExceeded: if the model takes no session this long
         :raises Cancelled: if the wait was ended
         """
         self._take_place(client, waiter)
@@ -322,19 +322,19 @@ class InferenceSessions:
             if entry is None or not self._places.full:
                 return
             self._remove(entry, keep_warm=entry.state is State.DETACHED)
-            # At once: others who look for room count the places that each client has.
+            # At once: others who look for a place count those that each client has.
             self._places.give_back(entry.client)
         self._end(entry)
 
     def _longest_parked(self) -> InferenceSession | None:
-        """Under the lock: of the sessions whose timeout is over, the one that is unused for longest."""
+        """Return the parked session that has been unused longest. Call with the registry's lock held."""
         parked = [entry for entry in self._sessions.values() if entry.state is State.PARKED and entry.users == 0]
         return min(parked, key=lambda entry: entry.last_used, default=None)
 
     def _most_dispensable(self, client: str) -> InferenceSession | None:
-        """Under the lock: for one more session of a client, the one that is unused for longest of who has most.
+        """Return the longest unused session of the client with most places. Call with the registry's lock held.
 
-        Who gives way must have at least two more, and so not fewer in the end: equals never push each other out.
+        That client must have at least two places more than the newcomer: equals never push each other out.
         """
         held = self._places.held
         idle = [
@@ -343,7 +343,7 @@ class InferenceSessions:
         return min(idle, key=lambda entry: (-held[entry.client], entry.last_used), default=None)
 
     def _longest_left(self, model: str | None = None) -> InferenceSession | None:
-        """Under the lock: of the unused sessions without a connection, the one that has lost it first."""
+        """Return the unused session that has been disconnected longest. Call with the registry's lock held."""
         left = [
             entry
             for entry in self._sessions.values()
@@ -352,10 +352,10 @@ class InferenceSessions:
         return min(left, key=lambda entry: entry.detached_at, default=None)
 
     def free_attention_cache(self, model: str, tokens: int) -> bool:
-        """Take so many tokens of attention cache from sessions of a model that nobody uses. Does not wait.
+        """Free this many tokens of attention cache of unused sessions of a model. Does not wait.
 
         Those of finished answers are closed first, then those without a connection; others keep their tokens, from
-        which the cache is computed anew when they go on. Who is being answered loses nothing.
+        which the cache is computed again when they go on. Who is being answered loses nothing.
 
         :returns: whether there were any
         """
@@ -499,7 +499,7 @@ class InferenceSessions:
                 self.close(session_id, keep_warm=keep_warm and rows == 1)
 
     def find(self, session_id: str, owner: str | None = None) -> InferenceSession:
-        """Return a session without using it: only for what never changes in it, or may be read at any time.
+        """Return a session without using it, to read what never changes or may be read at any time.
 
         :param owner: who asks; others' sessions are not found. None: whoever it is
         :raises SessionNotFound: if there is no such session
@@ -508,7 +508,7 @@ class InferenceSessions:
             return self._find(session_id, owner)
 
     def detach(self, session_id: str) -> None:
-        """A session has lost its connection; it is closed if it is not attached to another one in time.
+        """Note that a session has lost its connection. It is closed unless it gets another one in time.
 
         :raises SessionNotFound: if there is no such session
         """
@@ -517,7 +517,7 @@ class InferenceSessions:
             entry.state, entry.detached_at = State.DETACHED, self._clock()
 
     def attach(self, session_id: str) -> None:
-        """A session has a connection again.
+        """Note that a session has a connection again.
 
         :raises SessionNotFound: if there is no such session
         :raises ShuttingDown: if the program is ending
@@ -576,12 +576,12 @@ class InferenceSessions:
 
     def start(self) -> None:
         """Expire sessions from background threads until ``shut_down``."""
-        # A session lives at most a tenth longer than its timeout; a look every tenth of a second would be waste.
+        # A session lives at most a tenth longer than its timeout. Looking more than ten times a second is a waste.
         timeout = min(
             self.timeout, self.memory.timeout or self.timeout, *([self.resume_timeout] if self.resume_timeout else [])
         )
         period = max(0.1, timeout / 10)
-        # Each by itself: what keeps one from going on must not keep the other.
+        # Two loops: if one is held up, the other is not.
         self.loops = [
             forever("expire-sessions", self.expire, period),
             forever("expire-kept-sessions", self.memory.expire, period),

@@ -112,7 +112,7 @@ class Connection:
             try:
                 going_on = self._serve()
             except Unreachable:
-                self.client.dismiss()  # if it is reachable: the session goes on over another connection
+                self.client.dismiss()  # if it can be reached: the session continues over another connection
                 going_on = False
             except Exception:
                 log.exception("a WebSocket is given up")
@@ -231,7 +231,7 @@ class Connection:
         stream = self._streams.find(session_id)
         served = self.service.find(caller, entry.model.name)
         self.client.begin()
-        # Before it is attached: an answer that ends at once lets another thread go on here.
+        # Before attaching: an answer that ends at once lets another thread continue here.
         self._caller = caller
         self._attach(Attached(caller, served, entry, stream))
         try:
@@ -255,7 +255,7 @@ class Connection:
         params = parse_generation(request)
         if self._attached is None:
             raise InvalidParameter("send open_inference_session before generate")
-        # Who has asked already to close the session wants none of the answers before.
+        # If the client has already asked to close the session, do not start the answers queued before that.
         self.client.begin()
         self.websocket.look_anew()
         entry, stream = self._attached.entry, self._attached.stream

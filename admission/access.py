@@ -52,7 +52,7 @@ class Access:
         self._page_limits = default_limits(settings) if self._keys else Limits()
         self._familiar: OrderedDict[tuple[str, str], None] = OrderedDict()  # names of keys, and whence they were used
         self._lock = threading.Lock()  # guards what is familiar
-        # With a secret of its own a page stays valid when the program is started anew.
+        # With a secret of its own a page stays valid when the program is started again.
         self._secret = settings.SECRET_KEY or secrets.token_hex()
         self._page_signer = TimestampSigner(self._secret, salt="page")
         self._cookie_signer = TimestampSigner(self._secret, salt="key of the page")

@@ -95,7 +95,7 @@ class Caller:
 
         :param tokens: of its prompt and its answer
         :param least: those that it needs, where the rest is not asked for but only possible; default: all
-        :raises TooManyRequests: if there are not so many left in this minute. Who has used none may reserve any number
+        :raises TooManyRequests: if there are not that many left this minute. Who has used none may reserve any number
         """
         limit = self._limits.tokens_per_minute
         if not limit:
@@ -162,7 +162,7 @@ class Usage:
         self._closed = False
 
     def spent(self, tokens: int) -> None:
-        """Tell that so many more were spent."""
+        """Tell that this many more were spent."""
         with self._lock:
             self._spent += max(0, tokens)
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 
 from swarm.waiter import PATIENT, Waiter
 
-# How often somebody who waits looks whether they still want to: hanging up is noticed within this time.
+# How often each waiter is looked after: hanging up is noticed within this time.
 POLL = 0.1  # seconds
-# So long whoever is next is waited for while they tell their client something. That takes milliseconds even on a busy
-# machine, unless the client takes no data.
+# How long the next in line may take to report something to its client before others pass it. Normally that takes
+# milliseconds, unless the client takes no data.
 GRACE = 0.5  # seconds
 
 
@@ -104,7 +104,7 @@ class FairQueue:
 
     @property
     def awaited(self) -> bool:
-        """Whether somebody waits who is there."""
+        """Whether anyone waits who is still connected."""
         with self._lock:
             return any(ticket.waiter.attended for ticket in self._waiting)
 
@@ -179,7 +179,7 @@ class FairQueue:
             self._turns.pop(client, None)
 
     def _serve(self) -> None:
-        """Under the lock: hand over the places that are free, and count anew who is where in the queue."""
+        """Under the lock: hand over the places that are free, and count again who is where in the queue."""
         while self._taken < self.places:
             since = time.monotonic() - GRACE
             here = (ticket for ticket in self._in_order() if ticket.busy_since is None or ticket.busy_since > since)

@@ -40,7 +40,7 @@ class Use:
 class Window:
     """What one client has used of one kind, by the second: so it holds few numbers, however often it is used.
 
-    What is used counts for a minute; what exceeds a minute's worth, for so many minutes more.
+    What is used counts for a minute; what exceeds a minute's worth, for this many minutes more.
     """
 
     def __init__(self, limit: int) -> None:

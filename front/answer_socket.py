@@ -119,7 +119,7 @@ class AnswerSocket:
                 self.raw.shutdown(socket.SHUT_RDWR)
 
     def limit_sends(self, timeout: float) -> None:
-        """Give a client up that takes no data for so many seconds."""
+        """Give a client up that takes no data for this many seconds."""
         self.timeout = timeout
 
     def detach(self) -> tuple[socket.socket, bytes]:

@@ -19,7 +19,7 @@ from gunicorn.http.unreader import IterUnreader
 # gunicorn bounds lines (8190 bytes) and their number (100), which would be 800 kB a head. Browsers and proxies send,
 # and usually accept, no more than some 8 to 32 kB.
 MAX_HEAD = 64 * 1024  # bytes
-# A body that is too large is still read, and dropped, up to so many times the limit: clients that send before they
+# A body that is too large is still read, and dropped, up to this many times the limit: clients that send before they
 # read get the answer, instead of an error while they send. Beyond, it is a waste of everybody's network.
 DISCARDED = 16
 HEAD_END = b"\r\n\r\n"

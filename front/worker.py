@@ -36,7 +36,7 @@ log = logging.getLogger("petals_chat.front")
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 ACCEPTED = 64  # connections at a time, before those that are there have their turn
 SWEEP = 0.25  # seconds between two looks at deadlines
-# So long a client may take to close its own side, which tells that it has all of the answer (RFC 9112, 9.6).
+# How long a client may take to close its own side, which tells that it has all of the answer (RFC 9112, 9.6).
 LINGER = 2.0  # seconds
 MAX_LINGERING = 128  # connections, beyond MAX_CONNECTIONS; others are closed without waiting for their clients
 # Requests that are not yet answered, and answers that are not yet taken, each over all connections: 128 of the largest.

@@ -140,7 +140,7 @@ def _step(session: Session, rows: Sequence["_Row"], waiter: Waiter, *, is_first:
     """Return the logits of the rows' next tokens: [rows, vocabulary], float32."""
     if len(rows) == 1 or is_first:
         return session.step(waiter=waiter).expand(len(rows), -1)
-    # Rows that have ended go on with their last token, which nobody sees.
+    # Rows that have ended repeat their last token; nobody sees the result.
     return session.step_rows([row.token_ids[-1] for row in rows], waiter=waiter)
 
 

@@ -163,7 +163,7 @@ def require_text(values: Mapping[str, Any], name: str) -> str:
 
 
 def get_text(values: Mapping[str, Any], name: str, *, maximum: float | None = None) -> str | None:
-    """Read a text, of at most so many characters; None if it is not there."""
+    """Read a text, of at most this many characters; None if it is not there."""
     value = values.get(name)
     if value is None:
         return None

@@ -106,7 +106,7 @@ class Answers:
     def events(self, patience: float | None = None) -> Iterator[Event | None]:
         """Yield what comes, in the order in which it comes, until all prompts are done with.
 
-        :param patience: after so many seconds of silence yield None
+        :param patience: after this many seconds of silence yield None
         :raises Exception: whatever a prompt failed with; the others are ended
         """
         left = len(self._tasks)

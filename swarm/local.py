@@ -28,7 +28,7 @@ class LocalServer:
 
     def __init__(self, options: ServerOptions, initial_peers: Sequence[str]) -> None:
         self.options = options
-        self._initial_peers = initial_peers  # not a copy: they change when the swarm is founded anew on other ports
+        self._initial_peers = initial_peers  # not a copy: they change when the swarm is founded again on other ports
         self._stopping = threading.Event()
         self.process = self._start()
         self._watcher = threading.Thread(target=self._watch, name=f"watch-server-{options.model}", daemon=True)

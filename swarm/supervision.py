@@ -1,4 +1,4 @@
-"""Watching the parts of a process that others depend on, and starting the process anew when one of them has died.
+"""Watching the parts of a process that others depend on, and starting the process again when one of them has died.
 
 A part that died may have held a lock that others share, or a half of what they know: no part is started again by
 itself. The process replaces its own program, keeps its number, its parent and its standard streams, and begins as it
@@ -26,7 +26,7 @@ FIRST_BACKOFF, LAST_BACKOFF, HEALTHY_AFTER = 0.5, 30.0, 10.0  # seconds
 
 
 def backoff(early_deaths: int) -> float:
-    """Return for how many seconds to wait before the next start, after so many early deaths in a row."""
+    """Return for how many seconds to wait before the next start, after this many early deaths in a row."""
     delays = itertools.chain([0.0], growing_delays(FIRST_BACKOFF, LAST_BACKOFF))
     return next(itertools.islice(delays, early_deaths, None))
 

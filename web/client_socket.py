@@ -17,7 +17,7 @@ def client_socket(environ: Mapping[str, Any]) -> socket.socket | None:
 
 
 def limit_sends(sock: Any, timeout: float) -> None:
-    """Let sending to a client that takes no data fail after so many seconds, instead of holding a thread for ever."""
+    """Let sending to a client that takes no data fail after this many seconds, instead of holding a thread for ever."""
     if (limit := getattr(sock, "limit_sends", None)) is not None:  # front.answer_socket
         limit(timeout)
         return

@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from inference_sessions import InferenceSession
     from service import Service
 
-# A stream is held for moments, unless its client takes no data. Who takes over waits so long before ending that.
+# A stream's lock is held for moments, unless its client takes no data. A client that takes over waits this long
+# before it breaks the old connection off.
 STALLED = 2.0  # seconds
-# A step that is broken off costs the session its attention cache. One that nobody attends may so long come to its end.
+# Interrupting a step loses the session's attention cache, so an unattended step gets this long to finish.
 STEP_GRACE = 1.0  # seconds
 
 
@@ -119,14 +120,14 @@ class ReplyStream(Waiter):
                 self._release()
 
     def compute(self) -> None:
-        """The running answer has its turn; what happens in the swarm is of interest from now on."""
+        """Begin to compute the running answer; report what happens in the swarm from now on."""
         with self._lock:
             self._computing, self._place = True, None
             self._between_steps, self._overdue_at = True, None
             self._watch.restart()
 
     def follow(self, chunks: Iterator[tuple[int, Chunk]]) -> Iterator[Chunk]:
-        """Pass the running answer on as it is, to know when it can be ended without loss: between two steps."""
+        """Pass the chunks of the running answer on, and note when it can be ended without loss: between two steps."""
         for _, chunk in chunks:  # of the session's only row
             self._between_steps = True
             yield chunk
@@ -147,7 +148,7 @@ class ReplyStream(Waiter):
             self._deliver(told(self._client, response, position))
 
     def position(self, place: int) -> None:
-        """Tell a client that wants to know how many are before it; others see no message that they do not expect."""
+        """Report the place in the queue to a client that asked for queue updates."""
         with self._lock:
             self._place = place
             if self._client is not None and self._client.queue_updates:
@@ -160,7 +161,7 @@ class ReplyStream(Waiter):
                 self._deliver({"ok": True, "swarm": news})
 
     def _deliver(self, *messages: dict[str, Any]) -> None:
-        """Send messages if there is a client. Who has asked for this to go on without a connection is not failed."""
+        """Send messages if a client is connected. If sending fails, a resumable session continues without it."""
         if (client := self._client) is not None:
             try:
                 client.deliver(*messages)
@@ -168,7 +169,7 @@ class ReplyStream(Waiter):
                 self._notice_loss(client)
 
     def _notice_loss(self, client: Client) -> None:
-        """If the connection was lost, and not closed, and the session is resumable: let it go on alone."""
+        """Let a resumable session continue alone if its connection was lost and not closed on purpose."""
         if self.resumable and not client.closed_on_purpose and not self._service.ending.is_set():
             self._client, self._left_at = None, time.monotonic()
             with contextlib.suppress(SessionNotFound):  # it may have given its place to another
@@ -193,7 +194,7 @@ class ReplyStream(Waiter):
                 raise Cancelled("the client has gone")
 
     def _ends_alone(self, between_steps: bool) -> bool:
-        """Whether an answer that nobody attends ends now: after a while, or when others would wait for it."""
+        """Whether an unattended answer ends now: after a while, or because others wait for its place."""
         now, service = time.monotonic(), self._service
         if now - self._left_at < service.settings.RESUME_TIMEOUT and not service.ending.is_set():
             if not service.others_wait():
@@ -246,14 +247,14 @@ class ReplyStream(Waiter):
                 yield {"ok": True, "swarm": news}
 
     def _release(self) -> None:
-        """Under the lock: tell who waits for the end of an answer, if it has ended or is not theirs any more."""
+        """Under the lock: wake a client that waits for the end of an answer, once it has ended or is not theirs."""
         held = self._held
         if held is not None and not (self._running and self._client is held):
             self._held = None
             held.go_on()
 
     def _take_over(self) -> None:
-        """Acquire the lock, from whoever is sending to a client that takes no data if need be."""
+        """Acquire the lock; if its holder is stuck sending to a client that takes no data, abandon that connection."""
         if not self._lock.acquire(timeout=STALLED):
             if (stalled := self._client) is not None:
                 stalled.abandon()
@@ -261,7 +262,7 @@ class ReplyStream(Waiter):
                 raise TimedOut(f"session {self.session_id} is busy with another connection")
 
     def leave(self, client: Client) -> None:
-        """A connection has ended: close the session, or keep it for a while if the client may come back."""
+        """Handle the end of a connection: close the session, or keep it for a while if the client may come back."""
         if self._client is not client:  # which it will never be again; another one may hold the lock for long
             return
         with self._lock:
@@ -309,5 +310,5 @@ class ReplyStreams:
 
 
 def told(client: Client, response: dict[str, Any], position: int) -> dict[str, Any]:
-    """Return a response as a client wants to be told it."""
+    """Return a response, with the position if the client asked for swarm updates."""
     return {**response, "position": position} if client.swarm_updates and response["ok"] else response

@@ -6,19 +6,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from inference_sessions import InferenceSession
 
-# A person sees that a long prompt is being read; more often would be noise.
+# Often enough to show a person that a long prompt is being read.
 PREFILL_PERIOD = 0.5  # seconds
 
 
 class SwarmNews:
-    """Looks at one session, and tells what is new since it looked last. Not thread-safe."""
+    """Watches one session and reports what is new since the last look. Not thread-safe."""
 
     def __init__(self, entry: "InferenceSession") -> None:
         self._entry = entry
         self.restart()
 
     def restart(self) -> None:
-        """Begin anew, for another answer or another client: the route is news again, losses of before are none."""
+        """Reset for a new answer or client: report the route again and ignore earlier losses."""
         self._session = self._entry.session
         losses = self._session.losses
         self._loss = losses[-1].number if losses else 0

@@ -34,8 +34,8 @@ FRAMES_AT_A_TICK = 1000
 UNSENT_BYTES = 65_536
 # For telling a client that the connection ends, and its own closing frame; it may be dead.
 CLOSING_LIMIT = 2.0  # seconds
-# A connection that asks for nothing for so long is closed. The chat page opens its session at once, and itself waits no
-# longer for that.
+# A connection that asks for nothing for this long is closed. The chat page opens its session at once, and itself waits
+# no longer for that.
 OPENING_LIMIT = 60.0  # seconds
 SEND_CHUNK = 262_144  # bytes given to the kernel at a time, which copies what it takes
 

@@ -51,15 +51,15 @@ log = logging.getLogger(__name__)
 # delay those by a few steps' time only. A GPU needs more rows to be busy.
 CPU_PREFILL, CPU_MIXED = 192, 64
 GPU_PREFILL, GPU_MIXED = 2048, 512
-# A step that has taken part with so many tokens lets other long ones go first: it is as much as this project's clients
-# send at a time, so that among them it is first come, first served.
+# A step that has taken part with this many tokens lets other long ones go first: it is as much as this project's
+# clients send at a time, so that among them it is first come, first served.
 TURN_TOKENS = 512
-# A handler reads whatever it is sent at once; one that takes nothing for so long is stopped or hangs.
+# A handler reads whatever it is sent at once; one that takes nothing for this long is stopped or hangs.
 SEND_TIMEOUT = 10.0  # seconds
 # For how many batches' time waiting for others pays. By counting passes over the weights it would be 1; with client and
 # server on the same two cores, 2 gave 16 sessions 1.3 times the speed of 1: clients are faster while nobody computes.
 PATIENCE = 2.0
-# A session is late when it takes so many times as long as the last time.
+# A session is late when it takes this many times as long as the last time.
 LATENESS = 1.25
 
 
@@ -312,7 +312,7 @@ class Batcher(threading.Thread):
         except Exception as error:  # out of memory, for one; whose step fails alone is told, the others go on
             log.exception("a batch of %d steps failed", len(batch))
             if self.blocks.device.type == "cuda":
-                torch.cuda.synchronize(self.blocks.device)  # raises if nothing will be computed any more: start anew
+                torch.cuda.synchronize(self.blocks.device)  # raises if nothing will be computed any more: start again
             if len(batch) == 1:
                 return {batch[0].step: f"{type(error).__name__}: {error}"}
             failed: dict[Step, str] = {}

@@ -20,7 +20,7 @@ from torch import nn
 
 from swarm.server import kernels
 
-# Parts of so many tokens are computed by a loop as well: PyTorch takes longer for each part, and less for each token.
+# Parts of this many tokens are computed by a loop as well: PyTorch takes longer for each part, and less for each token.
 SHORT = 32
 
 
@@ -152,7 +152,7 @@ class RaggedBlocks:
         caches = self.cache_descriptor(len(self.blocks), 2, length).make_zeros().unbind(1)
         hidden = torch.zeros(length, self.config.hidden_size, dtype=self.dtype, device=self.device)
         self.forward(hidden, [Part(caches[0], 0, length)], 0, len(self.blocks))
-        for rows in (1, 2):  # kernels are compiled anew for several rows, whose memory is not contiguous
+        for rows in (1, 2):  # kernels are compiled again for several rows, whose memory is not contiguous
             self.forward(hidden[:rows], [Part(cache, 0, 1) for cache in caches[:rows]], 0, len(self.blocks))
 
     def cache_descriptor(self, num_blocks: int, batch_size: int, max_length: int) -> TensorDescriptor:

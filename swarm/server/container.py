@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 # Petals' own clients train with sequences of up to 2048 tokens, or with more than one in a request if they are shorter.
 TRAINING_TOKENS = 2048  # of one forward or backward pass
-# Clients wait so long for a step, see session.py: a batcher that has been computing for longer is of no use to them.
+# Clients wait this long for a step, see session.py: a batcher that has been computing for longer is of no use to them.
 STEP_LIMIT = 120.0  # seconds
 # Petals' own path needs this module, with or without an adapter; batches do not. It takes half a second to load.
 ADAPTERS = "petals.utils.peft"

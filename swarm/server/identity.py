@@ -1,4 +1,4 @@
-"""Who a server is, and where it listens: one that founded its swarm keeps both when it begins anew."""
+"""Who a server is, and where it listens: one that founded its swarm keeps both when it begins again."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ from hivemind import P2P
 
 from swarm.options import ServerOptions
 
-# What this process tells the program that it begins anew with: where others look for a server that founded its swarm,
+# What this process tells the program that it begins again with: where others look for a server that founded its swarm,
 # its private key (hexadecimal) and the addresses it listens on.
 IDENTITY, MADDRS = "SWARM_SERVER_IDENTITY", "SWARM_SERVER_MADDRS"
 ALL_ADDRESSES = ("/ip4/0.0.0.0/tcp/0",)
@@ -23,7 +23,7 @@ ALL_ADDRESSES = ("/ip4/0.0.0.0/tcp/0",)
 def identity_file(options: ServerOptions) -> Iterator[str | None]:
     """Have a server's private key in a file, for as long as p2pd starts; None if any will do.
 
-    Others know a server that founded its swarm by its key, so that it needs the same one when it begins anew.
+    Others know a server that founded its swarm by its key, so that it needs the same one when it begins again.
     """
     if options.identity_path or options.initial_peers:
         yield options.identity_path
@@ -45,7 +45,7 @@ def listening_maddrs(options: ServerOptions) -> list[str]:
 
 
 def remember_maddrs(host_maddrs: Sequence[str], visible_maddrs: Sequence[object]) -> None:
-    """Let this process listen on the same port when it begins anew, if any would do.
+    """Let this process listen on the same port when it begins again, if any would do.
 
     :param visible_maddrs: where others find it now
     """

@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 # How long an orderly stop may take before everything below this process is killed.
 STOP_TIMEOUT = 10.0  # seconds
-# What this process tells the program that it begins anew with: how many before it died early, one after the other.
+# What this process tells the program that it begins again with: how many before it died early, one after the other.
 EARLY_DEATHS = "SWARM_SERVER_EARLY_DEATHS"
 STARTED = time.monotonic()
 

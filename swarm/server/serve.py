@@ -5,7 +5,7 @@ versions first). It computes the steps of different sessions in batches, see ``s
 of itself: its ``rpc_info`` carries ``inference_tokens``, the number of tokens that inference sessions have sent through
 it, and ``silent_for``, the seconds since its computing process was last seen alive.
 
-A server of which a part has died is no server: it leaves the swarm at once and begins anew, see ``swarm.supervision``.
+A server of which a part has died is no server: it leaves the swarm at once and begins again, see ``swarm.supervision``.
 """
 
 import ctypes
@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 # A private swarm is small: announcing often costs little, and a server that died is forgotten after two periods.
 PRIVATE_UPDATE_PERIOD = 10.0  # seconds
 PUBLIC_UPDATE_PERIOD = 60.0  # seconds, petals' default
-SESSION_TIMEOUT = 12 * 3600.0  # seconds from the first step to the last: nobody uses one without a pause for so long
+SESSION_TIMEOUT = 12 * 3600.0  # seconds from the first step to the last: nobody uses one without a pause for this long
 # How long a server with a dead part may take to say that it goes: its users wait for it to come back.
 WITHDRAWAL_TIMEOUT = 1.0  # seconds
 
@@ -148,7 +148,7 @@ def block_count(model: str, path: str) -> int:
 def serve(server: Server, on_ready: Any) -> None:
     """Serve until SIGTERM or SIGINT, then leave the swarm in order: announce that the blocks go, free what is held.
 
-    If a part of the server dies, begin anew, in this process.
+    If a part of the server dies, begin again, in this process.
     """
     watcher = Watcher(functools.partial(server_parts, server, find_daemon(server.dht.pid)), beat)
 

@@ -60,7 +60,7 @@ class Step:
     done: int = 0  # tokens that are computed, for all sequences
     width: int = 0  # tokens in work, if they are computed for some sequences; then no others are begun
     row: int = 0  # sequences for which those are computed
-    turn: int = 0  # tokens computed since it was let go first
+    turn: int = 0  # tokens computed since it was first passed over
 
     @property
     def rows(self) -> int:

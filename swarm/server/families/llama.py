@@ -15,7 +15,7 @@ from swarm.packed_linear import fuse
 from swarm.server import kernels
 from swarm.server.blocks import Batch, Part, RaggedBlocks, causal_mask
 
-# Beyond so many rows PyTorch's gate, which uses all cores, is faster than a loop that uses one.
+# Beyond this many rows PyTorch's gate, which uses all cores, is faster than a loop that uses one.
 KERNEL_ROWS = 32
 
 
