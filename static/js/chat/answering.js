@@ -1,7 +1,7 @@
 /** Writes answers: one at a time in each chat, and in several chats at once. */
 
 import { number, plural } from "../shared/words.js";
-import { whyItFailed } from "./failure.js";
+import { whyItFailed } from "./error-words.js";
 import { lock } from "./lock.js";
 import { RunningAnswer } from "./running-answer.js";
 import { ChatSession, Interrupted } from "./session.js";
