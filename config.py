@@ -104,7 +104,7 @@ class Settings:
     # JSON: a list of keys with names, models and limits; see docs/deployment.md
     API_KEYS_FILE: str = setting("", never_empty=True)
     KEY_REQUESTS_PER_MINUTE: int = 0  # of each key without a limit of its own; 0: no limit
-    KEY_TOKENS_PER_MINUTE: int = 0  # of prompts and answers, of each key without a limit of its own; 0: no limit
+    KEY_TOKENS_PER_MINUTE: int = 0  # tokens of prompts and answers, of each key without a limit of its own; 0: no limit
     KEY_CONCURRENT: int = 0  # answers computed at a time, of each key without a limit of its own; 0: no limit
     NON_PUBLIC_MODELS: tuple[str, ...] = ()  # of MODELS: only for the page, and for keys that name them
     SECRET_KEY: str = ""  # signs what the page shows to be the page; empty: pages must be loaded anew after a restart

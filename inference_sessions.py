@@ -251,7 +251,7 @@ class InferenceSessions:
         on_close: Callable[[str], None] | None = None,
         waiter: Waiter = PATIENT,
     ) -> str:
-        """Open a session and return its id; if all are taken, wait for one to be closed, or take one of the client with most.
+        """Open a session and return its id; if all are taken, wait for one to be closed, or take one from who has most.
 
         :param rows: sequences of the session, see ``SwarmSession``
         :param owner: only this owner's sessions share what was computed

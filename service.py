@@ -1,4 +1,4 @@
-"""What the transports share: settings, models and sessions, with one start and one shutdown. Knows nothing of routes."""
+"""What the transports share: settings, models and sessions, with one start and one end. Knows nothing of routes."""
 
 import contextlib
 import logging
