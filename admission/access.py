@@ -50,7 +50,7 @@ class Access:
         self._keys = read_keys(settings)
         # Of the page if it is open although there are keys.
         self._page_limits = default_limits(settings) if self._keys else Limits()
-        self._familiar: OrderedDict[tuple[str, str], None] = OrderedDict()  # names of keys, and the addresses they were used from
+        self._familiar: OrderedDict[tuple[str, str], None] = OrderedDict()  # names of keys, and where they were used
         self._lock = threading.Lock()  # guards what is familiar
         # With a secret of its own a page stays valid when the program is started anew.
         self._secret = settings.SECRET_KEY or secrets.token_hex()

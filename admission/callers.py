@@ -57,7 +57,7 @@ class Caller:
 
     @property
     def owner(self) -> str:
-        """Whose sessions it shares."""
+        """The owner of its sessions, which nobody else shares."""
         if self._key:
             return f"key {self._key.name}"
         return f"page {self.browser}" if self._is_page else ""

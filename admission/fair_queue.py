@@ -43,7 +43,7 @@ class _Ticket:
 
 
 class FairQueue:
-    """Places for a bounded number of users, shared fairly between clients; within one client, first come, first served."""
+    """Places for a bounded number of users, shared fairly between clients; within one, first come, first served."""
 
     def __init__(self, places: int, *, max_waiting: int, timeout: float) -> None:
         """Make a queue with all places free.

@@ -20,7 +20,7 @@ from gunicorn.http.unreader import IterUnreader
 # and usually accept, no more than some 8 to 32 kB.
 MAX_HEAD = 64 * 1024  # bytes
 # A body that is too large is still read, and dropped, up to so many times the limit: clients that send before they
-# read get the answer, instead of an error while they send. Beyond, it is a waste of everybody's network.
+# read get the answer, instead of an error while they send. Beyond that it wastes everybody's network.
 DISCARDED = 16
 HEAD_END = b"\r\n\r\n"
 BARE_LF = re.compile(rb"(?<!\r)\n")
@@ -41,7 +41,7 @@ class RequestReader:
         :param cfg: gunicorn's configuration
         :param client: the address of the other side
         :param max_body: bytes of a body that are kept; a larger one is dropped
-        :param on_continue: called when the client waits to be told to send the body
+        :param on_continue: called when the client waits for a 100 (Continue) before it sends the body
         """
         self.unread = bytearray()  # what came and belongs to no whole part of a request yet
         self.received = 0  # bytes of the request that is being read
@@ -129,7 +129,7 @@ class RequestReader:
         else:
             self._body = _PlainBody(self._max_body, reader.length)
         if request._expected_100_continue:
-            request._expected_100_continue = False  # gunicorn would tell it again
+            request._expected_100_continue = False  # gunicorn would send it again
             if self._body.too_large:
                 self._body.abandon()
             elif not self._body.whole and not self.unread:
@@ -171,7 +171,7 @@ class _Body:
 
 
 class _PlainBody(_Body):
-    """A body whose length was told before."""
+    """A body whose length was announced."""
 
     def __init__(self, limit: int, length: int) -> None:
         super().__init__(limit)

@@ -186,6 +186,6 @@ class Sampler:
             index = pick(probabilities, self._random.random())
             return index if ids is None else int(ids[index])
         if ids is not None:
-            # `generate` draws a number for each token of the vocabulary: a request for its results waits for all of them.
+            # `generate` draws a number for each token of the vocabulary: who wants its results waits for all.
             probabilities = torch.zeros_like(scores).index_copy_(0, ids, probabilities)
         return int(torch.multinomial(probabilities, num_samples=1, generator=self._generator))

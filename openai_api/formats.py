@@ -26,7 +26,7 @@ class ChatWriter:
     chunk = "chat.completion.chunk"  # the object in which a piece is sent
     prefix = "chatcmpl"
     begun: set[int] = field(default_factory=set)  # answers that have some text
-    spelled: dict[int, dict[str, Any]] = field(default_factory=dict)  # tokens that were reported: the same ones come again
+    spelled: dict[int, dict[str, Any]] = field(default_factory=dict)  # tokens reported so far: the same ones come again
 
     def text(self, index: int, text: str) -> str:
         """Return what to send of a piece of text."""

@@ -34,11 +34,11 @@ from swarm.tokenization import MAX_TEXT
 
 # Each answer takes attention cache for the whole prompt.
 MAX_CHOICES = 16
-# Each is a session of its own; this many answers of the default length take some seconds even on a slow swarm's servers.
+# Each is a session of its own; this many answers of the default length take some seconds even on slow servers.
 MAX_PROMPTS = 256
 MAX_TOP_LOGPROBS = 20
 MAX_TOKEN_ID = 2**31 - 1
-# Ids in one list: 16 times the longest session, so that a client that sends more than fits learns how much it is; few
+# Ids in one list: 16 times the longest session, so that a client that sends more than fits learns how much, and few
 # enough to be decoded and written within a moment.
 MAX_TOKEN_IDS = 2**17
 # OpenAI's.
