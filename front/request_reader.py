@@ -20,7 +20,7 @@ from gunicorn.http.unreader import IterUnreader
 # and usually accept, no more than some 8 to 32 kB.
 MAX_HEAD = 64 * 1024  # bytes
 # A body that is too large is still read, and dropped, up to so many times the limit: clients that send before they
-# read get the answer, instead of an error while they send. Beyond that it wastes everybody's network.
+# read get the answer, instead of an error while they send. Beyond, it is a waste of everybody's network.
 DISCARDED = 16
 HEAD_END = b"\r\n\r\n"
 BARE_LF = re.compile(rb"(?<!\r)\n")
