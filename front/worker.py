@@ -132,7 +132,7 @@ class Worker(ThreadWorker):
 
     def _turn(self) -> None:
         self.notify()
-        # Without connections there is nothing to look at; its parent must hear from us every second all the same.
+        # Without connections there is nothing to look at; gunicorn's parent must still hear from us every second.
         for key, events in self.poller.select(SWEEP if self.connections else 1.0):
             if isinstance(key.data, Connection):
                 self._guard(self._on_event, key.data, events)
