@@ -1,4 +1,4 @@
-"""The settings: one row each, with type, default, bound and unit. An environment variable of its name sets it."""
+"""The settings: one row each, with type, default, bound and unit. The environment variable of the same name sets it."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ class Form:
     """How each member of a list is written."""
 
     pattern: str
-    words: str  # what one that is written otherwise is
+    words: str  # says what a member is that does not match
 
 
 MULTIADDR = Form(r"(?s)/.*|public", "no multiaddr, such as /ip4/192.0.2.1/tcp/31330/p2p/12D3...")
@@ -39,8 +39,8 @@ def setting(
     """Make a row of ``Settings`` that has a bound of its own.
 
     :param above_zero: zero makes no sense either
-    :param choices: the texts that it may be, beside its default
-    :param never_empty: it protects: set to nothing it is a mistake, such as a secret that was not there
+    :param choices: allowed texts, beside its default
+    :param never_empty: it protects something: an empty value is a mistake, such as a missing secret
     """
     metadata = {"above_zero": above_zero, "choices": choices, "each": each, "never_empty": never_empty}
     row: Any = dataclasses.field(default=default, metadata=metadata)  # a type checker sees the default
@@ -54,7 +54,7 @@ def positive(default: Value) -> Value:
 
 @dataclass(frozen=True)
 class Settings:
-    """All settings. Lists are comma-separated in the environment. Numbers may not be negative, nor infinite."""
+    """All settings. Lists are comma-separated in the environment. Numbers must be finite, and not negative."""
 
     # What is served
     MODELS: tuple[str, ...] = ("HuggingFaceTB/SmolLM2-135M-Instruct",)  # hub names, directories, bundled names
@@ -67,7 +67,7 @@ class Settings:
     SWARM_HOST_MADDRS: tuple[str, ...] = setting(("/ip4/127.0.0.1/tcp/0",), each=MULTIADDR)
     UPDATE_PERIOD: float = positive(10.0)  # seconds between two readings of who serves what
     RECOVERY_TIMEOUT: float = 60.0  # seconds an answer waits for lost blocks to be served again
-    STEP_TIMEOUT: float = 120.0  # seconds a server that lives may take for one step
+    STEP_TIMEOUT: float = 120.0  # seconds a live server may take for one step
     HISTORY_MB: int = 1024  # MiB kept to restore lost spans; beyond it, sessions are restored from their token ids
 
     # Computation
@@ -86,12 +86,12 @@ class Settings:
     MAX_QUEUE: int = 32  # requests that may wait for a session, or for their answer's turn; each takes a thread
     MAX_WAITING_PER_SESSION: int = 4  # requests that may wait for one busy session; each takes a thread
     QUEUE_TIMEOUT: float = 30.0  # seconds that each may wait, for these and for attention cache on the servers
-    # Sessions of finished answers are kept, for who goes on from them; they make room when somebody needs it.
+    # Sessions of finished answers are kept for requests that continue them; they make room when it is needed.
     WARM_SESSIONS: int = 32  # at a time; 0: none
     WARM_TOKENS: int = 32_768  # tokens of attention cache that they may hold together; a chat holds 2048
     WARM_TIMEOUT: float = 240.0  # seconds; stock servers end sessions that are idle for 300
     REQUEST_TIMEOUT: float = positive(600.0)  # seconds a request may wait for its session to be free
-    RESUME_TIMEOUT: float = 60.0  # seconds a resumable session, and an answer in it, goes on without its connection
+    RESUME_TIMEOUT: float = 60.0  # seconds a resumable session, and an answer in it, continues without its connection
     SEND_TIMEOUT: float = positive(30.0)  # seconds a WebSocket client may take no data before it is given up
     MAX_BODY_BYTES: int = positive(1_048_576)  # bytes of a request body or WebSocket message
     # HTTP connections at a time: each takes a file, and up to 5 MB if its client is slow
@@ -99,13 +99,13 @@ class Settings:
     REQUEST_READ_TIMEOUT: float = positive(15.0)  # seconds in which a request must come; large bodies have longer
 
     # Who may use it
-    # Keys of the APIs; empty, and no file either: no key is needed
+    # Keys of the APIs; without them and without a file, no key is needed
     API_KEYS: tuple[str, ...] = setting((), never_empty=True)
     # JSON: a list of keys with names, models and limits; see docs/deployment.md
     API_KEYS_FILE: str = setting("", never_empty=True)
-    KEY_REQUESTS_PER_MINUTE: int = 0  # of each key that says nothing else; 0: no limit
-    KEY_TOKENS_PER_MINUTE: int = 0  # tokens of prompts and answers, of each key that says nothing else; 0: no limit
-    KEY_CONCURRENT: int = 0  # answers computed at a time, of each key that says nothing else; 0: no limit
+    KEY_REQUESTS_PER_MINUTE: int = 0  # of each key without a limit of its own; 0: no limit
+    KEY_TOKENS_PER_MINUTE: int = 0  # tokens of prompts and answers, of each key without a limit of its own; 0: no limit
+    KEY_CONCURRENT: int = 0  # answers computed at a time, of each key without a limit of its own; 0: no limit
     NON_PUBLIC_MODELS: tuple[str, ...] = ()  # of MODELS: only for the page, and for keys that name them
     # Signs the token that identifies our own pages; empty: a random one, so open pages must be reloaded after a restart
     SECRET_KEY: str = ""
@@ -116,21 +116,21 @@ class Settings:
     WEBSOCKET_ORIGINS: tuple[str, ...] = ("*",)  # origins whose pages may use the WebSocket API; its own page always
     TRUSTED_PROXIES: tuple[str, ...] = ()  # addresses and networks whose X-Forwarded-For is believed
 
-    # Manners
+    # Connections, shutdown and log
     SSE_KEEP_ALIVE: float = positive(5.0)  # seconds of silence after which a streamed answer sends a comment
     MAX_WEBSOCKETS: int = positive(512)  # open at a time; many systems let a program have 1024 files
     WEBSOCKET_PING_INTERVAL: float = positive(25.0)  # seconds; proxies often cut lines that are silent for 60
     CORS_ORIGINS: tuple[str, ...] = ("*",)  # origins whose pages may use the HTTP API
-    SHUTDOWN_TIMEOUT: float = 20.0  # seconds that running answers have to finish when the program is told to end
+    SHUTDOWN_TIMEOUT: float = 20.0  # seconds that running answers have to finish when the program shuts down
     LOG_LEVEL: str = setting("INFO", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
     LOG_TEXTS: bool = False  # whether prompts and answers are logged
-    TRACEBACKS: bool = True  # whether failures tell the program's own frames, or only the error
+    TRACEBACKS: bool = True  # whether failures report the program's own frames, or only the error
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ) -> "Settings":
-        """Read the settings that are set in the environment; the others have their defaults.
+        """Read the settings that are set in the environment; the others keep their defaults.
 
-        :raises ConfigError: if a value is not of the setting's type, naming it
+        :raises ConfigError: naming the setting, if a value is not of its type
         """
         values = {
             row.name: _parse(row.name, environ[row.name], row.default)

@@ -30,7 +30,7 @@ DOORS = (
         active=("/api/v1/open_inference_session", "/api/v1/close_inference_session"),
         free=("/api/v1/close_inference_session",),
     ),
-    Door(("/api/",)),  # versions that there are not
+    Door(("/api/",)),  # versions that do not exist
 )
 
 
@@ -43,7 +43,7 @@ def generate_text() -> Response:
     service = get_service(current_app)
     waiter = RequestWaiter(request.environ)
     model_name, session_id = (get_text(values, name, maximum=MAX_NAME) for name in ("model", "session_id"))
-    input_ids = None  # known once it is known from where they go on
+    input_ids = None  # of an open session: encoded when its turn has come
     if session_id:
         session = named_session(service, session_id, model_name, waiter)
     else:
@@ -51,7 +51,7 @@ def generate_text() -> Response:
         input_ids = encode_beginning(params.inputs, model.tokenizer, model.max_length)
         needed = needed_length(params, len(input_ids))
         if params.stop_sequence is not None:
-            # It may go on in rounds to the end of the session, which is what was asked for and not the room beyond.
+            # Rounds may continue to the end of the session: to the length asked for, without the room beyond.
             params = dataclasses.replace(params, max_length=needed)
         length = stateless_length(needed, model.max_length)
         session = service.sessions.temporary(model, length, owner=g.caller.owner, client=g.caller.client, waiter=waiter)
@@ -102,7 +102,7 @@ def named_session(
 
 
 def request_values() -> dict[str, Any]:
-    """Return the request's parameters: from the query string, and over them those of the body, form or JSON.
+    """Return the request's parameters: those of the query string, overridden by those of the body, form or JSON.
 
     :raises InvalidParameter: if they cannot be read
     """
@@ -116,7 +116,7 @@ def request_values() -> dict[str, Any]:
             raise InvalidParameter("the JSON body must be an object")
         return values | body
     if request.mimetype == "application/x-www-form-urlencoded":
-        # Flask's own form parser would replace what is not UTF-8 in silence.
+        # Flask's own form parser would silently replace what is not UTF-8.
         return values | _decode_pairs(request.get_data(cache=False), "the form")
     return values | request.form.to_dict()
 

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 class State(enum.Enum):
-    """Where a session is in its life. Guarded by the registry's lock, as is what moves it on::
+    """The state of a session. The registry's lock guards it, and what changes it::
 
                    detach                 resume_timeout is over
         OPEN ------------------> DETACHED -----------------------+
@@ -44,46 +44,46 @@ class State(enum.Enum):
         PARKED --------------------------------------------------+
                    its place is needed; closed, from any state
 
-    A session without a connection of its own that is unused for ``timeout`` seconds is not parked but closes.
+    A session without a connection of its own is closed, not parked, when unused for ``timeout`` seconds.
     """
 
     OPEN = enum.auto()
-    PARKED = enum.auto()  # unused for so long that its attention cache is freed and its place may go
-    DETACHED = enum.auto()  # without its connection, which may come back
+    PARKED = enum.auto()  # unused past its timeout: its attention cache is freed, and its place may go
+    DETACHED = enum.auto()  # has lost its connection, which may come back
     CLOSING = enum.auto()  # out of the registry
 
 
 @dataclass(eq=False)
 class InferenceSession:
-    """One open session. Whoever got it from ``InferenceSessions.use`` has it alone."""
+    """One open session. ``InferenceSessions.use`` gives exclusive use of it."""
 
     session_id: str
     model: "SwarmModel"
     session: "SwarmSession"
     detokenizer: Detokenizer
-    # Where its tokens may be found, computed already, and where it may end.
+    # Where its tokens may be found already computed, and where it may be kept in the end.
     memory: WarmSessions = field(default_factory=WarmSessions)
-    owner: str = ""  # with whom nobody else shares what was computed
-    client: str = ""  # of whose share of places and attention cache it takes
+    owner: str = ""  # only this owner's sessions share what was computed
+    client: str = ""  # whose share of places and attention cache it uses
     rows: int = 1  # sequences
     connected: bool = False  # whether it belongs to a connection: then it is parked, not closed, when unused for long
-    may_grow: bool = False  # whether a warm session that is longer may take its place
-    on_close: Callable[[str], None] | None = None  # told its id when it has ended
-    cached_tokens: int = 0  # of its requests' tokens, how many were computed already
-    spent_tokens: int = 0  # of its requests and answers, how many were not
-    lock: threading.Lock = field(default_factory=threading.Lock)  # of who uses it
+    may_grow: bool = False  # whether a longer warm session may replace it
+    on_close: Callable[[str], None] | None = None  # called with its id when it has ended
+    cached_tokens: int = 0  # tokens of its requests that were computed already
+    spent_tokens: int = 0  # tokens of its requests and answers that were not
+    lock: threading.Lock = field(default_factory=threading.Lock)  # held by its user
     # Guarded by the registry's lock:
     state: State = State.OPEN
     detached_at: float = 0.0  # the registry's clock
-    keep_warm: bool = False  # whether it goes to the warm sessions in the end
+    keep_warm: bool = False  # whether it joins the warm sessions when it closes
     users: int = 0  # threads that use it or wait for it
     last_used: float = 0.0  # the registry's clock
     released: bool = False  # whether its attention cache was freed since its last use
 
     def encode(self, text: str) -> list[int]:
-        """Turn a request's text into tokens that go on from the session.
+        """Turn a request's text into tokens that continue the session.
 
-        :raises InvalidParameter: if there is nothing to go on from
+        :raises InvalidParameter: if there is nothing to continue
         :raises SessionLengthExceeded: if the text cannot fit
         """
         return encode_inputs(text, self.session, self.model.tokenizer)
@@ -93,14 +93,14 @@ class InferenceSession:
     ) -> Iterator[tuple[int, Chunk]]:
         """Generate an answer in each row; yield (row, chunk), see ``generation.loop.generate``.
 
-        :param input_ids: the request's tokens; empty: go on where the session is
+        :param input_ids: the request's tokens; empty: continue where the session is
         :raises TooLong: at once, if the request does not fit the session, which is then unchanged
         """
         budget = token_budget(params, self.session, len(input_ids))
         if not self.session.token_ids and self.rows == 1:
             input_ids = self._recall(input_ids)
         detokenizers = [self.detokenizer]
-        if self.rows > 1:  # of their own: nothing goes on from them
+        if self.rows > 1:  # their own: nothing continues them
             detokenizers = [Detokenizer(self.model.tokenizer) for _ in range(self.rows)]
         defaults = self.model.generation_config
         chunks = generate(
@@ -115,7 +115,7 @@ class InferenceSession:
         return self._counted(len(input_ids), chunks)
 
     def score(self, token_ids: list[int], count: int, waiter: Waiter = PATIENT) -> list[TokenLogprob]:
-        """Tell how likely the tokens of a prompt are, all but its first; see ``generation.loop.score``."""
+        """Return how likely each token of a prompt is, but for its first; see ``generation.loop.score``."""
         self.spent_tokens += len(token_ids) - 1
         return score(self.session, token_ids, count, waiter)
 
@@ -150,9 +150,9 @@ class InferenceSession:
         return self.session.max_length - len(self.session.token_ids)
 
     def _recall(self, token_ids: list[int]) -> list[int]:
-        """If these tokens, or the first of them, were computed for a warm session, go on from there.
+        """Continue from a warm session that has computed these tokens, or the first of them, if there is one.
 
-        For a session without tokens. Returns the tokens that are left to add, and notes the number of the others.
+        Only for a session without tokens. Returns the tokens that are left to add; counts the others as cached.
         """
         if not self.memory:
             return token_ids
@@ -236,7 +236,7 @@ class InferenceSessions:
 
     @property
     def awaited(self) -> bool:
-        """Whether somebody waits for a session to be closed."""
+        """Whether anyone waits for a session to be closed."""
         return self._places.awaited
 
     def open(
@@ -254,13 +254,13 @@ class InferenceSessions:
         """Open a session and return its id; if all are taken, wait for one to be closed, or take one from who has most.
 
         :param rows: sequences of the session, see ``SwarmSession``
-        :param owner: with whom alone it shares what was computed
-        :param client: whose it is where places and attention cache are shared out
+        :param owner: only this owner's sessions share what was computed
+        :param client: whose share of places and attention cache it uses
         :param connected: it belongs to an open connection: when unused for ``timeout`` seconds it is not closed, but
             its attention cache is freed, and built again when it is used again. Its place is given to others only when
             there is no other.
-        :param on_close: told the session's id when it has ended, however it did
-        :param waiter: who waits for a place, and is told theirs among those who do
+        :param on_close: called with the session's id when it has ended, for whatever reason
+        :param waiter: waits for a place, and is sent its position in the queue
         :raises TooManySessions: if ``max_sessions`` are open, and too many wait or no place becomes free in time
         :raises ShuttingDown: if the program is ending
         :raises SessionLengthExceeded: if the model takes no session this long
@@ -302,7 +302,7 @@ class InferenceSessions:
         with self._lock:
             entry.last_used = self._clock()
             self._sessions[entry.session_id] = entry
-        if self._refusing.is_set():  # the program began to end meanwhile, and may have missed this session
+        if self._refusing.is_set():  # the program has begun to end, and may have missed this session
             with contextlib.suppress(SessionNotFound):
                 self.close(entry.session_id)
             self._check_open()
@@ -312,9 +312,9 @@ class InferenceSessions:
             raise ShuttingDown("the server is shutting down and opens no new sessions")
 
     def _make_room(self, client: str) -> None:
-        """When all places are taken: close what has expired, or else one session that has to give way. Does not wait.
+        """If all places are taken, close expired sessions, or else one that has to give way. Does not wait.
 
-        That is one without its connection, one that was unused for long, or one of a client that has many more.
+        That is one that has lost its connection, one unused for long, or one of a client with many more.
         """
         self.expire()
         with self._lock:
@@ -370,7 +370,7 @@ class InferenceSessions:
         return True
 
     def _release_idle(self, model: str, tokens: int) -> bool:
-        """Under the lock: free the cache of unused sessions, each time the longest unused one of who holds most."""
+        """Under the lock: free the cache of unused sessions, each time the longest unused of the client with most."""
         entries = [entry for entry in self._sessions.values() if entry.model.name == model and entry.cache_tokens]
         held: Counter[str] = Counter()
         for entry in entries:
@@ -416,14 +416,14 @@ class InferenceSessions:
         owner: str | None = None,
         waiter: Waiter = PATIENT,
     ) -> Iterator[InferenceSession]:
-        """Have a session alone for the time of the block; others who want it wait for their turn.
+        """Use a session exclusively for the time of the block; others wait for their turn.
 
-        :param wait: seconds to wait for one's turn
-        :param owner: who asks; others' sessions are not found. None: whoever it is
+        :param wait: seconds to wait for the turn
+        :param owner: who asks; others' sessions are not found. None: any owner's are
         :param waiter: who waits for it
         :raises SessionNotFound: if there is no such session
         :raises TooManyRequests: if too many wait for it already
-        :raises TimedOut: if one's turn does not come in time
+        :raises TimedOut: if the turn does not come in time
         :raises Cancelled: if the wait was ended
         """
         with self._lock:
@@ -487,7 +487,7 @@ class InferenceSessions:
     ) -> Iterator[InferenceSession]:
         """Open a session for the time of the block; see ``open``.
 
-        :param keep_warm: keep it then, for requests that begin with the same tokens
+        :param keep_warm: keep it afterwards, for requests that begin with the same tokens
         """
         session_id = self.open(model, max_length, rows=rows, owner=owner, client=client, waiter=waiter)
         try:
@@ -501,7 +501,7 @@ class InferenceSessions:
     def find(self, session_id: str, owner: str | None = None) -> InferenceSession:
         """Return a session without using it, to read what never changes or may be read at any time.
 
-        :param owner: who asks; others' sessions are not found. None: whoever it is
+        :param owner: who asks; others' sessions are not found. None: any owner's are
         :raises SessionNotFound: if there is no such session
         """
         with self._lock:
@@ -527,9 +527,9 @@ class InferenceSessions:
             self._find(session_id, None).state = State.OPEN
 
     def close(self, session_id: str, *, owner: str | None = None, keep_warm: bool = False) -> None:
-        """Close a session: at once, or when those who use it are done. Does not wait.
+        """Close a session at once, or when its users are done. Does not wait.
 
-        :param owner: who asks; others' sessions are not found. None: whoever it is
+        :param owner: who asks; others' sessions are not found. None: any owner's are
         :param keep_warm: keep what was computed, for requests that begin with the same tokens
         :raises SessionNotFound: if there is no such session
         """
@@ -541,7 +541,7 @@ class InferenceSessions:
             self._close(entry)
 
     def expire(self) -> int:
-        """Close, or park, what was unused for ``timeout`` seconds, or is without its connection; return how many."""
+        """Close or park sessions unused for ``timeout`` seconds, or without their connection; return how many."""
         with self._lock:
             now = self._clock()
             unused = [entry for entry in self._sessions.values() if entry.users == 0]
@@ -550,14 +550,14 @@ class InferenceSessions:
             try:
                 if entry.state is State.CLOSING:
                     self._close(entry)
-            except Exception:  # of one session: the others must expire all the same
+            except Exception:  # one session's: the others must expire all the same
                 log.exception("session %s could not be closed", entry.session_id)
         if moved:
             log.info("%d unused sessions expired", len(moved))
         return len(moved)
 
     def _move_on(self, entry: InferenceSession, now: float) -> bool:
-        """Under the lock: bring a session that nobody uses into its next state, if the time has come for it."""
+        """Under the lock: move an unused session to its next state if its time has come."""
         if entry.state is State.DETACHED and now - entry.detached_at >= self.resume_timeout:
             self._remove(entry, keep_warm=True)
             return True
@@ -602,5 +602,5 @@ class InferenceSessions:
             if entry in unused:
                 self._close(entry)
             else:
-                entry.session.close()  # its time is over; its users find it so, and the last one ends it
+                entry.session.close()  # its time is over: its users find it closed, and the last one ends it
         self.memory.close()

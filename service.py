@@ -1,4 +1,4 @@
-"""What the transports share: settings, models and sessions, with one beginning and one end. Knows nothing of routes."""
+"""What the transports share: settings, models and sessions, with one start and one end. Knows nothing of routes."""
 
 import contextlib
 import logging
@@ -38,22 +38,22 @@ class Answer:
 
     @property
     def texts(self) -> list[str]:
-        """What was written so far, in each row."""
+        """The text so far of each row."""
         return ["".join(pieces) for pieces in self._pieces.values()]
 
     def encode(self, text: str) -> list[int]:
-        """Turn text into tokens that go on from the session.
+        """Turn text into tokens that continue the session.
 
-        :raises InvalidParameter, SessionLengthExceeded: if there is nothing to go on from, or too much to go on with
+        :raises InvalidParameter, SessionLengthExceeded: if there is nothing to continue, or the text cannot fit
         """
         return self.session.encode(text)
 
     def score(self, token_ids: list[int], count: int) -> list[TokenLogprob]:
-        """Tell how likely the tokens of a prompt are, all but its first."""
+        """Return how likely each token of a prompt is, but for its first."""
         return self.session.score(token_ids, count, self._waiter)
 
     def generate(self, input_ids: list[int]) -> Iterator[tuple[int, Chunk]]:
-        """Generate it; yield (row, chunk), as ``InferenceSession.generate`` does.
+        """Generate the answer; yield (row, chunk), as ``InferenceSession.generate`` does.
 
         :raises TooLong: at once, if it does not fit the session, which is then unchanged
         """
@@ -86,7 +86,7 @@ class Service:
         self._generations = FairQueue(
             settings.MAX_CONCURRENT_GENERATIONS, max_waiting=settings.MAX_QUEUE, timeout=settings.QUEUE_TIMEOUT
         )
-        self.ending = threading.Event()  # set when the program is told to end
+        self.ending = threading.Event()  # set when the program begins to shut down
         self._lock = threading.Lock()
         self._started = False
         self._closing = False
@@ -113,20 +113,20 @@ class Service:
         patient: bool = False,
         undo: bool = False,
     ) -> Iterator[Answer]:
-        """Have the block compute an answer: with its session, its places and the tokens that it may spend.
+        """Give the block what an answer needs: its session, its places and the tokens that it may spend.
 
         They are taken in this order: the place among the answers of the caller's key, the session, the tokens, the
-        place among all answers. Who has a later one never waits for an earlier one, so that no two wait for each other;
-        and a key that is at its limit is told so at once, and not after waiting for a busy session.
+        place among all answers. A request with a later one never waits for an earlier one, so that no two wait for each
+        other; and a key that is at its limit is refused at once, before waiting for a busy session.
 
         :param session: entered when its turn has come
-        :param waiter: who waits for all of this, and is told the place in the queue
+        :param waiter: waits for all of this, and is sent its place in the queue
         :param usage: reserved already, for several answers; default: reserved here, by the request's parameters
         :param patient: wait for a place of the key, rather than be refused
-        :param undo: whether the session is as before if the block fails: then its client can send the same again
+        :param undo: restore the session if the block fails, so that its client can send the same request again
         :raises TooManyRequests: if too many wait already, or no place becomes free in time
         :raises Cancelled: if the wait was ended
-        :raises: what entering the session does
+        :raises: whatever entering the session raises
         """
         self.log_text("inputs", params.inputs)
         with contextlib.ExitStack() as stack:
@@ -147,7 +147,7 @@ class Service:
 
     @contextlib.contextmanager
     def _place(self, client: str, waiter: Waiter) -> Iterator[None]:
-        """Have a place among the answers that are computed at a time; wait for it in a fair queue."""
+        """Hold a place among the answers computed at a time; wait for it in a fair queue."""
         try:
             self._generations.take(client=client, waiter=waiter)
         except (QueueFull, WaitedTooLong) as error:
@@ -164,11 +164,11 @@ class Service:
         return [*self.sessions.loops, *self.models.loops]
 
     def others_wait(self) -> bool:
-        """Whether somebody who is there waits for a session, or for an answer's turn."""
+        """Whether a client that is still connected waits for a session, or for an answer's turn."""
         return self.sessions.awaited or self._generations.awaited
 
     def model(self, caller: Caller, name: str | None) -> ServedModel:
-        """Return a model that is loaded, for a caller; None: the default model.
+        """Return a loaded model for a caller; without a name, the default model.
 
         :raises ModelNotFound, ModelNotAllowed, ModelUnavailable, ModelNotReady: if there is none
         """
@@ -177,7 +177,7 @@ class Service:
         return served
 
     def find(self, caller: Caller, name: str) -> ServedModel:
-        """Return a model in whatever state it is. Others than the caller's are not told of.
+        """Return a model in whatever state it is. Models that the caller may not use are not named.
 
         :raises ModelNotFound, ModelNotAllowed: if there is none
         """
@@ -193,7 +193,7 @@ class Service:
             log.info("%s: %r", kind, text)
 
     def close(self, grace: float | None = None) -> None:
-        """End: take nothing new, let running answers finish, close everything. Whoever calls second waits as well.
+        """Shut down: take nothing new, let running answers finish, close everything. A second caller waits as well.
 
         :param grace: seconds that running answers have; default: ``SHUTDOWN_TIMEOUT``
         """
@@ -214,7 +214,7 @@ class Service:
 
 
 class WebApp(Protocol):
-    """What carries a service: an app of Flask's, which is not known here."""
+    """What holds a service: a Flask app, of which this module knows nothing."""
 
     extensions: dict[str, Any]
 

@@ -102,11 +102,11 @@ class Connection:
         self._streams = websockets_of(app).streams
         self._key = key  # from the handshake, or from the message that opens the session
         self._address = address
-        self._caller: Caller | None = None  # whoever has asked for a session
+        self._caller: Caller | None = None  # set once a session was asked for
         self._attached: Attached | None = None
 
     def serve(self) -> None:
-        """Handle the next message, or the end. Called when there is one, by one thread at a time."""
+        """Handle the next message, or the end. Called when one has come, by one thread at a time."""
         with self._app.app_context():
             g.request_id = self.request_id  # for the log
             try:
@@ -124,7 +124,7 @@ class Connection:
     def _serve(self) -> bool:
         """Handle the next message; return whether there may be others.
 
-        :raises Unreachable: if the client was lost, or has gone on over another connection
+        :raises Unreachable: if the client was lost, or has continued over another connection
         """
         if self.service.ending.is_set():
             self.websocket.close(GOING_AWAY, "the server is shutting down")
@@ -141,7 +141,7 @@ class Connection:
         return True
 
     def _leave(self) -> None:
-        """Leave the session, however the end comes."""
+        """Leave the session, however the connection ended."""
         try:
             if self._attached is not None:
                 self._attached.stream.leave(self.client)
@@ -196,7 +196,7 @@ class Connection:
             self.client.deliver({"ok": True})
             return
         self._streams.add(stream)
-        if entry.state is State.CLOSING:  # meanwhile, and the stream may have been added after its end
+        if entry.state is State.CLOSING:  # closed meanwhile, perhaps before the stream was added
             self._streams.discard(session_id)
         timeout = self.service.settings.RESUME_TIMEOUT
         self.client.deliver({"ok": True, "session_id": session_id, "resume_timeout": timeout})
@@ -206,7 +206,7 @@ class Connection:
         self.client.engaged = attached is not None
 
     def _begin(self, request: dict[str, Any]) -> Caller:
-        """Read what requests for a session have in common: who asks, and what they want to be told.
+        """Read what requests for a session have in common: the caller, and the updates it wants.
 
         Browsers cannot send headers with a WebSocket: the message may hold the key.
         """
@@ -219,9 +219,9 @@ class Connection:
         return self.service.access.caller(get_text(request, "api_key") or self._key, self._address)
 
     def _resume(self, request: dict[str, Any]) -> bool:
-        """Go on with a session whose connection was lost; its running answer ends on this one.
+        """Resume a session whose connection was lost; its running answer is finished on this one.
 
-        Returns whether there is one: what the client sends meanwhile is read by the thread that computes it.
+        Returns whether an answer is running: the thread that computes it reads what the client sends meanwhile.
         """
         session_id = require_text(request, "session_id")
         received = require_int(request, "received", minimum=0)
@@ -277,7 +277,7 @@ class Connection:
                 stream.send(response_of(group), entry.length)
 
     def _failure(self, error: Exception) -> dict[str, Any]:
-        """Log a failure and return what to tell the client of it."""
+        """Log a failure and return the message for the client."""
         log_failure(log, "WebSocket request", error)
         return error_body(error, self.request_id, traced=self.service.settings.TRACEBACKS)
 
@@ -312,5 +312,5 @@ def response_of(chunks: list[Chunk]) -> dict[str, Any]:
 def register(app: Flask, settings: Settings) -> None:
     """Add the API to an app."""
     app.extensions["petals_chat_websockets"] = WebSockets(settings, get_service(app).ending)
-    for upgrades in (True, False):  # requests for an upgrade are routed for themselves
+    for upgrades in (True, False):  # requests for an upgrade are routed separately
         app.add_url_rule("/api/v2/generate", view_func=generate_stream, methods=["GET"], websocket=upgrades)

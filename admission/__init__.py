@@ -1,1 +1,1 @@
-"""Who may ask, how much, and when it is their turn."""
+"""Who may send requests, how many, and whose turn is next."""

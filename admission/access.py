@@ -21,17 +21,17 @@ from errors import TooManyRequests, Unauthorized
 
 # A page may stay open for a day; then it has to be loaded again.
 PAGE_TOKEN_AGE = 24 * 3600  # seconds
-# Who has signed in on the page does so again after a month.
+# A person who has signed in on the page signs in again after a month.
 COOKIE_AGE = 30 * 24 * 3600  # seconds
-# What was signed tells the wall clock's time, which may be set back a little; what seems to come from later than that
-# is refused, for it would be valid for as much longer.
+# What was signed holds the wall clock's time, which may be set back a little; what seems to come from later than that
+# is refused, for it would be valid for that much longer.
 CLOCK_STEP = 3600  # seconds
 # From one address. A person errs a few times; at one a second a key of eight letters and digits lasts 90,000 years.
 WRONG_KEYS_PER_MINUTE = 60
 
 
 class PageCookie(str):
-    """What the page has in its cookie, presented in place of an API key."""
+    """The page's cookie, presented in place of an API key."""
 
 
 class Access:
@@ -48,9 +48,9 @@ class Access:
         self._tries = Rates()  # of addresses, with keys that are unknown; apart, so that they push out nothing else
         self.places = Places(settings.REQUEST_TIMEOUT)
         self._keys = read_keys(settings)
-        # Of the page where it is open although there are keys.
+        # Of the page if it is open although there are keys.
         self._page_limits = default_limits(settings) if self._keys else Limits()
-        self._familiar: OrderedDict[tuple[str, str], None] = OrderedDict()  # names of keys, and whence they were used
+        self._familiar: OrderedDict[tuple[str, str], None] = OrderedDict()  # names of keys, and where they were used
         self._lock = threading.Lock()  # guards what is familiar
         # With a secret of its own a page stays valid when the program is started again.
         self._secret = settings.SECRET_KEY or secrets.token_hex()
@@ -64,11 +64,11 @@ class Access:
 
     @property
     def stranger(self) -> Caller:
-        """Who may use nothing but what is public."""
+        """A caller who may use only what is public."""
         return Caller(self)
 
     def caller(self, presented: str | None, address: str = "") -> Caller:
-        """Return who presents a key, or none.
+        """Return the caller that presents a key, or none.
 
         :param presented: a key, or, as a ``PageCookie``, the page's cookie
         :param address: the client's, see ``addresses``
@@ -87,9 +87,9 @@ class Access:
 
     def _key(self, presented: str, address: str) -> Key:
         digest = hash_key(presented)
-        # All are compared, and each in constant time: how long it takes tells nothing.
+        # All are compared, and each in constant time: the time it takes reveals nothing.
         found = [key for key in self._keys if hmac.compare_digest(key.digest, digest)]
-        # Who guesses does not keep out whoever uses a key from the same address, as that of a proxy, already.
+        # Guessing keeps out nobody who already uses a key from the same address, such as a proxy's.
         if not (found and self._is_familiar(found[0], address)) and (wait := self._tries.wait(address, "keys")):
             error = TooManyRequests("too many unknown API keys came from this address")
             error.retry_after = whole_seconds(wait)
@@ -113,7 +113,7 @@ class Access:
                 self._familiar.popitem(last=False)
 
     def page_token(self, browser: str = "") -> str:
-        """Return what shows a WebSocket to be the open page's.
+        """Return the token that identifies a WebSocket as the open page's.
 
         :param browser: where the page is open
         """
@@ -134,7 +134,7 @@ class Access:
         return Caller(self, is_page=True, browser=browser, limits=self._page_limits, address=address)
 
     def sign_in(self, presented: str, address: str = "") -> PageCookie:
-        """Return what the page keeps of a key.
+        """Return the cookie that the page keeps in place of a key.
 
         :raises Unauthorized, TooManyRequests: see ``caller``
         """
@@ -151,7 +151,7 @@ class Access:
         raise Unauthorized("the API key of this page is not known here any more")
 
     def _fingerprint(self, key: Key) -> str:
-        """Return what tells this program, and nobody else, which key it is."""
+        """Return what identifies a key to this program alone."""
         return hmac.new(self._secret.encode(), key.digest, hashlib.sha256).hexdigest()
 
     def summary(self) -> str:

@@ -1,4 +1,4 @@
-"""Who sends a request, as far as the network tells: one client, however many connections it opens."""
+"""Who sends a request, as far as the network shows: one client, however many connections it opens."""
 
 import ipaddress
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ IPV6_PREFIX = 64  # bits
 def parse_networks(texts: Sequence[str]) -> tuple[Network, ...]:
     """Read addresses and networks, such as ``127.0.0.1`` and ``10.0.0.0/8``.
 
-    :raises ValueError: naming what is none
+    :raises ValueError: naming the text that is neither
     """
     return tuple(ipaddress.ip_network(text, strict=False) for text in texts)
 

@@ -1,4 +1,4 @@
-"""Memory that requests share: each tells how much it may need before it begins, and waits until so much is left."""
+"""Memory that requests share: each states how much it may need before it begins, and waits until that much is free."""
 
 import contextlib
 import threading
@@ -15,7 +15,7 @@ class Exhausted(Exception):
 
 
 class Budget:
-    """An amount of something that is held and given back. Who comes first is served first."""
+    """An amount of something that is held and given back. First come, first served."""
 
     def __init__(self, total: int) -> None:
         self.total = total

@@ -1,4 +1,4 @@
-"""Whoever uses an API: what they may use, and how much of it."""
+"""Callers of the APIs: what they may use, and how much of it."""
 
 import contextlib
 import threading
@@ -15,12 +15,12 @@ from swarm.waiter import PATIENT, Waiter
 if TYPE_CHECKING:
     from admission.access import Access
 
-# Of a prompt that is not tokens yet. An estimate is enough: in the end what was really used is counted.
+# Of a prompt that is not yet tokenized. An estimate is enough: in the end what was really used is counted.
 CHARACTERS_PER_TOKEN = 3
 
 
 class Caller:
-    """Somebody who uses an API, with a key or without."""
+    """A user of an API, with a key or without."""
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class Caller:
 
         :param is_page: whether it is the page, open to everybody
         :param browser: where that page is open
-        :param limits: of who has no key; default: none
+        :param limits: of a caller without a key; default: none
         """
         self._access = access
         self._key = key
@@ -52,12 +52,12 @@ class Caller:
 
     @property
     def client(self) -> str:
-        """With whom it shares what there is too little of: everybody with the same key or, without one, address."""
+        """Whose share of scarce things it uses: that of everybody with its key or, without one, its address."""
         return f"key {self._key.name}" if self._key else f"address {self._address}"
 
     @property
     def owner(self) -> str:
-        """With whom alone its sessions are shared."""
+        """The owner of its sessions, which nobody else shares."""
         if self._key:
             return f"key {self._key.name}"
         return f"page {self.browser}" if self._is_page else ""
@@ -73,7 +73,7 @@ class Caller:
     def check_model(self, model: str) -> None:
         """Refuse a model that is not served to this caller.
 
-        :raises ModelNotAllowed: telling what would help
+        :raises ModelNotAllowed: naming the reason
         """
         if not self.may_use(model):
             reason = "this API key may not use it" if self._key else "it is served to the chat page only"
@@ -109,7 +109,7 @@ class Caller:
 
     @contextlib.contextmanager
     def reserving(self, tokens: int, least: int | None = None) -> Iterator["Usage"]:
-        """Reserve tokens for the time of a block, which tells how many were spent; see ``reserve``."""
+        """Reserve tokens for the time of a block, which reports how many were spent; see ``reserve``."""
         usage = self.reserve(tokens, least)
         try:
             yield usage
@@ -155,7 +155,7 @@ class Usage:
     """Tokens that were reserved for a request. For any thread."""
 
     def __init__(self, settle: Callable[[int], None]) -> None:
-        """:param settle: told in the end how many were spent"""
+        """:param settle: called in the end with how many were spent"""
         self._settle = settle
         self._lock = threading.Lock()
         self._spent = 0
@@ -175,7 +175,7 @@ class Usage:
 
 
 class Places:
-    """Places for the answers of each client. Who has no answer computed is not remembered."""
+    """Places for the answers of each client. A client without a running answer is not remembered."""
 
     def __init__(self, timeout: float) -> None:
         """:param timeout: seconds that a patient one may wait"""
@@ -208,7 +208,7 @@ def tokens_of(params: GenerationParams, held: int, room: int) -> tuple[int, int]
     asked = prompt + (params.max_new_tokens or 0) if params.max_length is None else params.max_length - held
     if params.stop_sequence is None:
         most = least = asked
-    else:  # it goes on in rounds, to a bound or to the end of the session
+    else:  # it continues in rounds, to a bound or to the end of the session
         bounds = (params.max_length and asked, params.max_answer_tokens and prompt + params.max_answer_tokens)
         most, least = min([room, *(bound for bound in bounds if bound is not None)]), prompt
     return max(1, min(most, room)), max(1, min(least, room))

@@ -1,4 +1,4 @@
-"""A bounded number of threads for the jobs of many parties, each of which gets its turn. Knows nothing of the jobs."""
+"""A bounded number of threads for the jobs of many parties, which take turns. Knows nothing of the jobs."""
 
 import logging
 import threading
@@ -57,7 +57,7 @@ class FairPool:
                 log.exception("a job failed")
 
     def _next(self) -> Callable[[], None] | None:
-        """Wait for a job, of the party whose turn it is; None: the thread is needed no more."""
+        """Wait for a job, of the party whose turn it is; None: the thread is no longer needed."""
         with self._changed:
             self._idle += 1
             found = self._changed.wait_for(lambda: self._jobs, PATIENCE)

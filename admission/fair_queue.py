@@ -1,7 +1,7 @@
 """A bounded number of places, and a bounded, fair queue before them. Knows nothing of what the places are for.
 
-Fair is max-min: who waits and has the fewest places is served next, and where too many wait, whoever has most requests
-among them gives way. Nothing is set aside: while nobody else wants one, a client may have all places.
+Fair is max-min: of those that wait, the client with the fewest places is served next; where too many wait, the one with
+most requests among them gives way. Nothing is set aside: while nobody else wants one, a client may have all places.
 """
 
 import heapq
@@ -30,7 +30,7 @@ class WaitedTooLong(Exception):
 
 @dataclass(eq=False)
 class _Ticket:
-    """Somebody who waits. All but ``woken`` is guarded by the queue's lock."""
+    """A waiter in the queue. All but ``woken`` is guarded by the queue's lock."""
 
     client: str
     patient: bool
@@ -38,12 +38,12 @@ class _Ticket:
     busy_since: float | None = None  # time.monotonic() when its waiter began to look, which may take long
     position: int = 0  # in the queue, 1 for the next one
     served: bool = False
-    refusal: str = ""  # why they were turned away, if they were
+    refusal: str = ""  # why it was turned away, if it was
     woken: threading.Event = field(default_factory=threading.Event)  # set when something of this has changed
 
 
 class FairQueue:
-    """Places for a bounded number of users, shared fairly between clients; of one client, who comes first is first."""
+    """Places for a bounded number of users, shared fairly between clients; within one, first come, first served."""
 
     def __init__(self, places: int, *, max_waiting: int, timeout: float) -> None:
         """Make a queue with all places free.
@@ -71,7 +71,7 @@ class FairQueue:
     ) -> None:
         """Take a place, waiting for one if need be; it must be given back.
 
-        Nobody waits while another looks: who does that for longer than ``GRACE`` is passed over meanwhile.
+        Nobody waits for another's look: one that takes longer than ``GRACE`` is passed over meanwhile.
 
         :param client: whose share of the places it is
         :param patient: wait even if too many do already, and give way to nobody in that
@@ -121,9 +121,9 @@ class FairQueue:
             return self._held.copy()
 
     def give_back(self, client: str = "") -> None:
-        """Free a place, or hand it over to who is next. Does not wait.
+        """Free a place, or hand it over to the next in line. Does not wait.
 
-        :param client: who took it
+        :param client: the one that took it
         """
         with self._lock:
             self._let_go(client)
@@ -152,7 +152,7 @@ class FairQueue:
             return ticket.served
 
     def _listen(self, ticket: _Ticket) -> None:
-        """A ticket's waiter has looked; a place may have become free meanwhile."""
+        """Note that a ticket's waiter has looked; a place may have become free meanwhile."""
         with self._lock:
             ticket.busy_since = None
             if self._taken < self.places:
@@ -198,7 +198,7 @@ class FairQueue:
                 ticket.woken.set()
 
     def _in_order(self) -> list[_Ticket]:
-        """Under the lock: who waits, in the order in which they are served if no more clients come.
+        """Under the lock: the waiters, in the order in which they are served if no more clients come.
 
         It is max-min fair sharing in whole places: next is the client with fewest, and of several the one whose last
         turn was first; clients that have had none are taken in the order in which they came.
@@ -221,9 +221,9 @@ class FairQueue:
         return order
 
     def _turn_one_away(self, newcomer: str) -> None:
-        """Under the lock: too many wait; the newest of whoever has most among them has to go.
+        """Under the lock: too many wait; turn away the newest of the client with most among them.
 
-        Of those that have as many it is the newcomer's: else equals would push each other out for ever.
+        Of clients with equally many it is the newcomer's: else equals would push each other out for ever.
         """
         counts = Counter(ticket.client for ticket in self._waiting if not ticket.patient)
         most = max(counts, key=lambda client: (counts[client], client == newcomer))

@@ -27,7 +27,7 @@ KEY_FIELDS = {
 
 @dataclass(frozen=True)
 class Limits:
-    """How much somebody may use. 0 where there is no limit."""
+    """How much a caller may use. 0 where there is no limit."""
 
     requests_per_minute: int = 0
     tokens_per_minute: int = 0  # of prompts and answers together
@@ -39,7 +39,7 @@ class Key:
     """An API key: what it allows."""
 
     name: str
-    digest: bytes  # SHA-256 of the key: digests are equally long, so that comparing them tells nothing of the key
+    digest: bytes  # SHA-256 of the key: digests are equally long, so that comparing them reveals nothing
     models: tuple[str, ...] | None  # that it may use; None: all that are public
     limits: Limits
 
@@ -49,14 +49,14 @@ def hash_key(key: str) -> bytes:
 
 
 def default_limits(settings: Settings) -> Limits:
-    """Return the limits of whoever has none of their own."""
+    """Return the limits of keys and callers without their own."""
     return Limits(settings.KEY_REQUESTS_PER_MINUTE, settings.KEY_TOKENS_PER_MINUTE, settings.KEY_CONCURRENT)
 
 
 def read_keys(settings: Settings) -> Sequence[Key]:
     """Return the keys of ``API_KEYS`` and ``API_KEYS_FILE``.
 
-    :raises ConfigError: telling what is wrong with the file, and nothing of a key
+    :raises ConfigError: naming what is wrong with the file, and nothing of a key
     """
     entries: list[object] = [{"key": key} for key in settings.API_KEYS]
     if settings.API_KEYS_FILE:
@@ -100,7 +100,7 @@ def read_key(entry: object, number: int, settings: Settings) -> Key:
         if not isinstance(value, KEY_FIELDS[name]) or isinstance(value, bool):
             raise ConfigError(f"{where}: {name} must be of type {KEY_FIELDS[name].__name__}")
     key, otherwise = entry["key"], default_limits(settings)
-    if re.search(r"^\s|\s$|[\x00-\x1f\x7f]", key):  # in a header it could not be told
+    if re.search(r"^\s|\s$|[\x00-\x1f\x7f]", key):  # a header could not carry it
         raise ConfigError(f"{where} must neither begin nor end with a space, nor have control characters")
     limits = Limits(**{name: entry.get(name, value) for name, value in vars(otherwise).items()})
     if min(vars(limits).values()) < 0:

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 MINUTE = 60  # seconds
-# Of whom something is remembered at a time. Beyond it those are forgotten who have used nothing for longest.
+# Clients remembered at a time. Beyond it, those that have used nothing for longest are forgotten.
 MAX_CLIENTS = 10_000
 
 
 class Exceeded(Exception):
-    """There is no room in this minute."""
+    """There is no room left this minute."""
 
     def __init__(self, wait: float) -> None:
         """:param wait: seconds until there is"""
@@ -53,9 +53,9 @@ class Window:
         return sum(use.amount for use in self._uses.values())
 
     def take(self, amount: int, least: int, now: float) -> Taken:
-        """Use so much, or, where that is too much, what is left, if that is at least ``least``.
+        """Use this much or, where that is too much, what is left, if that is at least ``least``.
 
-        Who has used nothing may take what they want: else there were requests that could never be made.
+        A client that has used nothing may take any amount: else some requests could never be made.
 
         :raises Exceeded: if not even ``least`` is left
         """
@@ -65,7 +65,7 @@ class Window:
         return self.add(amount if amount <= left or not self._uses else left, now)
 
     def wait(self, amount: int, now: float) -> float:
-        """Return after how many seconds there is room for so much; 0: there is."""
+        """Return after how many seconds there is room for this much; 0: now."""
         self.forget(now)
         used, wait = self.used, 0.0
         for use in sorted(self._uses.values(), key=lambda use: use.end):
@@ -75,18 +75,18 @@ class Window:
         return wait
 
     def add(self, amount: int, now: float) -> Taken:
-        """Use so much, whether there is room or not."""
+        """Use this much, whether there is room or not."""
         taken = Taken(int(now), amount)
         self._change(taken.second, amount)
         return taken
 
     def give_back(self, taken: Taken, amount: int) -> None:
-        """Give back what was taken and not used. Once it does not count any more, that changes nothing."""
+        """Give back what was taken and not used. Once it no longer counts, that changes nothing."""
         if taken.second in self._uses:
             self._change(taken.second, -amount)
 
     def forget(self, now: float) -> bool:
-        """Forget what does not count any more. Returns whether nothing is left."""
+        """Forget what no longer counts. Returns whether nothing is left."""
         self._uses = {second: use for second, use in self._uses.items() if use.end > now}
         return not self._uses
 
@@ -105,17 +105,17 @@ class Rates:
         self._clock = clock
         self._max_clients = max_clients
         self._lock = threading.Lock()
-        self._windows: OrderedDict[tuple[str, str], Window] = OrderedDict()  # who was here last comes last
+        self._windows: OrderedDict[tuple[str, str], Window] = OrderedDict()  # most recently used last
 
     def __len__(self) -> int:
         """How many windows are kept."""
         return len(self._windows)
 
     def take(self, client: str, kind: str, limit: int, amount: int = 1, least: int | None = None) -> Taken:
-        """Use so much of a kind; see ``Window.take``.
+        """Use this much of a kind; see ``Window.take``.
 
-        :param least: with how much it can be begun; default: ``amount``
-        :raises Exceeded: if there is not so much left
+        :param least: the least that is of use; default: ``amount``
+        :raises Exceeded: if there is not that much left
         """
         with self._lock:
             least = amount if least is None else min(least, amount)
@@ -144,7 +144,7 @@ class Rates:
         return self._windows[client, kind]
 
     def _make_room(self) -> None:
-        """Forget who has used nothing for a minute, and, where that is not enough, who was here longest ago."""
+        """Forget clients that have used nothing for a minute and, if that is not enough, the least recent ones."""
         now = self._clock()
         while self._windows:
             oldest, window = next(iter(self._windows.items()))

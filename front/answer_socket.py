@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import IO
 
 # What a client has not taken yet, of one connection. Every file of this program fits (the largest, of Swagger UI, has
-# 1.4 MB), so that whoever reads one slowly holds no thread; streams that are not read at all wait here.
+# 1.4 MB), so that a client that reads one slowly holds no thread; streams that are not read at all wait here.
 CAPACITY = 2 * 1024**2  # bytes
 # Sent at a time by the loop: about what a kernel's send buffer takes.
 PIECE = 256 * 1024  # bytes
@@ -108,7 +108,7 @@ class AnswerSocket:
                 self.changed.notify_all()
 
     def break_off(self) -> None:
-        """End the connection for both sides: whoever sends, waits for room or reads is told at once."""
+        """End the connection for both sides: a thread that sends, waits for room or reads fails at once."""
         with self.changed:
             if self.detached:
                 return

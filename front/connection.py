@@ -41,7 +41,7 @@ class Connection:
         """Describe a connection that was accepted.
 
         :param peer: the address of the other side, and ``server`` that of ours, as sockets have them
-        :param client: who counts as one with others, where connections are shared out
+        :param client: the client whose share of connections it uses
         """
         self.raw = raw
         self.client_key = client
@@ -70,7 +70,7 @@ class Connection:
     def await_rest(self, timeout: float, max_body: int) -> None:
         """Set the deadline for the rest of a request, of which something has come.
 
-        Whoever sends an allowed body steadily, at ``MIN_RATE`` or faster, is not cut off.
+        A client that sends an allowed body steadily, at ``MIN_RATE`` or faster, is not cut off.
 
         :param timeout: seconds, from the first byte, that a request may take in any case
         """
@@ -102,5 +102,5 @@ class _Whole:
         return self._request
 
     def finish_body(self, deadline: float) -> bool:
-        """Tell that nothing of the request is left on the connection."""
+        """Report that nothing of the request is left on the connection."""
         return True

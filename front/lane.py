@@ -8,7 +8,7 @@ Item = TypeVar("Item")
 
 
 class Lane(Generic[Item]):
-    """Clients take turns, however many requests each of them has waiting. Not for use from several threads.
+    """Clients take turns, however many requests each has waiting. Not for use from several threads.
 
     One client alone does not get the last tenth of the threads, so that the first request of another one need not wait
     until something ends; 64 clients behind one address, as in the benchmarks, still have all that they can use.
@@ -36,7 +36,7 @@ class Lane(Generic[Item]):
     def take(self) -> Item | None:
         """Return what is to be computed next; None if nothing waits, or nothing that there is a thread for.
 
-        :meth:`done` must be told when it has been computed.
+        Call :meth:`done` with it when it has been computed.
         """
         if len(self._running) >= self._threads:
             return None

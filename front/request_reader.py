@@ -41,7 +41,7 @@ class RequestReader:
         :param cfg: gunicorn's configuration
         :param client: the address of the other side
         :param max_body: bytes of a body that are kept; a larger one is dropped
-        :param on_continue: called when the client waits to be told to send the body
+        :param on_continue: called when the client waits for a 100 (Continue) before it sends the body
         """
         self.unread = bytearray()  # what came and belongs to no whole part of a request yet
         self.received = 0  # bytes of the request that is being read
@@ -129,7 +129,7 @@ class RequestReader:
         else:
             self._body = _PlainBody(self._max_body, reader.length)
         if request._expected_100_continue:
-            request._expected_100_continue = False  # gunicorn would tell it again
+            request._expected_100_continue = False  # gunicorn would send it again
             if self._body.too_large:
                 self._body.abandon()
             elif not self._body.whole and not self.unread:
@@ -171,7 +171,7 @@ class _Body:
 
 
 class _PlainBody(_Body):
-    """A body whose length was told before."""
+    """A body whose length was announced."""
 
     def __init__(self, limit: int, length: int) -> None:
         super().__init__(limit)

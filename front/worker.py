@@ -41,7 +41,7 @@ LINGER = 2.0  # seconds
 MAX_LINGERING = 128  # connections, beyond MAX_CONNECTIONS; others are closed without waiting for their clients
 # Requests that are not yet answered, and answers that are not yet taken, each over all connections: 128 of the largest.
 MAX_HELD = 128 * 1024**2  # bytes
-# Answered by threads of their own, whatever the load, for those who watch over the program.
+# Answered by threads of their own, whatever the load, for monitoring.
 EXPRESS_PATHS = ("/healthz", "/readyz")
 EXPRESS_THREADS = 2  # one for each path
 # Besides connections and WebSockets: those that linger, and the rest of the program (models, swarm, log, pipes).
@@ -95,7 +95,7 @@ class Worker(ThreadWorker):
         self.wsgi = with_detach
 
     def run(self) -> None:
-        """Serve until told to end, then answer what has been asked."""
+        """Serve until asked to end, then answer the requests that have come."""
         self.settings = Settings.from_environment()
         self.connections: set[Connection] = set()
         self.lingering = 0
@@ -132,7 +132,7 @@ class Worker(ThreadWorker):
 
     def _turn(self) -> None:
         self.notify()
-        # Without connections there is nothing to look at; gunicorn's parent must be told every second all the same.
+        # Without connections there is nothing to look at; gunicorn's parent must still hear from us every second.
         for key, events in self.poller.select(SWEEP if self.connections else 1.0):
             if isinstance(key.data, Connection):
                 self._guard(self._on_event, key.data, events)
@@ -142,7 +142,7 @@ class Worker(ThreadWorker):
             self._sweep()
 
     def _guard(self, step: Callable[..., None], conn: Connection, *args: Any) -> None:
-        """Do something for one connection; what goes wrong is the end of that one, not of the loop."""
+        """Do something for one connection; a failure ends that connection, not the loop."""
         try:
             step(conn, *args)
         except Exception:
@@ -204,14 +204,14 @@ class Worker(ThreadWorker):
             self._guard(self._turn_away, conn)
 
     def _client_key(self, peer: Any, raw: socket.socket) -> str:
-        """Return whom a connection belongs to. Each one of a trusted proxy is somebody else's."""
+        """Return the client of a connection. Each connection of a trusted proxy counts as a client of its own."""
         address = peer[0] if isinstance(peer, tuple) else ""
         trusted = self.settings.trusted_proxies
         is_trusted = not client_address(address, "somebody behind it", trusted)
         return f"connection {raw.fileno()}" if is_trusted else client_address(address, "", ())
 
     def _displace(self) -> bool:
-        """Close a connection that nobody computes for: of the client that has most, the one that is silent for longest.
+        """Close a connection without a running request: of the client with most, the one that is silent for longest.
 
         Also one of the newcomer's own client: its own old ones must not keep it out.
         """
@@ -255,7 +255,7 @@ class Worker(ThreadWorker):
             self._relieve()
 
     def _advance(self, conn: Connection) -> None:
-        """Go on with what has been read: hand a request over if it is whole."""
+        """Continue with what has been read: hand a request over if it is whole."""
         if conn.state is not State.READING:
             return
         try:
@@ -264,7 +264,7 @@ class Worker(ThreadWorker):
             self.handle_error(None, conn.sock, conn.client, error)
             self._finish(conn, keep=False)
             return
-        except OSError:  # gone before it was told to go on
+        except OSError:  # gone before it was asked to continue
             self._drop(conn)
             return
         if request is not None:
@@ -285,7 +285,7 @@ class Worker(ThreadWorker):
         client = client_address(peer, forwarded_for, self.settings.trusted_proxies)
         conn.lane.add(client or conn.client_key, conn)
         self._dispatch(conn.lane)
-        # So that half of the connections remain for those who arrive.
+        # So that half of the connections remain for newcomers.
         if len(conn.lane) > self.cfg.worker_connections // 2:
             self._turn_away(conn.lane.newest_of_heaviest())
 
@@ -385,7 +385,7 @@ class Worker(ThreadWorker):
             return
         if conn.state is State.WAITING:
             conn.lane.remove(conn)
-        # A process that was forked meanwhile has the socket too: closing it alone would tell the client nothing.
+        # A process that was forked meanwhile has the socket too: closing it alone would not reach the client.
         conn.sock.break_off()
         self._forget(conn)
         conn.raw.close()
@@ -431,7 +431,7 @@ class Worker(ThreadWorker):
             self._drop(conn)
 
     def _relieve(self) -> None:
-        """Keep the memory of slow clients within bounds: whose connections take most gives one up."""
+        """Keep the memory of slow clients within bounds: the client whose connections take most loses one."""
         waiting = (State.READING, State.WAITING)
         while self.held > MAX_HELD:
             victim = self._heaviest(lambda conn: conn.held if conn.state in waiting else 0)

@@ -1,4 +1,4 @@
-"""How many tokens there may be: of a session, of an answer, of what a request brings."""
+"""How many tokens a session, an answer and a request's input may have."""
 
 from errors import TooLong
 from generation.parameters import GenerationParams
@@ -8,7 +8,7 @@ from generation.session import Session
 def token_budget(params: GenerationParams, session: Session, input_length: int) -> int:
     """Return how many tokens may be generated.
 
-    With a stop sequence generation goes on in rounds, to the end of the session, of ``max_length`` or of
+    With a stop sequence generation continues in rounds, to the end of the session, of ``max_length`` or of
     ``max_answer_tokens`` if need be; a request without one asks for a number of tokens, which must fit.
 
     :raises TooLong: if the request does not fit the session
@@ -39,7 +39,7 @@ def needed_length(params: GenerationParams, prompt: int) -> int:
 def stateless_length(needed: int, longest: int) -> int:
     """Return the length of a session for a request that comes without one.
 
-    It may be kept, and go on with a longer request: with twice the room what is computed again stays in proportion.
+    It may be kept, and continue with a longer request: with twice the room what is computed again stays in proportion.
     """
     return min(2 * needed, max(needed, longest))
 
@@ -59,7 +59,7 @@ def chat_length(prompt: int, wanted: int | None, usual: int, longest: int) -> in
 def check_length(prompt: int, wanted: int, longest: int) -> None:
     """Refuse what does not fit.
 
-    :raises TooLong: telling the numbers
+    :raises TooLong: naming the numbers
     """
     if prompt + wanted > longest:
         raise TooLong(f"a prompt of {prompt} tokens and {wanted} new ones exceed the model's {longest}")

@@ -1,4 +1,4 @@
-"""The loop: tokens of a prompt in, an answer out, token by token. Every door consumes this one.
+"""The loop: tokens of a prompt in, an answer out, token by token. Every door uses this one.
 
 It knows nothing of how logits come about (a session is anything that has the methods of ``Session``) and nothing of how
 text goes out. The loop is ours, not Transformers', so that it can stream, stop exactly and be cancelled.
@@ -59,7 +59,7 @@ def logprobs_of(logits: torch.Tensor, token_ids: Sequence[int], count: int) -> l
 
 
 class TimeLimit(Waiter):
-    """Somebody who waits no longer than a time, which begins now."""
+    """A waiter with a time limit, which begins now."""
 
     def __init__(self, waiter: Waiter, seconds: float | None) -> None:
         """:param seconds: None: without a limit of its own"""
@@ -96,14 +96,14 @@ def generate(
 ) -> Iterator[tuple[int, Chunk]]:
     """Generate an answer in each row, token by token; yield (row, chunk): one per token, a row's last with its reason.
 
-    The tokens of a single row are added to the session, whose last token is unprocessed afterwards: going on from it
-    costs nothing. Several rows are answers of their own to the same prompt, and nothing goes on from them.
+    The tokens of a single row are added to the session, whose last token is unprocessed afterwards: continuing from
+    it costs nothing. Several rows are separate answers to the same prompt, and nothing continues them.
 
-    :param input_ids: tokens to add before; empty: go on where the session is
+    :param input_ids: tokens to add before; empty: continue where the session is
     :param budget: how many tokens each row may have, see ``token_budget``
     :param detokenizers: of each row; they may hold back the beginning of a character for a later request
     :param defaults: the model's own sampling parameters
-    :param waiter: looked after between and during steps; who waits no longer ends the answer as "cancelled"
+    :param waiter: looked after between and during steps; when it gives up, the answer ends as "cancelled"
     :raises SwarmError: if the swarm cannot compute; the tokens so far stay in the session
     """
     if input_ids:
@@ -197,7 +197,7 @@ class _Writer:
         return Chunk(text, (token_id,), logprob=logprob)
 
     def end(self, reason: FinishReason) -> Chunk:
-        """Return the end of an answer that is broken off."""
+        """Return the end of an answer that is interrupted."""
         return Chunk(self._matcher.flush(), (), reason)
 
 

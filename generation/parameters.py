@@ -7,7 +7,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 from errors import InvalidParameter
 
-# More and longer ones than anybody needs, few and short enough to look for after every token.
+# More and longer ones than anyone needs, few and short enough to look for after every token.
 MAX_STOP_SEQUENCES, MAX_STOP_LENGTH = 64, 1024  # sequences, characters each
 # Of models, which may be paths, and of sessions.
 MAX_NAME = 4096  # characters
@@ -142,7 +142,7 @@ def parse_generation(values: Mapping[str, Any]) -> GenerationParams:
 
 
 def with_defaults(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the parameters with those that are not given, or given as nothing, from ``defaults``."""
+    """Return the parameters; missing and empty ones come from ``defaults``."""
     return {**defaults, **{name: value for name, value in values.items() if value is not None and value != ""}}
 
 
@@ -263,7 +263,7 @@ def _check_range(name: str, number: float, minimum: float | None, maximum: float
 
 
 def _describe(value: Any) -> str:
-    """Say what a value is, for a message. Only numbers are told: anything else may be what nobody else may read."""
+    """Say what a value is, for a message. Only numbers are shown: anything else may be private."""
     if isinstance(value, str):
         return f"a text of {len(value)} character{'s' * (len(value) != 1)}"
     if isinstance(value, (int, float)) and not isinstance(value, bool):

@@ -99,7 +99,7 @@ class Candidates:
     """Which tokens may be drawn, and how likely each is."""
 
     def __init__(self, top_k: int | None, top_p: float | None, min_p: float | None) -> None:
-        """Set the rules; None or what leaves out nothing: without that one."""
+        """Set the rules; a value of None, or one that leaves out nothing, adds no rule."""
         self._rules: list[Callable[[torch.Tensor], torch.Tensor]] = []
         if top_k:
             self._rules.append(functools.partial(keep_top_k, top_k=top_k))
@@ -138,7 +138,7 @@ class Sampler:
     def __init__(self, params: GenerationParams, defaults: GenerationConfig, row: int = 0) -> None:
         """Make a sampler.
 
-        :param row: which of several answers to the same prompt it is for; with the same seed each is another one
+        :param row: which of several answers to the same prompt it is for; with the same seed each differs
         """
 
         def setting(name: str) -> Any:
@@ -186,6 +186,6 @@ class Sampler:
             index = pick(probabilities, self._random.random())
             return index if ids is None else int(ids[index])
         if ids is not None:
-            # `generate` draws a number for each token of the vocabulary: who asks for its results waits for them all.
+            # `generate` draws a number for each token of the vocabulary: who wants its results waits for all.
             probabilities = torch.zeros_like(scores).index_copy_(0, ids, probabilities)
         return int(torch.multinomial(probabilities, num_samples=1, generator=self._generator))

@@ -1,4 +1,4 @@
-"""What generation needs of a session, whoever computes it."""
+"""What generation needs of a session, however it is computed."""
 
 from collections.abc import Iterator, Sequence
 from typing import Protocol

@@ -36,7 +36,7 @@ class Detokenizer:
 
     @property
     def state(self) -> "HeldBack":
-        """What is held back, to go back to later."""
+        """What is held back, to be restored later."""
         return HeldBack(tuple(self._ids), self._start, self._sent, self._utf8.getstate())
 
     @state.setter
@@ -45,7 +45,7 @@ class Detokenizer:
         self._utf8.setstate(held.utf8)
 
     def restart(self, context: Sequence[int]) -> None:
-        """Forget what is held back and go on after these tokens."""
+        """Forget what is held back and continue after these tokens."""
         self._utf8.reset()
         self._ids = [token_id for token_id in context if token_id not in self._bytes][-CONTEXT_TOKENS:]
         self._start, self._sent = len(self._ids), 0
@@ -125,9 +125,9 @@ class StopMatcher:
 
 
 def encode_inputs(text: str, session: Session, tokenizer: TextTokenizer) -> list[int]:
-    """Turn input text into tokens that go on from the session; a new session begins as the model's texts begin.
+    """Turn input text into tokens that continue the session; a new session begins as the model's texts begin.
 
-    :raises InvalidParameter: if there is nothing to go on from
+    :raises InvalidParameter: if there is nothing to continue
     :raises SessionLengthExceeded: if the text cannot fit the session
     """
     if session.token_ids:

@@ -1,6 +1,6 @@
-"""Which models are known: what each is, how it is talked to, and how the page samples.
+"""Which models are known: what each is, its chat format, and how the page samples.
 
-A model that is not known works too, with ``DIALOGUE``. Importing this loads nothing but the standard library.
+An unknown model works too, with ``DIALOGUE``. Importing this loads nothing but the standard library.
 """
 
 import os
@@ -17,7 +17,7 @@ State = Literal["loading", "ready", "blocks_missing", "stale", "rejoining", "fai
 class ChatFormat:
     """How turns of a conversation become model input; ``{text}`` is what the person wrote."""
 
-    user: str  # a turn of the person, up to where the model goes on
+    user: str  # a turn of the person, up to where the model continues
     turn_end: str  # between an answer and the next turn
     stop: tuple[str, ...]  # texts that end an answer
     first: str  # the first turn and what is before it, where there is a system prompt, ``{system}``
@@ -37,7 +37,7 @@ class ModelConfig:
     chat: ChatFormat
     title: str = ""  # shown on the pages; default: the last part of the name
     size: str = ""  # parameters, as people say it; empty: counted once the model is loaded
-    licence: str = ""  # of the weights; empty: not known here
+    licence: str = ""  # of the weights; empty: unknown
     session_length: int = 2048  # tokens of a conversation on the page
     # How the page samples. Programs say what they want with each request.
     generation: Mapping[str, Any] = field(default_factory=lambda: {"do_sample": 1, "temperature": 0.7, "top_p": 0.9})
@@ -91,7 +91,7 @@ LLAMA_2 = ChatFormat(
 
 BLOOM_LICENCE = "bigscience-bloom-rail-1.0"
 
-# Models that are known by name: what they are and how they are talked to. Any other name works too, with DIALOGUE.
+# Models that are known by name: what they are, and their chat formats. Any other name works too, with DIALOGUE.
 KNOWN_MODELS = {
     model.name: model
     for model in (

@@ -13,7 +13,7 @@ from errors import InvalidParameter, TooLong
 from models.catalog import KNOWN_MODELS, ModelConfig
 
 # Templates come with checkpoints. Sensible ones write a conversation once, within milliseconds, and the largest that a
-# request holds by default has 2**20 bytes. A loop without end is ended as well, but for one that writes nothing.
+# request holds by default has 2**20 bytes. An endless loop is stopped as well, unless it writes nothing.
 MAX_RENDERED = 2**22  # characters
 RENDER_TIMEOUT = 5.0  # seconds
 
@@ -52,7 +52,7 @@ def apply_template(
 
 
 def render(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
-    """Write a conversation with the tokenizer's chat template, as Transformers does, but not for ever.
+    """Write a conversation with the tokenizer's chat template, as Transformers does, but within bounds.
 
     :raises TemplateError: if the template refuses it
     :raises TooLong: if it becomes too long, or takes too long

@@ -1,4 +1,4 @@
-"""The models that are served: loaded in the background, each with a state that anybody may ask for.
+"""The models that are served: loaded in the background, each with a state that can be asked for at any time.
 
 Nothing heavy is imported before ``start``: importing the app costs nothing.
 """
@@ -31,10 +31,10 @@ log = logging.getLogger(__name__)
 # How often a model whose blocks are not all served yet looks again: a person waits, and a look costs milliseconds.
 BLOCKS_POLL = 1.0  # seconds
 # Between two tries to be in a swarm, or to bring up a model: short at first, for a swarm that is just being started.
-# Nobody can tell that a fault of configuration stays one: a directory may be mounted, access to a hub's model granted.
+# A fault of configuration need not stay one: a directory may be mounted, access to a hub's model granted.
 # Such a try fails early and costs milliseconds, and a request to the hub in a minute harms nobody.
 FIRST_RETRY, LAST_SWARM_RETRY, LAST_MODEL_RETRY = 1.0, 30.0, 60.0  # seconds
-# How often to look whether a model has come in doubt.
+# How often to check whether a model has come into doubt.
 KEEP_PERIOD = 1.0  # seconds
 # Of the free memory, for the attention caches of all embedded servers; the weights and other programs need the rest.
 CACHE_SHARE = 0.25
@@ -97,7 +97,7 @@ class ServedModel:
         return None
 
     def report(self, message: str) -> None:
-        """Tell the log, and whoever asks, how far the loading is."""
+        """Report how far the loading is: to the log, and in the state."""
         self.progress, self.fraction = message, None
         log.info("%s: %s", self.config.name, message)
 
@@ -109,7 +109,7 @@ class Models:
     """All models of the program, and the swarm behind them."""
 
     def __init__(self, settings: Settings, relief: "CacheRelief | None" = None) -> None:
-        """:param relief: who frees attention cache when the servers have none left"""
+        """:param relief: frees attention cache when the servers have none left"""
         self.settings = settings
         self._relief = relief
         self.served = {config.name: ServedModel(config) for config in configured(settings.MODELS)}
@@ -157,9 +157,9 @@ class Models:
             try:
                 self._connect()
                 break
-            except Exception as error:  # whatever it was, the models' states must tell it
+            except Exception as error:  # whatever it was, the models' states must report it
                 self._wait_unconnected(error, next(delays))
-        if self._stop.is_set():  # the program has ended meanwhile, and could not leave what it was not in yet
+        if self._stop.is_set():  # the program ended meanwhile, before there was a swarm to leave
             self._leave_swarm()
             return
         self._keepers = [self._keeper(served, started) for served in self.served.values()]
@@ -190,7 +190,7 @@ class Models:
             served.error = None
 
     def _wait_unconnected(self, error: Exception, delay: float) -> None:
-        """Tell why this program is in no swarm, and wait until the next try."""
+        """Report why this program is in no swarm, and wait until the next try."""
         if isinstance(error, SwarmUnreachable) and self.settings.INITIAL_PEERS:  # it may not have been started yet
             self._report_all(f"waiting for the swarm: {error}")
         else:
@@ -320,7 +320,7 @@ class Models:
             session.step([token_id], waiter=Until(self._stop))
 
     def close(self) -> None:
-        """Let go of all models, then of the swarm; embedded servers end."""
+        """Release all models, then the swarm; embedded servers end."""
         self._stop.set()
         for keeper in self._keepers:
             keeper.stop()
@@ -337,5 +337,5 @@ class Models:
 
 
 def as_swarm_error(error: Exception) -> SwarmError:
-    """Return what to tell a request for a model that cannot be had."""
+    """Return the error for a request whose model is not available."""
     return error if isinstance(error, SwarmError) else ModelUnavailable(f"{type(error).__name__}: {error}")

@@ -1,1 +1,1 @@
-"""The third door: the API that programs made for OpenAI speak."""
+"""The third door: the API for programs that are made for OpenAI's."""

@@ -1,7 +1,7 @@
 """Answers to several prompts at once, as one stream of events: the OpenAI API's lists of prompts, choices and streams.
 
 Each prompt is computed by a thread of its own, so that a server that batches computes them together, and so that
-whoever reads can do something else while nothing comes.
+the reader can do something else while nothing comes.
 """
 
 import contextvars
@@ -36,8 +36,8 @@ class Task:
     params: GenerationParams
     choices: int = 1
     scored: bool = False  # whether the prompt's own log-probabilities are wanted
-    keep_warm: bool = True  # whether the session may be kept for who goes on from it
-    open_ended: bool = False  # whether the budget is what there is room for, and not what was asked for
+    keep_warm: bool = True  # whether the session may be kept for requests that continue it
+    open_ended: bool = False  # whether the budget is the room there is, not a number that was asked for
 
     @property
     def tokens(self) -> tuple[int, int]:
@@ -64,7 +64,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Done:
-    """A prompt is done with."""
+    """A prompt is finished."""
 
     cached_tokens: int = 0  # of the prompt, how many did not have to be computed
     completion_tokens: int = 0
@@ -82,7 +82,7 @@ class Answers:
     ) -> None:
         """Begin.
 
-        :param waiter: who waits for them; its end ends everything
+        :param waiter: waits for them; when it gives up, everything ends
         :raises TooManyRequests: if it would cost more tokens than the caller has left
         """
         self._service = service
@@ -94,7 +94,7 @@ class Answers:
         self._events: queue.SimpleQueue[Event | BaseException] = queue.SimpleQueue()
         self._numbers = iter(range(len(tasks)))
         workers = min(len(tasks), PROMPTS_AT_A_TIME, caller.concurrent or PROMPTS_AT_A_TIME)
-        # All at once, so that a list of prompts is not refused in its midst.
+        # All at once, so that a list of prompts is not refused halfway.
         tokens = [task.tokens for task in tasks]
         self._usage = caller.reserve(sum(most for most, _ in tokens), sum(least for _, least in tokens))
         self._working = list(range(workers))  # its operations are atomic under the interpreter's lock
@@ -104,7 +104,7 @@ class Answers:
             threading.Thread(target=run, args=(self._work,), name="answer", daemon=True).start()
 
     def events(self, patience: float | None = None) -> Iterator[Event | None]:
-        """Yield what comes, in the order in which it comes, until all prompts are done with.
+        """Yield what comes, in the order in which it comes, until all prompts are finished.
 
         :param patience: after this many seconds of silence yield None
         :raises Exception: whatever a prompt failed with; the others are ended

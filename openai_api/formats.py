@@ -26,7 +26,7 @@ class ChatWriter:
     chunk = "chat.completion.chunk"  # the object in which a piece is sent
     prefix = "chatcmpl"
     begun: set[int] = field(default_factory=set)  # answers that have some text
-    spelled: dict[int, dict[str, Any]] = field(default_factory=dict)  # tokens that were told: the same ones come again
+    spelled: dict[int, dict[str, Any]] = field(default_factory=dict)  # tokens reported so far: the same ones come again
 
     def text(self, index: int, text: str) -> str:
         """Return what to send of a piece of text."""
@@ -97,7 +97,7 @@ class TextWriter:
         return {"index": index, "text": text, "logprobs": None, "finish_reason": None} if text else None
 
     def empty(self, index: int) -> dict[str, Any]:
-        """Return what is sent of an answer of which nothing was wanted but the prompt's text."""
+        """Return what is sent of an answer for which only the prompt's text was wanted."""
         opening = self.opening(index) or {"index": index, "text": "", "logprobs": None}
         return opening | {"finish_reason": "length"}
 
@@ -132,7 +132,7 @@ class TextWriter:
             offsets.append(offset)
             offset += len(token)
         self.offsets[index] = offset
-        # Different tokens may have the same text, as parts of characters: the likeliest is told.
+        # Different tokens may have the same text, as parts of characters: the likeliest is reported.
         tops = [{spell(token): finite(value) for token, value in reversed(one.top)} for one in found]
         return {
             "tokens": tokens,
@@ -146,7 +146,7 @@ Writer = ChatWriter | TextWriter
 
 
 def finite(logprob: float) -> float:
-    """JSON knows no infinity; OpenAI writes this for what is all but impossible."""
+    """JSON knows no infinity; OpenAI writes this for a nearly impossible token."""
     return max(logprob, -9999.0)
 
 
@@ -172,7 +172,7 @@ class Tally:
 
 
 def openai_error(error: BaseException) -> tuple[dict[str, Any], int]:
-    """Return the body that tells a client of the OpenAI API of a failure, and the status."""
+    """Return the body that reports a failure to a client of the OpenAI API, and the status."""
     status, code, message, _ = describe(error)
     if code == "too_long":
         status, code = 400, "context_length_exceeded"

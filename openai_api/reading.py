@@ -31,7 +31,7 @@ def read_chat(body: ChatRequest, config: ModelConfig, model: "SwarmModel") -> Ch
 
 
 def chat_task(body: ChatRequest, config: ModelConfig, model: "SwarmModel", chat: ChatPrompt) -> tuple[Task, int]:
-    """Return what is to be computed for a chat, and how many values the answer may tell.
+    """Return what is to be computed for a chat, and how many values the answer may report.
 
     :raises InvalidParameter, TooLong: if it is nothing, or too much
     """
@@ -47,13 +47,13 @@ def chat_task(body: ChatRequest, config: ModelConfig, model: "SwarmModel", chat:
     open_ended, wanted = wanted is None, wanted or length - len(token_ids)
     choices = body.n or 1
     if choices > 1:
-        length = len(token_ids) + wanted  # several rows are not gone on from
+        length = len(token_ids) + wanted  # nothing continues several rows
     told = check_work(len(token_ids) + wanted, choices, logprobs)
     return Task(token_ids, wanted, length, params, choices, open_ended=open_ended), told
 
 
 def completion_tasks(body: CompletionRequest, config: ModelConfig, model: "SwarmModel") -> tuple[list[Task], int]:
-    """Return what is to be computed for each prompt of a completion, and how many values the answers may tell.
+    """Return what is to be computed for each prompt of a completion, and how many values the answers may report.
 
     :raises InvalidParameter, TooLong: if it is nothing, or too much
     """
@@ -68,7 +68,7 @@ def completion_tasks(body: CompletionRequest, config: ModelConfig, model: "Swarm
     for token_ids in prompts:
         check_length(len(token_ids), wanted, model.max_length)
         needed = len(token_ids) + wanted
-        # Of several prompts or answers none is gone on from, and they would push out conversations that are.
+        # Nothing continues several prompts or answers, and they would push out conversations that continue.
         alone = len(prompts) == (body.n or 1) == 1 and not scored
         length = stateless_length(needed, model.max_length) if alone else needed
         tasks.append(Task(token_ids, wanted, length, params, body.n or 1, scored, keep_warm=alone))
@@ -78,7 +78,7 @@ def completion_tasks(body: CompletionRequest, config: ModelConfig, model: "Swarm
 def sampling(
     body: Sampling, config: ModelConfig, model: "SwarmModel", stop: Sequence[str], logprobs: int | None
 ) -> GenerationParams:
-    """Return the parameters of a request; what it leaves out is as on the page for this model."""
+    """Return the parameters of a request; for what it leaves out, the page's values for this model apply."""
     temperature = config.generation.get("temperature", 1.0) if body.temperature is None else body.temperature
     top_p = config.generation.get("top_p", 1.0) if body.top_p is None else body.top_p
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
@@ -117,10 +117,10 @@ def check_tokens(model: "SwarmModel", token_ids: Sequence[int], param: str) -> N
 
 
 def check_work(tokens: int, choices: int, logprobs: int | None) -> int:
-    """Return how many values an answer may tell; refuse what would take memory without end.
+    """Return how many values an answer may report; refuse what would take unbounded memory.
 
     :param tokens: of prompts and answers
-    :raises InvalidParameter: telling the numbers
+    :raises InvalidParameter: naming the numbers
     """
     told = tokens * choices * (1 if logprobs is None else 2 + logprobs)
     if told > MAX_TOLD:

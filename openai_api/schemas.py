@@ -34,11 +34,11 @@ from swarm.tokenization import MAX_TEXT
 
 # Each answer takes attention cache for the whole prompt.
 MAX_CHOICES = 16
-# Each is a session of its own; so many answers of the default length take some seconds even on a slow swarm's servers.
+# Each is a session of its own; this many answers of the default length take some seconds even on slow servers.
 MAX_PROMPTS = 256
 MAX_TOP_LOGPROBS = 20
 MAX_TOKEN_ID = 2**31 - 1
-# Ids in one list: 16 times the longest session, so that who sends more than fits is told how much that is, and few
+# Ids in one list: 16 times the longest session, so that a client that sends more than fits learns how much, and few
 # enough to be decoded and written within a moment.
 MAX_TOKEN_IDS = 2**17
 # OpenAI's.
@@ -92,7 +92,7 @@ def bounds_of(name: str) -> Any:
     return Field(**PARAMETERS[name].bounds)
 
 
-# What a member of a union is called: a part of the place of an error that nobody wants to read.
+# Names of a union's members: pydantic puts them into an error's place, where they only distract.
 A_TEXT, TEXTS, IDS, LISTS_OF_IDS, A_LIST = "a text", "texts", "token ids", "lists of token ids", "a list"
 TAGS = frozenset((A_TEXT, TEXTS, IDS, LISTS_OF_IDS, A_LIST))
 
@@ -100,7 +100,7 @@ Text = Annotated[str, Field(description="Valid Unicode.")]
 Name = Annotated[str, StringConstraints(max_length=MAX_NAME)]
 StopText = Annotated[str, StringConstraints(max_length=MAX_STOP_LENGTH)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
-# Of all lists the first wrong item is told, and no more are looked for.
+# Of each list the first wrong item is reported, and no more are looked for.
 TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOKEN_IDS, fail_fast=True)]
 
 
@@ -121,7 +121,7 @@ def kind_of_prompt(value: Any) -> str | None:
 def choice_of(kind: Any, words: str) -> Any:
     """Return what chooses the member of a union, so that an error is that of the one that was meant.
 
-    :param words: what is told if it is none
+    :param words: the message if it is none
     """
     return Discriminator(kind, custom_error_type="union", custom_error_message=f"Input should be {words}")
 
@@ -159,7 +159,7 @@ class Request(BaseModel):
 
 
 def first_problem(error: ValidationError) -> InvalidParameter:
-    """Turn pydantic's errors into ours, which tells the first."""
+    """Turn pydantic's errors into ours, which reports the first."""
     problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
     place = ".".join(str(part) for part in problem["loc"] if part not in TAGS)
     if not place:

@@ -28,17 +28,17 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Values that answers may tell, of all requests at a time that are not streamed; those that ask for few do not count.
+# Values that answers may report, of all requests at a time that are not streamed; those that ask for few do not count.
 TOLD, FEW_TOLD = Budget(2 * MAX_TOLD), 10_000
 
 
 class Reply:
-    """What a request is answered."""
+    """The reply to a request."""
 
     def __init__(self, service: Service, model: "SwarmModel", writer: Writer, tasks: Sequence[Task], told: int) -> None:
         """Make a reply; nothing is computed before ``send``.
 
-        :param told: values that it may tell, see ``check_work``
+        :param told: values that it may report, see ``check_work``
         """
         self._service = service
         self._model = model
@@ -156,7 +156,7 @@ class Reply:
 
 @contextlib.contextmanager
 def room_to_tell(told: int, timeout: float, waiter: Waiter) -> Iterator[None]:
-    """Have memory for an answer that is sent when it is whole.
+    """Hold memory for an answer that is sent when it is whole.
 
     :raises TooManyRequests: if others take it for longer than ``timeout`` seconds
     """

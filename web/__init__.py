@@ -1,1 +1,1 @@
-"""All else that speaks HTTP: pages, status, documents, and what the doors share."""
+"""Everything else that speaks HTTP: pages, status, documents, and what the doors share."""

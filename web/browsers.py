@@ -1,7 +1,7 @@
-"""What a request tells of where it comes from: the name it asks the app by, the site whose page sends it, its cookies.
+"""What a request says of where it comes from: the name it asks the app by, the site whose page sends it, its cookies.
 
-Browsers send what any page tells them to. So a name that anybody's DNS may point here, and a page of another site, are
-looked at before anything is done for them.
+Browsers send what any page asks them to. So the name that the app is asked by, which anybody's DNS may point here, and
+the site of the page are checked before anything else is done.
 """
 
 import functools
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from config import Settings
 
-KEY_COOKIE = "petals_chat_key"  # who has signed in on the page; signed, and not the key
+KEY_COOKIE = "petals_chat_key"  # the key that signed in on the page: a signed fingerprint, not the key
 BROWSER_COOKIE = "petals_chat_browser"  # where the page is open: a random id
 HOST = re.compile(r"(?P<name>\[[0-9a-f:.]+\]|[a-z0-9_.-]+)(:\d{1,5})?", re.ASCII | re.IGNORECASE)
 
@@ -78,7 +78,7 @@ def origin_host(origin: str) -> str:
 
 
 def is_foreign(request: "Request", settings: "Settings") -> bool:
-    """Whether a browser sends it for a page that is not the app's own. Programs tell no origin."""
+    """Whether a browser sends it for a page of another site. Programs send no origin."""
     site = request.headers.get("Sec-Fetch-Site")
     origin = request.headers.get("Origin")
     if site == "same-origin" or origin is None:
@@ -87,7 +87,7 @@ def is_foreign(request: "Request", settings: "Settings") -> bool:
 
 
 def own_hosts(request: "Request", settings: "Settings") -> tuple[str, ...]:
-    """Return by which names, with their ports, the app was asked: by the client, and by its proxy."""
+    """Return the names, with ports, by which the app was asked: by the client, and by its proxy."""
     hosts = [request.environ.get("HTTP_HOST", "")]
     if is_behind_proxy(request, settings):
         hosts.append(request.headers.get("X-Forwarded-Host", ""))
@@ -112,7 +112,7 @@ def is_behind_proxy(request: "Request", settings: "Settings") -> bool:
 
 
 def check_origin(request: "Request", settings: "Settings") -> None:
-    """Refuse what a page of a site that may not use the app wants done: that it cannot read the answer is not enough.
+    """Refuse requests of pages whose site may not use the app: that they cannot read the answer is not enough.
 
     A key shows that the operator wants it; with its header browsers ask before (CORS).
 

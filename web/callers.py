@@ -1,4 +1,4 @@
-"""Who has sent a request."""
+"""The caller and the address behind a request."""
 
 from flask import Request
 
@@ -10,7 +10,7 @@ from web.browsers import page_cookie
 
 
 def find_caller(request: Request, access: Access, settings: Settings, *, of_page: bool) -> Caller:
-    """Return who sends a request.
+    """Return the caller of a request.
 
     :param of_page: whether it is one that the page sends as well, which has a token or a cookie in place of a key
     :raises Unauthorized, TooManyRequests: see ``Access.caller`` and ``Access.page``
@@ -25,7 +25,7 @@ def find_caller(request: Request, access: Access, settings: Settings, *, of_page
 
 
 def find_address(request: Request, settings: Settings) -> str:
-    """Return the address of who sends a request, or of who asked the trusted proxies for it."""
+    """Return the address of a request's client, or of the client that asked the trusted proxies for it."""
     peer = request.environ.get("REMOTE_ADDR", "")
     return client_address(peer, request.headers.get("X-Forwarded-For", ""), settings.trusted_proxies)
 

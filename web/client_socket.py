@@ -12,7 +12,7 @@ from swarm.waiter import Waiter
 
 
 def client_socket(environ: Mapping[str, Any]) -> socket.socket | None:
-    """Return the socket of a request, if its server tells."""
+    """Return the socket of a request, if its server provides it."""
     return environ.get("gunicorn.socket") or environ.get("werkzeug.socket")
 
 
@@ -26,7 +26,7 @@ def limit_sends(sock: Any, timeout: float) -> None:
 
 
 class RequestWaiter(Waiter):
-    """Whoever has sent a request: waits for as long as the connection stands."""
+    """The client of a request: waits for as long as the connection stands."""
 
     def __init__(self, environ: Mapping[str, Any]) -> None:
         self._socket = client_socket(environ)
@@ -57,7 +57,7 @@ def take_socket(environ: Mapping[str, Any]) -> tuple[socket.socket, bytes]:
     forbids that).
 
     :returns: the socket, and what the server has read of it beyond the request
-    :raises ApiError: if the server does not tell the socket
+    :raises ApiError: if the server does not provide the socket
     """
     detach = environ.get("front.detach")
     if detach is not None:

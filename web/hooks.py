@@ -26,7 +26,7 @@ HTTP_CODES = {400: "invalid_parameter", 404: "not_found", 405: "method_not_allow
 
 
 def install(app: Flask, doors: Doors, cors_origins: Sequence[str]) -> None:
-    """Let these hooks look after all requests of an app."""
+    """Install these hooks for all requests of an app."""
     app.extensions["petals_chat_doors"] = doors
     paths = "|".join(prefix.strip("/") for door in doors if door.cross_origin for prefix in door.prefixes)
     CORS(
@@ -61,7 +61,7 @@ def begin_request() -> None:
 
 
 def let_in(service: Service, door: Door) -> None:
-    """Find out who has sent the request, and count what costs something, before any of it is read.
+    """Find the caller of the request, and count what costs something, before any of it is read.
 
     For WebSockets this happens in their first message: browsers send no header with them.
     """
@@ -90,7 +90,7 @@ def end_request(response: Response) -> Response:
 def report_failure(error: Exception) -> ResponseReturnValue:
     """Turn any exception into an answer: JSON for programs, pages for people."""
     door = door_of_request()
-    allowed: Sequence[str] | None = None  # methods, if it is another that was used
+    allowed: Sequence[str] | None = None  # the allowed methods, if another was used
     if isinstance(error, HTTPException):
         if not door.for_programs:
             return error

@@ -56,6 +56,6 @@ def set_up_logging(settings: Settings) -> None:
     handler.setFormatter(Formatter("%(asctime)s %(levelname)s [%(request_id)s] %(name)s: %(message)s"))
     logging.basicConfig(level=settings.LOG_LEVEL, handlers=[handler])
     logging.getLogger("werkzeug").addFilter(is_no_request)
-    for own in logging.getLogger("gunicorn.error").handlers:  # it tells what it cannot read of a request
+    for own in logging.getLogger("gunicorn.error").handlers:  # it reports requests that it cannot read
         if (old := own.formatter) is not None:
             own.setFormatter(Formatter(old._fmt, old.datefmt))

@@ -95,7 +95,7 @@ def swarm() -> Response:
     caller = visitor(service)
     if caller is None:
         return private_page("sign_in.html", service, None)
-    own_swarm = not service.settings.INITIAL_PEERS  # founded here, and not somebody else's
+    own_swarm = not service.settings.INITIAL_PEERS  # founded here, not joined
     return private_page("swarm.html", service, caller, own_swarm=own_swarm)
 
 
@@ -124,7 +124,7 @@ def sign_out() -> Response:
 
 
 def check_own(service: Service) -> None:
-    """Refuse what is sent for another page, which might try keys here or sign people out.
+    """Refuse requests of other sites' pages, which might try keys here or sign people out.
 
     :raises OriginNotAllowed:
     """
@@ -135,7 +135,7 @@ def check_own(service: Service) -> None:
 
 
 def visitor(service: Service) -> Caller | None:
-    """Return whom the page is shown to; None if a key is to be asked for."""
+    """Return the caller that the page is shown to; None if it has to ask for a key."""
     mode = service.access.page_mode
     if mode == "off":
         abort(404, "There is no page here. Programs find the APIs described at /docs.")
@@ -143,7 +143,7 @@ def visitor(service: Service) -> Caller | None:
     if mode == "open":
         browser = browser_id(request) or secrets.token_urlsafe(16)
         return service.access.page(service.access.page_token(browser), address)
-    cookie = PageCookie(request.cookies.get(KEY_COOKIE, ""))  # whoever sent it: no other page reads the answer
+    cookie = PageCookie(request.cookies.get(KEY_COOKIE, ""))  # whichever page sent it: no other page reads the answer
     try:
         return service.access.caller(cookie, address)
     except Unauthorized:
@@ -159,7 +159,7 @@ def private_page(template: str, service: Service, caller: Caller | None, **confi
     response = make_response(render_template(template, page_config=config))
     response.headers["Cache-Control"] = "no-store"
     if caller is not None and caller.browser:
-        # So that a page that is loaded again finds its sessions again, and nobody else's.
+        # So that a reloaded page finds its own sessions again, and only those.
         set_cookie(response, service, BROWSER_COOKIE, caller.browser, PAGE_TOKEN_AGE)
     return response
 

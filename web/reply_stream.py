@@ -1,8 +1,8 @@
-"""Where the answers of a session go: to its client, over one connection after the other if connections are lost.
+"""Deliver the answers of a session to its client, over a new connection if the old one is lost.
 
-The thread that computes an answer puts its responses into the session's stream. While the client is there they are sent
-at once. When its connection is lost, those of a resumable session are kept; the client comes back over another
-connection, is sent what it has missed, and from then on what comes. Knows nothing of sockets.
+The thread that computes an answer puts its responses into the session's stream. While the client is connected, they are
+sent at once. When the connection of a resumable session is lost, they are kept; the client reconnects, is sent what it
+has missed, and from then on what comes. Knows nothing of sockets.
 """
 
 import contextlib
@@ -29,14 +29,14 @@ STEP_GRACE = 1.0  # seconds
 
 
 class Unreachable(Exception):
-    """The client cannot be sent anything any more."""
+    """The client can no longer be sent anything."""
 
 
 class Client(Protocol):
     """A connection, as a reply stream sees it."""
 
-    queue_updates: bool  # whether it is told its place in the queue
-    swarm_updates: bool  # whether it is told of the swarm, and of the session's position
+    queue_updates: bool  # whether to send its place in the queue
+    swarm_updates: bool  # whether to send news of the swarm, and the session's position
 
     @property
     def connected(self) -> bool: ...
@@ -47,30 +47,30 @@ class Client(Protocol):
     def deliver(self, *messages: dict[str, Any]) -> None:
         """Send messages, one after the other; wait, within a limit, while the client takes no data.
 
-        :raises Unreachable: if that does not succeed
+        :raises Unreachable: if that fails
         """
 
     def offer(self, message: dict[str, Any]) -> None:
-        """Send a message, or leave it out if the client takes no data. Does not wait."""
+        """Send a message, or skip it if the client takes no data. Does not wait."""
 
     def stopped(self) -> bool:
         """Read what the client has sent; return whether it wants the running answer to end. Does not wait."""
 
     def go_on(self) -> None:
-        """Handle what the client has sent during an answer that another thread has computed. Does not wait."""
+        """Handle what the client sent while another thread computed an answer. Does not wait."""
 
     def abandon(self) -> None:
-        """Break the connection off, so that whoever is sending on it fails. Does not wait."""
+        """Break the connection off, so that a thread that is sending on it fails. Does not wait."""
 
     def dismiss(self) -> None:
-        """Close the connection because the client goes on over another one. Does not wait."""
+        """Close the connection because the client continues over another one. Does not wait."""
 
 
 class ReplyStream(Waiter):
-    """What goes from one session to its client. Thread-safe.
+    """The responses of one session on their way to its client. Thread-safe.
 
     While an answer runs, only the thread that computes it reads what the client sends, whatever connection the client
-    has: it does so in ``look``, where it looks for all that could end the answer.
+    has. It does so in ``look``, where it checks for everything that could end the answer.
     """
 
     def __init__(self, service: "Service", entry: "InferenceSession", client: Client, resumable: bool) -> None:
@@ -79,14 +79,14 @@ class ReplyStream(Waiter):
         self._service = service
         self._watch = SwarmNews(entry)
         self._client: Client | None = client  # None: the connection was lost
-        self._left_at = 0.0  # time.monotonic() when it was
-        self._lock = threading.Lock()  # held while sending: what is sent has one order
+        self._left_at = 0.0  # time.monotonic() when it was lost
+        self._lock = threading.Lock()  # held while sending, to keep messages in order
         self._held: Client | None = None  # a client whose messages wait for the end of the running answer
         self._answers = 0  # begun so far
         self._responses: list[tuple[dict[str, Any], int]] = []  # to the last request, with the position; if resumable
         self._place: int | None = None  # of the running answer in the queue
         self._running = False  # whether there is a running answer
-        self._computing = False  # whether it has had its turn
+        self._computing = False  # whether its turn has come
         self._between_steps = True  # whether a token has been generated since its end was looked for
         self._overdue_at: float | None = None  # time.monotonic() when it was found that it should end
 
@@ -101,9 +101,9 @@ class ReplyStream(Waiter):
 
     @contextlib.contextmanager
     def answering(self, client: Client) -> Iterator[None]:
-        """Have the block make an answer.
+        """Let the block compute an answer.
 
-        :raises Unreachable: if the client has gone on over another connection meanwhile
+        :raises Unreachable: if the client has meanwhile continued over another connection
         """
         with self._lock:
             if self._client is not client:
@@ -152,7 +152,7 @@ class ReplyStream(Waiter):
         with self._lock:
             self._place = place
             if self._client is not None and self._client.queue_updates:
-                # Who waits at the head of the queue tells this, and must not be held up.
+                # The waiter at the head of the queue reports this, and must not be held up.
                 self._client.offer({"ok": True, "queue": {"position": place}})
 
     def _tell_news(self) -> None:
@@ -177,7 +177,7 @@ class ReplyStream(Waiter):
             self._release()
 
     def look(self) -> None:
-        """Tell the client what is new, and read what it has sent; for the thread that computes the answer.
+        """Send the client the news, and read what it has sent. Called by the thread that computes the answer.
 
         :raises Cancelled: if the running answer should end
         """
@@ -204,12 +204,12 @@ class ReplyStream(Waiter):
         return between_steps or now - self._overdue_at >= STEP_GRACE
 
     def attach(self, client: Client, received: int, answers: int | None = None) -> bool:
-        """Let a client go on here, from where it has lost its connection; if that still seems to live, it is closed.
+        """Attach a client that reconnects, from where it lost its connection; close that one if it still seems open.
 
         :param received: how many responses to its last request the client has already
         :param answers: how many requests it has sent; the last one may have been lost with the connection. Then nothing
             is sent, for it would be the answer to another request. None: as many as were begun
-        :returns: whether an answer is running; then the client is told to go on when it has ended, or is another's
+        :returns: whether an answer is running; then ``go_on`` is called when it has ended, or is another client's
         :raises InvalidParameter: if there are fewer responses, or more requests
         :raises SessionNotFound: if the session has ended
         """
@@ -226,7 +226,7 @@ class ReplyStream(Waiter):
             before, self._client = self._client, client
             self._release()
             self._held = client if self._running else None
-            # All at once, which does not wait: whoever computes the answer, and others behind it, would wait as well.
+            # All at once, which does not wait: the thread that computes the answer, and those behind it, would too.
             self._deliver(*self._missed(client, received))
             return self._running
         finally:
@@ -235,7 +235,7 @@ class ReplyStream(Waiter):
                 before.dismiss()
 
     def _missed(self, client: Client, received: int) -> Iterator[dict[str, Any]]:
-        """Yield what a client is told that comes back."""
+        """Yield the messages for a client that reconnects."""
         yield {"ok": True, "answers": self._answers, "responses": len(self._responses)}
         for response, position in self._responses[received:]:
             yield told(client, response, position)
@@ -272,7 +272,7 @@ class ReplyStream(Waiter):
                 self._close()
 
     def close(self, client: Client) -> None:
-        """Close the session because its client wants that."""
+        """Close the session at its client's request."""
         with self._lock:
             if self._client is client:
                 self._close()
@@ -281,7 +281,7 @@ class ReplyStream(Waiter):
         self._client = None
         self._release()
         with contextlib.suppress(ApiError):  # it may have given its place to another
-            # What was computed serves who comes back, as the page does after a reload.
+            # Keep what was computed for a client that comes back, as the page does after a reload.
             self._service.sessions.close(self.session_id, keep_warm=True)
 
 

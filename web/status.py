@@ -53,7 +53,7 @@ def readyz() -> tuple[Response, int]:
 
 
 def known_caller(service: Service) -> Caller | None:
-    """Return who asks; None for somebody who should have a key."""
+    """Return the caller; None if it lacks a key that it needs."""
     try:
         return find_caller(request, service.access, service.settings, of_page=True)
     except ApiError:
@@ -61,7 +61,7 @@ def known_caller(service: Service) -> Caller | None:
 
 
 def ages(loops: list["Loop"]) -> dict[str, float]:
-    """Return for each kind of loop the largest age; names of models, which not everybody is told, are left out."""
+    """Return for each kind of loop the largest age; names of models are left out, for not everybody may know them."""
     found: dict[str, float] = {}
     for loop in loops:
         kind = loop.name.partition(" ")[0]
@@ -72,7 +72,7 @@ def ages(loops: list["Loop"]) -> dict[str, float]:
 def readiness(served: ServedModel, *, messages: bool) -> dict[str, Any]:
     """Return a model's state and what it rests on. Takes no lock: load balancers ask while things hang.
 
-    :param messages: whether to tell more of the state than its name
+    :param messages: whether to report more of the state than its name
     """
     status, state = served.status, served.model.state if served.model else None
     return {
@@ -99,7 +99,7 @@ def swarm_state() -> Response:
 
 
 def model_report(served: ServedModel) -> dict[str, Any]:
-    """Return what there is to know of a model; null where nobody knows it, or not yet."""
+    """Return what is known of a model; null where it is unknown, or not known yet."""
     config, status, model = served.config, served.status, served.model
     return {
         "name": config.name,

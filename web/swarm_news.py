@@ -1,4 +1,4 @@
-"""What happens in the swarm under a session: its route, servers that were lost, how far a prompt is processed."""
+"""Report what happens in the swarm under a session: its route, lost servers, how far a prompt is processed."""
 
 import time
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ class SwarmNews:
 
     def news(self) -> list[dict[str, Any]]:
         """Return what is new, in the order in which it happened."""
-        if self._entry.session is not self._session:  # one that had computed these tokens already took its place
+        if self._entry.session is not self._session:  # replaced by a warm one that has computed these tokens
             self.restart()
         news = [self._lost(loss) for loss in self._session.losses if loss.number > self._loss]
         if news:
@@ -39,7 +39,7 @@ class SwarmNews:
         return {"lost": {"peer_id": loss.peer_id, "start": loss.start, "end": loss.end, "reason": loss.reason}}
 
     def route(self) -> list[dict[str, Any]]:
-        """Return the route, if there is one and it is another than before."""
+        """Return the route if there is one and it has changed."""
         route = self._entry.session.route
         if not route or route == self._route:
             return []
@@ -49,7 +49,7 @@ class SwarmNews:
         return [{"route": spans}]
 
     def _progress(self) -> list[dict[str, Any]]:
-        """Return how much is processed of what is to be processed before the next token can be generated."""
+        """Return how many of the tokens before the next one are processed; it can be generated once all are."""
         processed, total = self._session.position, len(self._session.token_ids)
         now = time.monotonic()
         if total - processed <= 1 or (processed, total) == self._prefill or now - self._prefill_at < PREFILL_PERIOD:

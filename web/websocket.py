@@ -24,15 +24,15 @@ log = logging.getLogger(__name__)
 # Read at a time from one connection, so that others are not kept waiting: a few thousand of the smallest frames, which
 # are parsed in about 20 ms.
 READ_SIZE = 16_384  # bytes
-# Messages that nobody has looked at before reading stops. A chat has one or two; a client that sends ahead loses
+# Unseen messages before reading stops. A chat has one or two; a client that sends ahead loses
 # nothing, for the rest waits in the kernel. One message of any allowed size always fits.
 UNSEEN_MESSAGES, UNSEEN_BYTES = 16, 65_536
-# Of one connection in a tick, which nobody needs who means well; parsing them takes about 10 ms. The next ones are read
+# Of one connection in a tick, which no sane client needs; parsing them takes about 10 ms. The next ones are read
 # in the next tick, so that a flood of the smallest frames leaves the thread to the others.
 FRAMES_AT_A_TICK = 1000
 # A sender waits while more than this was not taken by the kernel: about as much as the kernel's own buffer takes.
 UNSENT_BYTES = 65_536
-# For telling a client that the connection ends, and its own closing frame; it may be dead.
+# For sending a client the closing frame, and receiving its own; it may be dead.
 CLOSING_LIMIT = 2.0  # seconds
 # A connection that asks for nothing for this long is closed. The chat page opens its session at once, and itself waits
 # no longer for that.
@@ -72,8 +72,8 @@ class Message(NamedTuple):
 class WebSocket:
     """One connection. Thread-safe; no method but ``send`` waits.
 
-    Whoever handles its messages is told by ``on_ready`` when there is one, or the end, and then has the connection
-    alone until ``done``, or, after the end, ``finish``.
+    ``on_ready`` is called when there is a message, or the end. The thread that handles it then has the connection
+    to itself until ``done``, or, after the end, ``finish``.
     """
 
     def __init__(self, hub: "Hub", sock: socket.socket, address: str, greeting: bytes, leftover: bytes) -> None:
@@ -83,14 +83,14 @@ class WebSocket:
         :param leftover: what was read already
         """
         self.address = address
-        self.engaged = False  # whether it has something to lose, and may be silent; set by who handles its messages
+        self.engaged = False  # whether it has something to lose, and may be silent; set by the handler of its messages
         self.close_code: int | None = None  # how it ended: RFC 6455, section 7.1.5
         self._hub = hub
         self.sock = sock
         self._protocol = Connection(ConnectionType.SERVER, trailing_data=leftover)
         self._on_ready: Callable[[], None] | None = None
         self.changed = threading.Condition()  # guards all that follows; its users wait for room to send
-        self._busy = True  # whether somebody handles it
+        self._busy = True  # whether a thread handles it
         self._messages: deque[Message] = deque()
         self._size = 0  # bytes of them
         self._seen = 0  # how many of them were looked at
@@ -102,9 +102,9 @@ class WebSocket:
         self._offer: str | None = None  # to be sent then, if nothing else was
         self._ended = False  # nothing more comes or is sent, but what is in _out
         self._closing_by = 0.0  # time.monotonic() by which that must be taken
-        self._half_closed = False  # whether the client was told that nothing follows, and closes in its turn
+        self._half_closed = False  # whether our side is closed, and the client closes in its turn
         self.closed = threading.Event()  # the socket is
-        self.finished = False  # nobody handles it any more
+        self.finished = False  # no longer handled
         now = time.monotonic()
         self._progress_at = self._heard_at = self._pinged_at = self._idle_since = now
 
@@ -120,10 +120,10 @@ class WebSocket:
 
     @property
     def connected(self) -> bool:
-        """Whether the client is there, as far as one knows, and nobody has closed the connection."""
+        """Whether the client is there, as far as is known, and the connection was not closed."""
         return not self._ended
 
-    # For who handles messages
+    # For the handler of messages
 
     def take(self) -> str | bytes | None:
         """Return the next message, a text or, from a binary frame, bytes; None if there is none."""
@@ -169,7 +169,7 @@ class WebSocket:
         return self._seen, self._seen_size
 
     def done(self) -> None:
-        """Whoever handled the connection does not any more; when there is something, ``on_ready`` is called again."""
+        """End the handling for now; when there is something to handle, ``on_ready`` is called again."""
         with self.changed:
             self._busy = False
             self._idle_since = time.monotonic()
@@ -177,7 +177,7 @@ class WebSocket:
         self._hub.poke(self)
 
     def finish(self) -> None:
-        """The end was seen to; nothing is handled any more."""
+        """Note that the end was handled; nothing more is."""
         with self.changed:
             self.finished = True
             self._messages.clear()
@@ -207,7 +207,7 @@ class WebSocket:
                 self.changed.wait(patience)
 
     def offer(self, text: str) -> None:
-        """Send a message that may be replaced by the next, or left out: never waits, not even for a slow client."""
+        """Send a message that may be replaced by the next, or skipped: never waits, not even for a slow client."""
         with self.changed:
             if self._ended:
                 return
@@ -217,12 +217,12 @@ class WebSocket:
                 self._write(TextMessage(text))
 
     def close(self, code: int, reason: str) -> None:
-        """Tell the client that the connection ends, if it can be told within a moment, and end it."""
+        """End the connection, with a closing frame if it can be sent within a moment."""
         with self.changed:
             self._close(code, CloseConnection(code, reason))
 
     def abandon(self) -> None:
-        """Break the connection off; who waits to send on it is woken."""
+        """Break the connection off; wake the threads that wait to send on it."""
         with self.changed:
             self._lose()
 
@@ -301,7 +301,7 @@ class WebSocket:
             data = b""
         if not data:
             self._lose()
-        elif not self._ended:  # else the client has not yet seen that nobody reads this
+        elif not self._ended:  # else the client has not yet seen that this is not read
             self._heard_at = time.monotonic()
             self._protocol.receive_data(data)
 
@@ -316,7 +316,7 @@ class WebSocket:
             elif isinstance(event, Ping):
                 self._answer(event)
             elif isinstance(event, CloseConnection):
-                # Without a closing frame it is the parser's word: the client does not keep to the protocol.
+                # Without a closing frame it is the parser's verdict: the client breaks the protocol.
                 theirs = self._protocol.state is ConnectionState.REMOTE_CLOSING
                 self._close(int(event.code), event.response() if theirs else event)
             if self._full or self._ended:
@@ -374,7 +374,7 @@ class WebSocket:
             self.closed.set()
 
     def notify(self) -> None:
-        """If there is something to handle, and nobody does: tell who does."""
+        """Call ``on_ready`` if there is something to handle and no thread does."""
         with self.changed:
             if self._busy or self.finished or self._on_ready is None:
                 return
@@ -407,12 +407,12 @@ class WebSocket:
 
     @property
     def idle(self) -> bool:
-        """Whether nobody would miss it."""
+        """Whether it can be closed without loss."""
         return not (self._busy or self.engaged or self._messages or self._ended)
 
     @property
     def interest(self) -> int:
-        """What is to be awaited of the socket."""
+        """The events to await on the socket."""
         if self.closed.is_set():
             return 0
         reads = self._half_closed or not (self._ended or self._full)

@@ -21,13 +21,13 @@ class WebSocketClient(Waiter):
 
     def __init__(self, websocket: WebSocket) -> None:
         self.websocket = websocket
-        self.queue_updates = False  # whether it is told its place in queues
-        self.swarm_updates = False  # whether it is told of the swarm, and of the session's position
+        self.queue_updates = False  # whether to send its place in queues
+        self.swarm_updates = False  # whether to send news of the swarm, and the session's position
         self.engaged = False  # whether it has a session
         self._stopped = False
 
     def begin(self) -> None:
-        """Something begins that the client may stop."""
+        """Note that something begins that the client may stop."""
         self._stopped = False
 
     def look(self) -> None:
@@ -35,7 +35,7 @@ class WebSocketClient(Waiter):
             raise Cancelled("the client does not want to wait any more, or has gone")
 
     def position(self, place: int) -> None:
-        """Tell a client that wants to know how many wait for a session before it."""
+        """Send the place in the queue for a session to a client that asked for queue updates."""
         if self.queue_updates:
             self.offer({"ok": True, "queue": {"position": place}})
 
@@ -53,12 +53,12 @@ class WebSocketClient(Waiter):
 
     @property
     def connected(self) -> bool:
-        """Whether the client is there, as far as one knows."""
+        """Whether the client is there, as far as is known."""
         return self.websocket.connected
 
     @property
     def closed_on_purpose(self) -> bool:
-        """Whether the client has closed the connection, and not because it leaves the page or loses its network."""
+        """Whether the client has closed the connection, other than by leaving the page or losing its network."""
         return self.websocket.close_code in ON_PURPOSE
 
     def deliver(self, *messages: dict[str, Any]) -> None:
@@ -81,7 +81,7 @@ class WebSocketClient(Waiter):
         self.websocket.done()
 
     def abandon(self) -> None:
-        """Break the connection off: whoever sends on it is woken. Does not wait."""
+        """Break the connection off: threads that send on it are woken. Does not wait."""
         self.websocket.abandon()
 
     def dismiss(self) -> None:
@@ -110,4 +110,4 @@ def kind_of(message: str | bytes) -> Any:
     try:
         return parse_message(message).get("type")
     except InvalidParameter:
-        return None  # told to the client when its turn comes
+        return None  # reported to the client when its turn comes

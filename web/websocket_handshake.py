@@ -1,4 +1,4 @@
-"""How a request becomes a WebSocket, or is told why not; RFC 6455, section 4.2."""
+"""How a request becomes a WebSocket, or is refused; RFC 6455, section 4.2."""
 
 import base64
 import binascii

@@ -2,7 +2,7 @@
 
 A connection is read no faster than it is used: while a few of its messages are not looked at, the rest stays in the
 kernel, and then with the client. What is sent goes to the kernel at once, or into a bounded buffer that the hub's
-thread empties. No extension is offered: a message is as large here as on the wire. Knows nothing of what is said.
+thread empties. No extension is offered: a message is as large here as on the wire. Knows nothing of what messages mean.
 """
 
 import collections
@@ -18,8 +18,8 @@ from web.websocket import TRY_AGAIN_LATER, UNSEEN_BYTES, Closed, Limits, WebSock
 
 log = logging.getLogger(__name__)
 
-# Of all connections together, beyond those bytes of each: 64 messages of the largest size, which nobody sends who means
-# well, in 64 MiB, which every machine has that computes a model.
+# Of all connections together, beyond those bytes of each: 64 messages of the largest size, which no well-meaning client
+# sends, in 64 MiB, which every machine has that computes a model.
 TOTAL_BYTES = 67_108_864
 # How often timers are looked at; none of them is that exact.
 TICK = 1.0  # seconds
@@ -37,10 +37,10 @@ class Hub:
         self.ending = False
         self._lock = threading.Lock()  # held for moments; may be acquired under a WebSocket's, and not the other way
         self._websockets: dict[WebSocket, None] = {}  # in the order in which they came
-        self._coming = 0  # places that are taken by those who come
+        self._coming = 0  # places taken by connections that are being adopted
         self._poked: dict[WebSocket, None] = {}  # to be looked at
         self._thread: threading.Thread | None = None
-        self._awake = False  # whether the thread has been told of them
+        self._awake = False  # whether the thread was woken for them
         self._selector: selectors.BaseSelector | None = None
         self._waker: socket.socket | None = None
 
@@ -53,7 +53,7 @@ class Hub:
         :param take: returns the socket and what was read of it already; called when there is a place
         :param address: whose it is: no address displaces the connections of one that has no more
         :param greeting: what is sent first
-        :raises NoRoom: if all places are taken, and nobody makes room
+        :raises NoRoom: if all places are taken, and no connection gives way
         :raises Closed: if the program is ending
         :raises OSError: if the client is gone already
         """
@@ -83,8 +83,8 @@ class Hub:
     def _displaced(self, address: str) -> WebSocket:
         """Under the lock: find the one that goes for a newcomer; it keeps its place for the moment that this takes.
 
-        It is the oldest one that nobody would miss of the address that has most of them: the newcomer's own, or one
-        that has more even then.
+        It is the oldest idle one of the address that has most of them: the newcomer's own, or one that has more
+        even then.
         """
         idle = [websocket for websocket in self._websockets if websocket.idle]
         counts = collections.Counter(websocket.address for websocket in self._websockets)
@@ -107,7 +107,7 @@ class Hub:
             thread.join(timeout)
 
     def poke(self, websocket: WebSocket) -> None:
-        """Have the hub's thread look at a connection."""
+        """Let the hub's thread look at a connection."""
         if threading.current_thread() is self._thread:
             self._poked[websocket] = None  # it looks at them before it waits
             return
@@ -179,7 +179,7 @@ class Hub:
             self._attend(websocket, False, False)
 
     def _attend(self, websocket: WebSocket, readable: bool, writable: bool) -> None:
-        """Look at a connection; what goes wrong there ends that one alone."""
+        """Look at a connection; a failure ends that one alone."""
         try:
             websocket.attend(readable, writable)
             if readable and websocket.held > UNSEEN_BYTES:
@@ -212,7 +212,7 @@ class Hub:
                 self._selector.unregister(websocket.sock)
 
     def _bound_memory(self) -> None:
-        """When all that was received and not used is too much: end the largest of the address that has most of it."""
+        """If too much was received and not used, end the largest connection of the address that has most of it."""
         with self._lock:
             websockets = list(self._websockets)
         if sum(max(0, websocket.held - UNSEEN_BYTES) for websocket in websockets) > TOTAL_BYTES:

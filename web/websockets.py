@@ -32,7 +32,7 @@ class WebSockets:
                 send_timeout=settings.SEND_TIMEOUT,
             )
         )
-        # Those who have a session may all be answered, or wait for that; and so many may wait for a session.
+        # All that have a session may be answered, or wait for that; and this many may wait for a session.
         threads = settings.MAX_SESSIONS + 2 * settings.MAX_QUEUE + SPARE_THREADS
         self.pool = FairPool("websocket", threads)
         self.streams = ReplyStreams()
@@ -59,7 +59,7 @@ class WebSockets:
             raise Cancelled(f"the client has hung up: {error}") from None
 
     def _watch(self) -> None:
-        """Have somebody wait for the end of the program, from the first connection on."""
+        """Start a thread that waits for the end of the program, from the first connection on."""
         with self._lock:
             watched, self._watched = self._watched, True
         if not watched:
@@ -86,8 +86,8 @@ class Upgraded(Response):
     def __call__(self, environ: Mapping[str, Any], start_response: Any) -> Any:
         """End the request: at once, or, under servers that close the connection then, with the connection.
 
-        :raises StopIteration: as gunicorn, and what is made like it, wants to be told that nothing is left to do
-        :raises ConnectionAbortedError: as werkzeug does
+        :raises StopIteration: by which gunicorn, and servers made like it, learn that nothing is left to do
+        :raises ConnectionAbortedError: for werkzeug
         """
         if "front.detach" not in environ:
             self._websocket.wait_closed()
@@ -97,6 +97,6 @@ class Upgraded(Response):
 
 
 def websockets_of(app: Flask) -> WebSockets:
-    """Return what an app has of them."""
+    """Return an app's WebSockets."""
     found: WebSockets = app.extensions["petals_chat_websockets"]
     return found
