@@ -1,7 +1,9 @@
 """A tiny random BLOOM with a tokenizer of its own, made on the fly: real files in the layout of the hub."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -17,12 +19,28 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from swarm.client.model import LOADING
+
 # Text in several scripts, so that the tokenizer learns merges and still has to spell some characters in bytes.
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. Who said that? Nobody, said the swarm of servers.",
     "Ein Schwarm von Servern hält die Blöcke. Une abeille, deux abeilles, trois abeilles.",
     "блоки модели хранятся на серверах. 分散された大規模言語モデル。",
 ]
+
+
+Made = TypeVar("Made", bound=Callable[..., Any])
+
+
+def alone(make: Made) -> Made:
+    """Let nobody else in this process make or load a model meanwhile: an app may be loading one in the background."""
+
+    @functools.wraps(make)
+    def made(*args: Any, **options: Any) -> Any:
+        with LOADING:
+            return make(*args, **options)
+
+    return cast(Made, made)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -47,6 +65,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+@alone
 def make_tiny_bloom(directory: Path, *, n_layer: int = 4, hidden_size: int = 64, seed: int = 1) -> Path:
     """Write a random BLOOM checkpoint; its greedy texts vary instead of repeating one token."""
     tokenizer = make_tokenizer()
@@ -91,6 +110,7 @@ def make_tiny_llama(directory: Path) -> Path:
     return save_random(LlamaForCausalLM, LlamaConfig, directory, **options)
 
 
+@alone
 def save_random(model: type[PreTrainedModel], config: type[PretrainedConfig], directory: Path, **options: Any) -> Path:
     """Write a random checkpoint of some family, small in everything that ``options`` leave out."""
     tokenizer = make_tokenizer()
@@ -110,6 +130,7 @@ def save_random(model: type[PreTrainedModel], config: type[PretrainedConfig], di
     return directory
 
 
+@alone
 def load_reference(directory: Path) -> BloomForCausalLM:
     """Load the checkpoint into plain Transformers, float32."""
     return BloomForCausalLM.from_pretrained(directory, torch_dtype=torch.float32).eval()
