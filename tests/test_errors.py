@@ -1,6 +1,7 @@
 """Every failure has a status, a code and one body; its traceback shows this project's frames and nothing else."""
 
 import json
+import logging
 import os
 import re
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 
 import errors
 import swarm.errors
-from errors import ApiError, describe, error_body, own_traceback
+from errors import ApiError, InvalidParameter, describe, error_body, log_failure, own_traceback
 from generation.parameters import parse_generation
 from swarm.errors import BlocksMissing, SwarmError, format_blocks
 
@@ -251,3 +252,28 @@ def test_format_blocks(blocks: list[int], text: str) -> None:
     assert format_blocks(blocks) == text
     assert str(BlocksMissing("org/model", blocks)) == f"no server holds {text} of org/model"
     assert BlocksMissing("org/model", blocks).blocks == tuple(blocks)
+
+
+# What is logged
+
+
+@pytest.mark.parametrize(
+    ("error", "level", "message", "traced"),
+    [
+        (ValueError("bad"), "ERROR", "request failed", True),
+        (InvalidParameter("no"), "INFO", "request refused: invalid_parameter: no", False),
+        (
+            BlocksMissing("tiny", [2, 3]),
+            "INFO",
+            f"request refused: blocks_missing: {BlocksMissing('tiny', [2, 3])}",
+            False,
+        ),
+    ],
+)
+def test_only_our_own_faults_are_logged_with_a_traceback(
+    caplog: pytest.LogCaptureFixture, error: Exception, level: str, message: str, traced: bool
+) -> None:
+    with caplog.at_level(logging.INFO):
+        log_failure(logging.getLogger("test"), "request", error)
+    (record,) = caplog.records
+    assert (record.levelname, record.getMessage(), bool(record.exc_info)) == (level, message, traced)
