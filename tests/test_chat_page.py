@@ -106,6 +106,8 @@ class Proxy:
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
         self.open: list[socket.socket] = []
+        self.refusing = threading.Event()
+        self.refused = 0  # connections
         threading.Thread(target=self._serve, daemon=True).start()
 
     def _serve(self) -> None:
@@ -114,6 +116,10 @@ class Proxy:
                 client, _ = self.listener.accept()
             except OSError:
                 return
+            if self.refusing.is_set():
+                client.close()
+                self.refused += 1
+                continue
             server = socket.create_connection(("127.0.0.1", self.target))
             self.open += [client, server]
             for ends in ((client, server), (server, client)):
@@ -542,6 +548,32 @@ def test_connection_lost_in_mid_answer(context: BrowserContext, chat_app: LiveAp
     chat.ready()
     assert chat.texts() == [completed(chat_app, PROMPT, LONG_ANSWER)]
     chat.resumed(2)
+    proxy.close()
+
+
+def test_an_answer_is_waited_for_as_long_as_it_is_kept(
+    context: BrowserContext, chat_app: LiveApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server says how long it keeps an answer without its connection; a minute is only the default."""
+    settings = dataclasses.replace(chat_app.service.settings, RESUME_TIMEOUT=300.0)
+    monkeypatch.setattr(chat_app.service, "settings", settings)
+    proxy = Proxy(int(chat_app.url.rpartition(":")[2]))
+    chat = Chat(context.new_page())
+    chat.page.clock.install()
+    chat.page.goto(f"http://127.0.0.1:{proxy.port}")
+    chat.ready()
+    chat.settle(temperature=0, max_answer_tokens=LONG_ANSWER)
+    chat.ask(wait=False)
+    chat.answering(20)
+    proxy.refusing.set()
+    proxy.cut()
+    expect(chat.page.locator("#status")).to_contain_text("The connection was lost")
+    for _ in range(2):  # past the minute, and then past the wait for the server, after which the page looks at the time
+        chat.page.clock.fast_forward(100_000)
+        wait_until(lambda most=proxy.refused + 2: proxy.refused > most, "it has given up")
+    proxy.refusing.clear()
+    chat.ready()
+    assert chat.texts() == [completed(chat_app, PROMPT, LONG_ANSWER)]
     proxy.close()
 
 
