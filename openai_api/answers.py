@@ -171,6 +171,8 @@ class Answers:
             assert task.params.logprobs is not None
             self._events.put(Scores(number, answer.score(token_ids, task.params.logprobs)))
             token_ids = token_ids[-1:]  # which is all that is left of the prompt
+            if not task.budget:
+                self._usage.spent(1)  # for it: no answer begins with it
         for row, chunk in answer.generate(token_ids) if task.budget else ():
             if chunk.finish_reason == "cancelled":
                 raise Cancelled("the client has hung up")

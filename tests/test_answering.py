@@ -6,6 +6,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from admission.callers import Usage
+from generation.parameters import GenerationParams
+from openai_api.answers import Answers, Task
+from swarm.waiter import PATIENT
 from tests.conftest import LiveApp
 from tests.support.client import websocket
 from tests.test_http_api import generated
@@ -61,3 +65,19 @@ def test_texts_are_not_logged_unless_asked_for(
     with caplog.at_level(logging.DEBUG):
         ask(live_app)
     assert not any(PROMPT in record.getMessage() for record in caplog.records if record.name == "service")
+
+
+@pytest.mark.parametrize("choices", [1, 2])
+@pytest.mark.parametrize(("scored", "budget"), [(False, 3), (True, 3), (True, 0)])
+def test_all_tokens_of_prompt_and_answers_are_spent(
+    live_app: LiveApp, monkeypatch: pytest.MonkeyPatch, scored: bool, budget: int, choices: int
+) -> None:
+    service, spent = live_app.service, list[int]()
+    caller, model = service.access.caller(None), service.models.find(live_app.model_name).loaded
+    monkeypatch.setattr(caller, "reserve", lambda tokens, least: Usage(spent.append))
+    token_ids = model.tokenizer.encode(f"Nobody has said {scored} {budget} {choices}")
+    params = GenerationParams(logprobs=0 if scored else None, logit_bias=((2, -100.0),))
+    task = Task(token_ids, budget, 64, params, choices, scored, keep_warm=False)
+    assert list(Answers(service, caller, model, [task], PATIENT).events())
+    wait_until(lambda: spent != [], "the usage was not closed")
+    assert spent == [len(token_ids) + budget * choices]
