@@ -17,7 +17,7 @@ from generation.sampling import Sampler
 from generation.session import Session
 from generation.text import CONTEXT_TOKENS, Detokenizer, StopMatcher
 from swarm.errors import Cancelled
-from swarm.waiter import PATIENT, Waiter
+from swarm.waiter import PATIENT, Relay, Waiter
 
 FinishReason = Literal["stop", "length", "time", "cancelled"]
 
@@ -58,17 +58,13 @@ def logprobs_of(logits: torch.Tensor, token_ids: Sequence[int], count: int) -> l
     ]
 
 
-class TimeLimit(Waiter):
+class TimeLimit(Relay):
     """A waiter with a time limit, which begins now."""
 
     def __init__(self, waiter: Waiter, seconds: float | None) -> None:
         """:param seconds: None: without a limit of its own"""
-        self._waiter = waiter
+        super().__init__(waiter)
         self._deadline = None if seconds is None else time.monotonic() + seconds
-
-    @property
-    def attended(self) -> bool:
-        return self._waiter.attended
 
     @property
     def over(self) -> bool:
@@ -78,10 +74,7 @@ class TimeLimit(Waiter):
     def look(self) -> None:
         if self.over:
             raise Cancelled("the answer's time is over")
-        self._waiter.look()
-
-    def position(self, place: int) -> None:
-        self._waiter.position(place)
+        super().look()
 
 
 def generate(

@@ -30,11 +30,10 @@ class Waiter:
 PATIENT = Waiter()
 
 
-class Until(Waiter):
-    """Waits until an event is set, and no longer than another waiter does."""
+class Relay(Waiter):
+    """Waits on behalf of another waiter; subclasses add reasons to give up earlier."""
 
-    def __init__(self, ended: threading.Event, waiter: Waiter = PATIENT) -> None:
-        self._ended = ended
+    def __init__(self, waiter: Waiter) -> None:
         self._waiter = waiter
 
     @property
@@ -42,9 +41,20 @@ class Until(Waiter):
         return self._waiter.attended
 
     def look(self) -> None:
-        if self._ended.is_set():
-            raise Cancelled("nobody waits for this any more")
         self._waiter.look()
 
     def position(self, place: int) -> None:
         self._waiter.position(place)
+
+
+class Until(Relay):
+    """Waits until an event is set, and no longer than another waiter does."""
+
+    def __init__(self, ended: threading.Event, waiter: Waiter = PATIENT) -> None:
+        super().__init__(waiter)
+        self._ended = ended
+
+    def look(self) -> None:
+        if self._ended.is_set():
+            raise Cancelled("nobody waits for this any more")
+        super().look()
