@@ -47,7 +47,7 @@ def generate_text() -> Response:
     if session_id:
         session = named_session(service, session_id, model_name, waiter)
     else:
-        model = service.model(g.caller, model_name).loaded
+        model = service.find(g.caller, model_name).loaded
         input_ids = encode_beginning(params.inputs, model.tokenizer, model.max_length)
         needed = needed_length(params, len(input_ids))
         if params.stop_sequence is not None:
@@ -71,7 +71,7 @@ def open_inference_session() -> Response:
     values = request_values()
     max_length = require_int(values, "max_length", minimum=1)
     service = get_service(current_app)
-    model = service.model(g.caller, get_text(values, "model", maximum=MAX_NAME)).loaded
+    model = service.find(g.caller, get_text(values, "model", maximum=MAX_NAME)).loaded
     g.caller.count_request()
     session_id = service.sessions.open(
         model, max_length, owner=g.caller.owner, client=g.caller.client, waiter=RequestWaiter(request.environ)

@@ -30,10 +30,12 @@ CLOSE_TIMEOUT = 15.0  # seconds
 class Answer:
     """An answer whose turn has come."""
 
-    def __init__(self, session: InferenceSession, params: GenerationParams, waiter: Waiter) -> None:
+    def __init__(self, session: InferenceSession, params: GenerationParams, waiter: Waiter, *, noted: bool) -> None:
+        """:param noted: whether ``texts`` is wanted"""
         self.session = session
         self._params = params
         self._waiter = waiter
+        self._is_noted = noted
         self._pieces: dict[int, list[str]] = {}  # of each row
 
     @property
@@ -58,7 +60,7 @@ class Answer:
         :raises TooLong: at once, if it does not fit the session, which is then unchanged
         """
         chunks = self.session.generate(input_ids, self._params, self._waiter)
-        return self._noted(chunks)
+        return self._noted(chunks) if self._is_noted else chunks
 
     def _noted(self, chunks: Iterator[tuple[int, Chunk]]) -> Iterator[tuple[int, Chunk]]:
         for row, chunk in chunks:
@@ -138,7 +140,7 @@ class Service:
             stack.enter_context(entry.counted(usage.spent))
             if undo:
                 stack.enter_context(entry.undone_on_error())
-            answer = Answer(entry, params, waiter)
+            answer = Answer(entry, params, waiter, noted=self.settings.LOG_TEXTS)
             try:
                 yield answer
             finally:
@@ -167,20 +169,14 @@ class Service:
         """Whether a client that is still connected waits for a session, or for an answer's turn."""
         return self.sessions.awaited or self._generations.awaited
 
-    def model(self, caller: Caller, name: str | None) -> ServedModel:
-        """Return a loaded model for a caller; without a name, the default model.
+    def find(self, caller: Caller, name: str | None) -> ServedModel:
+        """Return a model in whatever state it is; without a name, the default model.
 
-        :raises ModelNotFound, ModelNotAllowed, ModelUnavailable, ModelNotReady: if there is none
-        """
-        served = self.find(caller, name or self.settings.default_model)
-        _ = served.loaded  # raises if it is not
-        return served
-
-    def find(self, caller: Caller, name: str) -> ServedModel:
-        """Return a model in whatever state it is. Models that the caller may not use are not named.
+        ``ServedModel.loaded`` refuses one that is not ready. Models that the caller may not use are not named.
 
         :raises ModelNotFound, ModelNotAllowed: if there is none
         """
+        name = name or self.settings.default_model
         if name not in self.models.served:
             names = ", ".join(filter(caller.may_use, self.models.served)) or "none for you"
             raise ModelNotFound(f"no model {name!r} is served here; there are: {names}")

@@ -177,7 +177,7 @@ class Connection:
         resumable = get_bool(request, "resumable")
         self._caller = caller = self._begin(request)
         caller.count_request()
-        served = self.service.model(caller, get_text(request, "model", maximum=MAX_NAME))
+        served = self.service.find(caller, get_text(request, "model", maximum=MAX_NAME))
         self.client.begin()
         sessions = self.service.sessions
         session_id = sessions.open(
@@ -203,7 +203,7 @@ class Connection:
 
     def _attach(self, attached: Attached | None) -> None:
         self._attached = attached
-        self.client.engaged = attached is not None
+        self.websocket.engaged = attached is not None  # and may be silent
 
     def _begin(self, request: dict[str, Any]) -> Caller:
         """Read what requests for a session have in common: the caller, and the updates it wants.

@@ -102,7 +102,7 @@ def completions() -> Response:
 def tokenize() -> Response:
     """Turn text into token ids."""
     body: TokenizeRequest = TokenizeRequest.read(request.get_data(cache=False))
-    model = get_service(current_app).model(g.caller, body.model).loaded
+    model = get_service(current_app).find(g.caller, body.model).loaded
     tokens: list[Any] = model.tokenizer.encode(body.content, add_special_tokens=bool(body.add_special))
     count = len(tokens)
     if body.with_pieces:
@@ -118,7 +118,7 @@ def tokenize() -> Response:
 def detokenize() -> Response:
     """Turn token ids into text."""
     body: DetokenizeRequest = DetokenizeRequest.read(request.get_data(cache=False))
-    model = get_service(current_app).model(g.caller, body.model).loaded
+    model = get_service(current_app).find(g.caller, body.model).loaded
     check_tokens(model, body.tokens, "tokens")
     return jsonify(content=model.tokenizer.decode(body.tokens))
 
@@ -128,11 +128,12 @@ def detokenize() -> Response:
 def template() -> Response:
     """Turn a conversation into the text that the model reads."""
     body: TemplateRequest = TemplateRequest.read(request.get_data(cache=False))
-    served = get_service(current_app).model(g.caller, body.model)
+    served = get_service(current_app).find(g.caller, body.model)
+    tokenizer = served.loaded.tokenizer
     messages = [message.plain() for message in body.messages]
     prompt = apply_template(
         served.config,
-        served.loaded.tokenizer,
+        tokenizer,
         messages,
         add_generation_prompt=body.add_generation_prompt is not False,
     )
@@ -142,5 +143,5 @@ def template() -> Response:
 def begin(body: Sampling) -> tuple[Service, "SwarmModel", ModelConfig]:
     """Return what every completion needs."""
     service = get_service(current_app)
-    served = service.model(g.caller, body.model)
+    served = service.find(g.caller, body.model)
     return service, served.loaded, served.config

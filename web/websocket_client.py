@@ -23,7 +23,6 @@ class WebSocketClient(Waiter):
         self.websocket = websocket
         self.queue_updates = False  # whether to send its place in queues
         self.swarm_updates = False  # whether to send news of the swarm, and the session's position
-        self.engaged = False  # whether it has a session
         self._stopped = False
 
     def begin(self) -> None:
@@ -77,7 +76,6 @@ class WebSocketClient(Waiter):
 
     def go_on(self) -> None:
         """Handle what the client has sent meanwhile, when a thread is free. Does not wait."""
-        self.websocket.engaged = self.engaged
         self.websocket.done()
 
     def abandon(self) -> None:
