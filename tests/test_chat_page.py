@@ -619,6 +619,27 @@ def test_two_windows(chat: Chat, context: BrowserContext, chat_app: LiveApp) -> 
     expect(chat.page.locator("#toast")).to_contain_text("deleted in another window")
 
 
+def test_another_model_does_not_end_the_wait_for_another_window(
+    chat: Chat, context: BrowserContext, chat_app: LiveApp
+) -> None:
+    chat.settle(max_answer_tokens=600)
+    chat.ask(wait=False)
+    chat.answering(10)
+    other = Chat(context.new_page())
+    other.page.goto(chat.page.url)
+    status = other.page.locator("#status")
+    expect(status).to_have_text("Another window writes here")
+    other.page.click("#model-button")
+    for name in ("/nowhere/missing-model", chat_app.model_name):
+        other.page.check(f"#models input[value='{name}']")
+    other.page.keyboard.press("Escape")
+    expect(status).to_have_text("Another window writes here")
+    expect(other.page.locator("#send")).to_be_disabled()
+    expect(chat.page.locator("#stop")).to_be_visible()  # it is still being written
+    chat.page.click("#stop")
+    other.ready()
+
+
 def test_editing_while_an_answer_comes(chat: Chat) -> None:
     chat.settle(max_answer_tokens=600)
     chat.ask(wait=False)

@@ -41,10 +41,15 @@ export class Answering {
     return this.#running.get(this.#chats.open.chat.id);
   }
 
-  /** Let go of the open chat's session: another chat is to be shown, or another model to be asked. */
-  leave() {
+  /** Let go of the open chat's session: another model is to be asked. */
+  closeSession() {
     this.#session?.close();
     this.#session = null;
+  }
+
+  /** Another chat is to be shown. */
+  leave() {
+    this.closeSession();
     this.#away.abort();
     this.#away = new AbortController();
     this.elsewhere = false;

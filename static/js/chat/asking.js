@@ -46,6 +46,7 @@ export class Asking {
 
   regenerate(id) {
     if (!this.possible) return;
+    this.#page.clear();
     const { tree } = this.#open;
     this.#answer(tree.get(tree.get(id).parent));
     this.#page.focus();
@@ -80,11 +81,11 @@ export class Asking {
     }
     const { parent, role, model } = before.tree.get(id) ?? {};
     if (this.#open.chat !== before.chat || !role || (role === "user" && !this.possible)) return false;
+    this.#page.clear();
     if (role === "user") {
       this.#ask(parent, text);
       return true;
     }
-    this.#page.clear();
     const edited = before.add({ parent, role, text, state: "done", stopSequence: null, model, stats: {} });
     await this.#chats.keep(before, [edited]);
     this.#page.refresh();

@@ -51,7 +51,7 @@ class App {
     this.#settings = new Settings((settings, system) => this.#chats.change({ settings, system }));
     this.#models = new Models(config, {
       select: (name) => this.#selectModel(name),
-      told: () => this.#models.ready && this.#refreshStatus(),
+      told: () => (this.#models.ready ? this.#refreshStatus() : this.#showTokens()),
     });
     this.#chats = new Chats(store, running, new Toast(), {
       defaultModel,
@@ -130,11 +130,15 @@ class App {
     this.#notices.show(open, this.#limit, this.#models.ready && this.#isFull);
   }
 
+  #showTokens() {
+    this.#composer.tokens(this.#chats.open.position(), this.#limit);
+  }
+
   #refreshStatus({ failed = false } = {}) {
     const { run, elsewhere } = this.#answering;
     const { ready } = this.#models;
     const full = !run && this.#isFull;
-    this.#composer.tokens(this.#chats.open.position(), this.#limit);
+    this.#showTokens();
     this.#composer.placeholder(full ? "This chat is full" : ready ? "Write a message" : "The model is loading");
     if (run) this.#composer.show("answering", run.words, false);
     else if (elsewhere) this.#composer.show("loading", "Another window writes here", false);
@@ -146,7 +150,7 @@ class App {
   /** The chat goes on with another model, which will read it from the beginning. */
   async #selectModel(name) {
     this.#answering.run?.stop();
-    this.#answering.leave();
+    this.#answering.closeSession();
     await this.#chats.change({ model: name });
     const { chat } = this.#chats.open;
     this.#settings.show(this.#models.of(chat), chat.settings, chat.system);
