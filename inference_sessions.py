@@ -546,10 +546,11 @@ class InferenceSessions:
             now = self._clock()
             unused = [entry for entry in self._sessions.values() if entry.users == 0]
             moved = [entry for entry in unused if self._move_on(entry, now)]
-        for entry in moved:
+            # Read under the lock: a parked one may give way to another session as soon as the lock is free.
+            removed = [entry for entry in moved if entry.state is State.CLOSING]
+        for entry in removed:
             try:
-                if entry.state is State.CLOSING:
-                    self._close(entry)
+                self._close(entry)
             except Exception:  # one session's: the others must expire all the same
                 log.exception("session %s could not be closed", entry.session_id)
         if moved:

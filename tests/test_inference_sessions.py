@@ -885,6 +885,23 @@ def test_blocking_close_of_a_session_that_gives_way_blocks_nobody_else(
     assert is_open(sessions, opening.result(timeout=LIMIT))
 
 
+def test_a_session_parked_while_another_expires_gives_its_place_once(
+    sessions: InferenceSessions, model: Any, clock: Clock, pool: ThreadPoolExecutor
+) -> None:
+    sessions._places.places = 2
+    sessions.open(model, 16)
+    sessions.open(model, 16, connected=True)
+    model.opened[0].gate.close()
+    clock.now += TIMEOUT
+    ending = pool.submit(sessions.expire)
+    assert model.opened[0].gate.reached.wait(LIMIT)
+    sessions.open(model, 16)  # in the place of the parked one
+    model.opened[0].gate.open.set()
+    ending.result(timeout=LIMIT)
+    assert [session.calls.count("close") for session in model.opened] == [1, 1, 0]
+    assert sum(sessions._places.held.values()) == len(sessions) == 1
+
+
 def test_blocking_shut_down_of_a_session_blocks_nobody_else(
     sessions: InferenceSessions, model: Any, pool: ThreadPoolExecutor
 ) -> None:
