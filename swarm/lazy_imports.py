@@ -10,7 +10,7 @@ import io
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.abc import Loader
 from types import ModuleType
 from typing import Any
@@ -18,7 +18,8 @@ from typing import Any
 import torch.distributed
 
 _loading = threading.RLock()
-_postponed: dict[str, Loader] = {}  # modules that are not loaded yet
+# Modules that are not loaded yet, and what is to be called before one is.
+_postponed: dict[str, tuple[Loader, Callable[[], None]]] = {}
 
 
 @contextlib.contextmanager
@@ -44,19 +45,22 @@ class _Postponed(ModuleType):
 def load(name: str) -> None:
     """Load a postponed module, unless it is loaded already."""
     with _loading:
-        loader = _postponed.pop(name, None)  # now neither others nor the module's own code can load it again
-        if loader is not None:
+        entry = _postponed.pop(name, None)  # now neither others nor the module's own code can load it again
+        if entry is not None:
+            loader, prepare = entry
             try:
                 with _quiet():
+                    prepare()
                     loader.exec_module(sys.modules[name])
             except BaseException:
-                _postponed[name] = loader
+                _postponed[name] = entry
                 raise
 
 
-def postpone(name: str) -> None:
+def postpone(name: str, prepare: Callable[[], None] = lambda: None) -> None:
     """Load a module when something in it is first used, not when it is imported.
 
+    :param prepare: called before it is loaded
     :raises ModuleNotFoundError: if there is no module of this name
     """
     if name in sys.modules:
@@ -66,7 +70,7 @@ def postpone(name: str) -> None:
         raise ModuleNotFoundError(name)
     module = importlib.util.module_from_spec(spec)
     module.__class__ = _Postponed
-    _postponed[name] = spec.loader
+    _postponed[name] = spec.loader, prepare
     sys.modules[name] = module
     parent, _, child = name.rpartition(".")
     if parent:

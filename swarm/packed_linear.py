@@ -100,3 +100,23 @@ def fuse(parent: Any, *names: str) -> PackedLinear:
             setattr(parent, name, fused if len(names) == 1 else _Share(fused, rows))
         offset = rows.stop
     return fused
+
+
+def separate(block: nn.Module) -> None:
+    """Undo what ``fuse`` did to a module's layers, and those of its parts: each is a layer of its own again."""
+    for parent in list(block.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, PackedLinear) and layer.packed is not None:
+                setattr(parent, name, _plain_linear(layer, slice(None)))
+            elif isinstance(layer, _Share):
+                setattr(parent, name, _plain_linear(layer.fused, layer.rows))
+
+
+def _plain_linear(fused: PackedLinear, rows: slice) -> nn.Linear:
+    assert fused.packed is not None
+    weight = fused.packed.to_dense()[rows].clone()
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=fused.bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if fused.bias is not None:
+        linear.bias = nn.Parameter(fused.bias[rows].clone(), requires_grad=False)
+    return linear

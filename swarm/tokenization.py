@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase
-from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from swarm.errors import SessionLengthExceeded, TokenizerBusy
 

@@ -19,6 +19,7 @@ from swarm.client.routing import CacheRelief, SwarmState
 from swarm.client.session import SwarmSession
 from swarm.client.terms import SessionLimits, SessionTerms
 from swarm.errors import ModelUnavailable, SessionLengthExceeded
+from swarm.families.adopt import adopt
 from swarm.tokenization import TextTokenizer
 
 log = logging.getLogger(__name__)
@@ -84,6 +85,7 @@ class SwarmModel:
         """
         path = weights.locate(name, cache_dir=cache_dir, progress=weights.Progress(log.info))
         try:
+            adopt(path)
             tokenizer = TextTokenizer(AutoTokenizer.from_pretrained(path))
             with LOADING, shared_dht(swarm.dht):
                 model = AutoDistributedModelForCausalLM.from_pretrained(

@@ -5,7 +5,6 @@ reading of the weights, which is what decoding waits for, makes a token for each
 sequence, over keys and values that are written and read where they are; nothing is padded and nothing is copied.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +13,10 @@ import swarm.compat  # noqa: F401
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from hivemind import TensorDescriptor
 from torch import nn
 
+from swarm.families.attention import Scoring, attention, causal_mask
 from swarm.server import kernels
 
 # Parts of this many tokens are computed by a loop as well: PyTorch takes longer for each part, and less for each token.
@@ -42,6 +41,11 @@ class Part:
             raise ValueError(f"tokens {self.start}-{self.start + self.length} do not fit {self.cache.shape[1]}")
 
 
+    def first_seen(self, window: int | None) -> int:
+        """Return the first position that its tokens see."""
+        return 0 if window is None else max(0, self.start + 1 - window)
+
+
 class Batch:
     """The parts of one batch, prepared for all blocks. Their tokens follow each other in the order of the parts."""
 
@@ -49,7 +53,7 @@ class Batch:
         self,
         parts: Sequence[Part],
         first: int,
-        mask: Callable[[Part], torch.Tensor | None],
+        mask: Callable[[Part, int | None], torch.Tensor | None],
         attention: kernels.Attention | None,
     ) -> None:
         """Prepare a batch.
@@ -72,50 +76,60 @@ class Batch:
             strides = np.array([part.cache.stride(0) * part.cache.element_size() for part in short])
             caches = starts + np.arange(len(short[0].cache))[:, None] * strides
             self._addresses = np.repeat(caches, lengths, axis=1)  # [blocks, tokens]
+        self._others = others
         self._sizes = [part.length for part in others]
-        self._masks = [mask(part) for part in others]
+        self._mask = mask
         # One call makes the views for all blocks: a call for each block and sequence would cost more than attention.
         slots = [part.cache[:, part.start : part.start + part.length].unbind(0) for part in others]
         self._slots = list(zip(*slots, strict=True))
-        past = [part.cache[:, : part.start + part.length].unsqueeze(1) for part in others]
-        self._keys = [cache[:, :, :, 0].transpose(2, 3).unbind(0) for cache in past]
-        self._values = [cache[:, :, :, 1].transpose(2, 3).unbind(0) for cache in past]
+        self._views: dict[int | None, list[_View]] = {}  # by the layers' window
 
-    def attend(self, block: int, queries: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        """Write new keys and values to the caches, and attend to all that are there.
+    def attend(self, block: int, queries: torch.Tensor, new: torch.Tensor, scoring: Scoring) -> torch.Tensor:
+        """Write new keys and values to the caches, and attend to all that the tokens see.
 
         :param block: its number in the span
         :param queries: [tokens, key/value heads, query heads of each, head size]
         :param new: keys and values, [tokens, 2, key/value heads, head size]
-        :returns: [tokens, hidden size]
+        :returns: [tokens, heads times head size]
         """
         index, short = block - self._first, self._short
         outputs = []
         if self._attention is not None and short:
             addresses, positions = self._addresses[index], self.positions[:short]
-            outputs.append(self._attention(queries[:short], new[:short], addresses, positions))
+            outputs.append(self._attention(queries[:short], new[:short], addresses, positions, scoring))
         if self._sizes:
-            outputs += self._attend_by_torch(index, queries[short:], new[short:])
+            outputs += self._attend_by_torch(index, queries[short:], new[short:], scoring)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def _attend_by_torch(self, index: int, queries: torch.Tensor, new: torch.Tensor) -> list[torch.Tensor]:
+    def _attend_by_torch(
+        self, index: int, queries: torch.Tensor, new: torch.Tensor, scoring: Scoring
+    ) -> list[torch.Tensor]:
         """Compute part by part. Query heads that share a key/value head are computed as further queries of it, which
         needs no copy of it."""
         torch._foreach_copy_(self._slots[index], new.split(self._sizes))
+        if scoring.window not in self._views:
+            self._views[scoring.window] = [self._view(part, scoring.window) for part in self._others]
         outputs = []
-        parts = zip(queries.split(self._sizes), self._keys, self._values, self._masks, strict=True)
-        for query, keys, values, mask in parts:
+        for query, view in zip(queries.split(self._sizes), self._views[scoring.window], strict=True):
             length, heads, group, size = query.shape
             query = query.permute(1, 2, 0, 3).reshape(1, heads, group * length, size)
-            output = F.scaled_dot_product_attention(query, keys[index], values[index], attn_mask=mask)
+            output = attention(query, view.keys[index], view.values[index], view.mask, scoring)
             outputs.append(output.view(heads, group, length, size).permute(2, 0, 1, 3).reshape(length, -1))
         return outputs
 
+    def _view(self, part: Part, window: int | None) -> "_View":
+        past = part.cache[:, part.first_seen(window) : part.start + part.length].unsqueeze(1)
+        keys, values = past[:, :, :, 0].transpose(2, 3).unbind(0), past[:, :, :, 1].transpose(2, 3).unbind(0)
+        return _View(keys, values, self._mask(part, window))
 
-def causal_mask(part: Part, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return what to add to attention scores so that no token sees a later one: [tokens, tokens up to the last]."""
-    allowed = torch.ones(part.length, part.start + part.length, dtype=torch.bool, device=device).tril(part.start)
-    return torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill_(~allowed, -math.inf)
+
+@dataclass(frozen=True)
+class _View:
+    """What the tokens of a part see of their sequence, for all blocks that see it alike."""
+
+    keys: Sequence[torch.Tensor]  # of each block: [1, key/value heads, tokens, head size]
+    values: Sequence[torch.Tensor]
+    mask: torch.Tensor | None  # see ``RaggedBlocks.mask``
 
 
 class RaggedBlocks:
@@ -140,10 +154,10 @@ class RaggedBlocks:
         self.device = next(blocks[0].parameters()).device
         self.kv_heads = config.num_attention_heads // config.num_key_value_groups
         self.group = config.num_key_value_groups
-        self.head_size = config.hidden_size // config.num_attention_heads
+        self.head_size = head_size(config)
         self._attention: kernels.Attention | None = None
         if self.device.type == "cpu":
-            self._attention = kernels.Attention(self.slopes(), max_length, self.group, self.head_size)
+            self._attention = kernels.Attention(self.slopes(), max_length, self.group)
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -176,14 +190,22 @@ class RaggedBlocks:
             hidden = self.compute(block, hidden, batch, context)
         return hidden
 
-    def slopes(self) -> torch.Tensor:
-        """Return what each head adds to its scores for each position of a key: [heads]."""
-        raise NotImplementedError
+    def slopes(self) -> torch.Tensor | None:
+        """Return what each head adds to its scores for each position of a key: [heads]; None: nothing."""
+        return None
 
-    def mask(self, part: Part) -> torch.Tensor | None:
-        """Return what is added to a part's attention scores, broadcastable to
-        [1, key/value heads, queries, tokens up to the last], or None for nothing."""
-        raise NotImplementedError
+    def mask(self, part: Part, window: int | None) -> torch.Tensor | None:
+        """Return what is added to a part's attention scores, or None for nothing.
+
+        :param window: how many tokens each token sees, up to itself; None: all
+        :returns: broadcastable to [1, key/value heads, query heads of each times tokens, tokens up to the last], from
+            the first that any of them sees
+        """
+        if part.length == 1:
+            return None
+        first = part.first_seen(window)
+        mask = causal_mask(part.start, part.length, window, self.dtype, self.device, first)
+        return mask.repeat(self.group, 1)
 
     def context(self, batch: Batch) -> Any:
         """Return what all blocks need to know of a batch."""
@@ -192,6 +214,11 @@ class RaggedBlocks:
     def compute(self, number: int, hidden: torch.Tensor, batch: Batch, context: Any) -> torch.Tensor:
         """Compute one block, given its number in the span."""
         raise NotImplementedError
+
+
+def head_size(config: Any) -> int:
+    """Return the size of an attention head; in many families it is not hidden size / heads."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def add_prompts(hidden: torch.Tensor, parts: Sequence[Part], index: int) -> None:

@@ -17,6 +17,8 @@ from llvmlite import ir
 from numba import carray, njit, types
 from numba.extending import intrinsic, overload
 
+from swarm.families.attention import Scoring
+
 # float32: below this exp() is zero, and would leave the range of normal numbers.
 LOWEST_EXPONENT = -87.0
 
@@ -102,21 +104,35 @@ def _exp(x: Any) -> Any:
 
 @_compile
 def _attend(
-    queries: Any, new: Any, addresses: Any, positions: Any, slopes: Any, scale: Any, scores: Any, outputs: Any
+    queries: Any,
+    new: Any,
+    addresses: Any,
+    positions: Any,
+    slopes: Any,
+    scale: Any,
+    window: Any,
+    softcap: Any,
+    sinks: Any,
+    scores: Any,
+    outputs: Any,
 ) -> None:
+    # What is None costs nothing: Numba compiles a function of its own for each set of types.
     rows, kv_heads, group, size = queries.shape
     query = np.empty((group, size), np.float32)
     value = np.empty(size, np.float32)
     total = np.empty((group, size), np.float32)
     for row in range(rows):
         length = positions[row] + 1
+        begin = 0
+        if window is not None:
+            begin = max(0, length - window)
         cache = carray(_pointer(addresses[row], new), (length, 2, kv_heads, size))
         cache[length - 1] = new[row]
         for head in range(kv_heads):
             for g in range(group):
                 for d in range(size):
                     query[g, d] = _load(queries[row, head, g], d) * scale
-            for j in range(length):
+            for j in range(begin, length):
                 keys = cache[j, 0, head]
                 for d in range(size):
                     value[d] = _load(keys, d)
@@ -124,19 +140,27 @@ def _attend(
                     score = np.float32(0)
                     for d in range(size):
                         score += query[g, d] * value[d]
-                    scores[g, j] = score + slopes[head * group + g] * np.float32(j)
+                    if slopes is not None:
+                        score += slopes[head * group + g] * np.float32(j)
+                    if softcap is not None:
+                        score = softcap * np.tanh(score / softcap)
+                    scores[g, j] = score
             for g in range(group):
-                highest = scores[g, 0]
-                for j in range(length):
+                highest = scores[g, begin]
+                for j in range(begin, length):
                     highest = max(highest, scores[g, j])
                 weight = np.float32(0)
-                for j in range(length):
+                if sinks is not None:
+                    sink = sinks[head * group + g]
+                    highest = max(highest, sink)
+                    weight = _exp(sink - highest)
+                for j in range(begin, length):
                     scores[g, j] = _exp(scores[g, j] - highest)
                     weight += scores[g, j]
-                for j in range(length):
+                for j in range(begin, length):
                     scores[g, j] /= weight
             total[:] = 0
-            for j in range(length):
+            for j in range(begin, length):
                 values = cache[j, 1, head]
                 for d in range(size):
                     value[d] = _load(values, d)
@@ -194,31 +218,56 @@ def array(tensor: torch.Tensor) -> np.ndarray:
 class Attention:
     """Attention of a few new tokens over caches that are read and written in place."""
 
-    def __init__(self, slopes: torch.Tensor, max_length: int, group: int, head_size: int) -> None:
+    def __init__(self, slopes: torch.Tensor | None, max_length: int, group: int) -> None:
         """Allocate the kernel's buffers.
 
-        :param slopes: [heads]; times the key's position, added to the head's scores; zero for none
+        :param slopes: [heads]; times the key's position, added to the head's scores; None: nothing is added
         :param max_length: longest sequence, tokens
+        :param group: query heads of each key/value head
         """
-        self._slopes = slopes.float().numpy()
+        self._slopes = None if slopes is None else slopes.float().numpy()
         self._scores = np.empty((group, max_length), np.float32)
-        self._scale = np.float32(head_size**-0.5)
+        self._sinks: dict[int, np.ndarray] = {}  # as float32, by the address of the weights
 
     def __call__(
-        self, queries: torch.Tensor, new: torch.Tensor, addresses: np.ndarray, positions: np.ndarray
+        self,
+        queries: torch.Tensor,
+        new: torch.Tensor,
+        addresses: np.ndarray,
+        positions: np.ndarray,
+        scoring: Scoring,
     ) -> torch.Tensor:
-        """Write the keys and values of the new tokens one by one, and let each attend to all up to itself.
+        """Write the keys and values of the new tokens one by one, and let each attend to all that it sees.
 
         :param queries: [tokens, key/value heads, query heads of each, head size]
         :param new: keys and values, [tokens, 2, key/value heads, head size]
         :param addresses: of each token's sequence's cache, [max length, 2, key/value heads, head size] contiguous
         :param positions: of the tokens in their sequences; tokens of one sequence in order
-        :returns: [tokens, hidden size]
+        :returns: [tokens, heads times head size]
         """
         outputs = torch.empty(queries.shape, dtype=queries.dtype)
-        arrays = array(queries), array(new), addresses, positions
-        _attend(*arrays, self._slopes, self._scale, self._scores, array(outputs))
+        _attend(
+            array(queries),
+            array(new),
+            addresses,
+            positions,
+            self._slopes,
+            np.float32(scoring.scale),
+            scoring.window,
+            None if scoring.softcap is None else np.float32(scoring.softcap),
+            self._float_sinks(scoring.sinks),
+            self._scores,
+            array(outputs),
+        )
         return outputs.view(len(outputs), -1)
+
+    def _float_sinks(self, sinks: torch.Tensor | None) -> np.ndarray | None:
+        if sinks is None:
+            return None
+        known = self._sinks.get(sinks.data_ptr())
+        if known is None:
+            known = self._sinks[sinks.data_ptr()] = sinks.detach().float().numpy()
+        return known
 
 
 def rotate(heads: torch.Tensor, count: int, cos: torch.Tensor, sin: torch.Tensor) -> None:

@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from swarm.compat import probe_nobody, use_server_parts
+from swarm.compat import probe_nobody, transformers5, use_server_parts
 
 import psutil
 from petals.constants import PUBLIC_INITIAL_PEERS
@@ -30,6 +30,8 @@ from petals.utils.convert_block import QuantType
 from swarm import hardware, weights
 from swarm import lazy_imports as imports
 from swarm.errors import ModelUnavailable
+from swarm.families.adopt import adopt
+from swarm.families.checkpoint import load_block
 from swarm.options import ServerOptions, parse_args
 from swarm.process import freeze_collector, kill_descendants, set_threads
 from swarm.server.announcing import Announcer
@@ -60,6 +62,7 @@ def make_server(options: ServerOptions) -> Server:
     use_own_parts(options)
     cache_dir = options.cache_dir or weights.default_cache_dir()
     path = weights.locate(options.model, cache_dir=cache_dir, progress=weights.Progress(log.info))
+    adopt(path)
     arguments = server_arguments(options, path)
     host_maddrs = listening_maddrs(options)
     if options.batching:
@@ -75,13 +78,13 @@ def make_server(options: ServerOptions) -> Server:
 
 def use_own_parts(options: ServerOptions) -> None:
     """Let petals make its server of this project's parts."""
-    imports.postpone(ADAPTERS)
+    imports.postpone(ADAPTERS, transformers5.before_adapters)
     if not options.batching or options.quant != "none":
         imports.load(ADAPTERS)  # with bitsandbytes, which quantises, and prints when it is imported
     TransformerConnectionHandler.inference_tokens = multiprocessing.Value(ctypes.c_uint64)
     TransformerConnectionHandler.heartbeat = multiprocessing.Value(ctypes.c_double, time.monotonic())
     container = batching_container(operator_threads(options)) if options.batching else WatchedContainer
-    use_server_parts(TransformerConnectionHandler, SharedMemoryCache, container, Announcer, PatientDHT)
+    use_server_parts(TransformerConnectionHandler, SharedMemoryCache, container, Announcer, PatientDHT, load_block)
     if options.batching and not is_public(options):  # a stock server is left as it is, to compare with
         probe_nobody()
 

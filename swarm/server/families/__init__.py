@@ -1,5 +1,10 @@
-"""The model families whose blocks are computed in batches. A new one is a file here, and a line in ``FAMILIES``."""
+"""The model families as they are computed in batches.
 
+``BloomBlocks`` and the like compute petals' own classes; ``LayerBlocks`` computes any family of ``swarm.families`` by
+Transformers' layers, and ``FusedLayerBlocks`` does so faster for some.
+"""
+
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,15 +13,23 @@ import swarm.compat  # noqa: F401
 import torch
 from torch import nn
 
-from swarm.packed_linear import PackedLinear
-from swarm.server.blocks import RaggedBlocks
+from swarm.families.layers import SwarmLayer
+from swarm.packed_linear import PackedLinear, separate
+from swarm.server.blocks import Part, RaggedBlocks
 from swarm.server.families.bloom import BloomBlocks
-from swarm.server.families.llama import LlamaBlocks
+from swarm.server.families.layers import LayerBlocks
+from swarm.server.families.llama import FusedLayerBlocks
 
-FAMILIES: tuple[type[RaggedBlocks], ...] = (
-    BloomBlocks,
-    LlamaBlocks,
-)
+log = logging.getLogger(__name__)
+
+# Blocks of petals' own classes.
+FAMILIES: tuple[type[RaggedBlocks], ...] = (BloomBlocks,)
+
+# How far fused blocks may be from Transformers' layers: rounding differs, and errors of mathematics are far larger.
+# Relative to the largest output. float32 differs by 1e-6 to 1e-5, bfloat16 by up to 1e-2.
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+# Tokens of the comparison: a prompt that is computed by PyTorch, then single ones that loops compute.
+CHECK_PROMPT, CHECK_STEPS = 48, 3
 
 
 def make_ragged_blocks(modules: Sequence[Any], config: Any, dtype: torch.dtype, max_length: int) -> RaggedBlocks | None:
@@ -33,12 +46,61 @@ def make_ragged_blocks(modules: Sequence[Any], config: Any, dtype: torch.dtype, 
     blocks = [blocks[0] for blocks in shards]
     if not all(has_plain_layers(block) for block in blocks):
         return None
+    if all(isinstance(block, SwarmLayer) for block in blocks):
+        ragged: RaggedBlocks = layer_blocks(blocks, config, dtype, max_length)
+        unmap_checkpoint(blocks)
+        return ragged
     for family in FAMILIES:
         if all(type(block) is family.block_type for block in blocks) and family.accepts(blocks, config):
             ragged = family(blocks, config, dtype, max_length)
             unmap_checkpoint(blocks)
             return ragged
     return None
+
+
+def layer_blocks(blocks: Sequence[Any], config: Any, dtype: torch.dtype, max_length: int) -> LayerBlocks:
+    """Return Transformers' layers for batches: fused where that computes the same, which is tried."""
+    plain = LayerBlocks(blocks, config, dtype, max_length)
+    if FusedLayerBlocks.accepts(blocks, config):
+        expected = sample_outputs(plain)
+        fused = FusedLayerBlocks(blocks, config, dtype, max_length)
+        error = relative_error(sample_outputs(fused), expected)
+        if error <= TOLERANCES[dtype]:
+            return fused
+        log.warning(
+            "fused blocks of %s differ from Transformers' layers by %.1e: using Transformers'", config.model_type, error
+        )
+        for block in blocks:
+            separate(block)
+    plain.pack()
+    return plain
+
+
+@torch.inference_mode()
+def sample_outputs(blocks: RaggedBlocks) -> torch.Tensor:
+    """Return what each block makes of the same random inputs: [blocks, tokens, hidden size], float32."""
+    length = min(CHECK_PROMPT, blocks.max_length - CHECK_STEPS)
+    total = length + CHECK_STEPS
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(total, blocks.config.hidden_size, generator=generator).to(blocks.device, blocks.dtype)
+    caches = blocks.cache_descriptor(len(blocks.blocks), 1, total).make_zeros()[:, 0]
+    outputs = []
+    for number in range(len(blocks.blocks)):
+        cache = caches[number : number + 1]
+        parts = [(0, length), *((position, 1) for position in range(length, total))]
+        rows = [
+            blocks.forward(inputs[start : start + size].clone(), [Part(cache, start, size)], number, number + 1)
+            for start, size in parts
+        ]
+        outputs.append(torch.cat(rows).float())
+    return torch.stack(outputs)
+
+
+def relative_error(outputs: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the largest difference of any block, relative to that block's largest output; infinite for nonsense."""
+    scale = expected.abs().amax(dim=(1, 2))
+    error = float(((outputs - expected).abs().amax(dim=(1, 2)) / scale).max())
+    return error if error == error else float("inf")
 
 
 def unmap_checkpoint(blocks: Sequence[nn.Module]) -> None:

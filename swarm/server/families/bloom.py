@@ -11,8 +11,9 @@ from petals.models.bloom.block import WrappedBloomBlock
 from torch import nn
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
+from swarm.families.attention import Scoring, causal_mask
 from swarm.packed_linear import fuse
-from swarm.server.blocks import Batch, Part, RaggedBlocks, causal_mask
+from swarm.server.blocks import Batch, Part, RaggedBlocks
 
 
 class BloomBlocks(RaggedBlocks):
@@ -37,15 +38,18 @@ class BloomBlocks(RaggedBlocks):
             for block in blocks
         ]
         ones = torch.ones(1, max_length, device=self.device)
+        self._scoring = Scoring(self.head_size**-0.5)
         self._alibi = build_alibi_tensor(ones, config.num_attention_heads, dtype)[None]  # [1, heads, 1, max length]
 
     def slopes(self) -> torch.Tensor:
         # Those of position 1.
         return build_alibi_tensor(torch.ones(1, 2), self.config.num_attention_heads, torch.float32)[:, 0, 1]
 
-    def mask(self, part: Part) -> torch.Tensor:
+    def mask(self, part: Part, window: int | None) -> torch.Tensor:
         alibi = self._alibi[..., : part.start + part.length]
-        return alibi if part.length == 1 else alibi + causal_mask(part, self.dtype, self.device)
+        if part.length == 1:
+            return alibi
+        return alibi + causal_mask(part.start, part.length, window, self.dtype, self.device)
 
     def context(self, batch: Batch) -> None:
         return None
@@ -57,7 +61,7 @@ class BloomBlocks(RaggedBlocks):
         normed = block.input_layernorm(hidden)
         # The checkpoints keep query, key and value of one head together.
         fused = query_key_value(normed).view(-1, self.kv_heads, 3, self.head_size)
-        attended = batch.attend(number, fused[:, :, :1], fused[:, :, 1:].transpose(1, 2))
+        attended = batch.attend(number, fused[:, :, :1], fused[:, :, 1:].transpose(1, 2), self._scoring)
         hidden = dense(attended).add_(normed if post_norm else hidden)
         normed = block.post_attention_layernorm(hidden)
         return down(F.gelu(up(normed), approximate="tanh")).add_(normed if post_norm else hidden)

@@ -1,4 +1,4 @@
-"""Llama in batches, see ``LlamaBlocks``."""
+"""Llama and what is shaped like it, with loops of this project's in place of Transformers' operators."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,31 +7,31 @@ import swarm.compat  # noqa: F401
 
 import torch
 import torch.nn.functional as F
-from petals.models.llama.block import WrappedLlamaBlock
-from torch import nn
-from transformers.models.llama.modeling_llama import LlamaDynamicNTKScalingRotaryEmbedding
 
+from swarm.families.attention import Scoring
 from swarm.packed_linear import fuse
 from swarm.server import kernels
-from swarm.server.blocks import Batch, Part, RaggedBlocks, causal_mask
+from swarm.server.blocks import Batch
+from swarm.server.families.layers import LayerBlocks
 
 # Beyond this many rows PyTorch's gate, which uses all cores, is faster than a loop that uses one.
 KERNEL_ROWS = 32
+# The families whose layers may be computed like this. Whether they are is decided by a comparison when they are loaded.
+FUSED_FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 
 
-class LlamaBlocks(RaggedBlocks):
-    """Llama: rotary positions (RoPE, https://arxiv.org/abs/2104.09864), RMS norms, grouped queries, gated MLP."""
-
-    block_type = WrappedLlamaBlock
+class FusedLayerBlocks(LayerBlocks):
+    """Rotary positions (RoPE, https://arxiv.org/abs/2104.09864), RMS norms, grouped queries, a gated MLP: the layers of
+    ``FUSED_FAMILIES``, with queries, keys and values as one product, gates as another, and compiled loops between."""
 
     @classmethod
-    def accepts(cls, blocks: Sequence[nn.Module], config: Any) -> bool:
-        """Whether the weights are not split into slices, the MLP is gated by SiLU, and no position depends on a
-        sequence's length, as those of dynamic NTK scaling do."""
+    def accepts(cls, blocks: Sequence[Any], config: Any) -> bool:
+        """Whether the family may be computed like this, its MLP is gated by SiLU, and whole heads are rotated."""
         return (
-            getattr(config, "pretraining_tp", 1) == 1
-            and getattr(config, "hidden_act", "silu") == "silu"
-            and not any(type(module) is LlamaDynamicNTKScalingRotaryEmbedding for b in blocks for module in b.modules())
+            config.model_type in FUSED_FAMILIES
+            and config.hidden_act == "silu"
+            and not getattr(config, "mlp_bias", False)
+            and (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0) == 1.0
         )
 
     def __init__(self, blocks: Sequence[Any], config: Any, dtype: torch.dtype, max_length: int) -> None:
@@ -45,44 +45,55 @@ class LlamaBlocks(RaggedBlocks):
             )
             for block in blocks
         ]
-        rotary: Any = blocks[0].self_attn.rotary_emb
-        cos, sin = rotary(torch.empty(0, dtype=dtype, device=self.device), seq_len=max_length)
+        self._scorings = [Scoring(block.self_attn.scaling, window_of(block, config)) for block in blocks]
+        positions = torch.arange(max_length, device=self.device)[None]
         half = self.head_size // 2
-        self._cos = cos[0, 0, :max_length]  # [max length, head size]
-        # With the signs of the rotation in it, what is left to do is to swap the halves.
-        self._sin = torch.cat([-sin[0, 0, :max_length, :half], sin[0, 0, :max_length, half:]], dim=-1)
+        self._rotations = {}
+        for kind in {block.layer_type for block in blocks}:
+            cos, sin = self.positions(positions, kind, dtype)
+            # With the signs of the rotation in it, what is left to do is to swap the halves.
+            self._rotations[kind] = cos[0], torch.cat([-sin[0, :, :half], sin[0, :, half:]], dim=-1)
 
-    def slopes(self) -> torch.Tensor:
-        return torch.zeros(self.config.num_attention_heads)
+    def pack(self) -> None:
+        """Do nothing: the projections are packed."""
 
-    def mask(self, part: Part) -> torch.Tensor | None:
-        if part.length == 1:
-            return None
-        return causal_mask(part, self.dtype, self.device).repeat(self.group, 1)
-
-    def context(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def context(self, batch: Batch) -> Any:
         positions = torch.from_numpy(batch.positions).to(self.device)
-        return self._cos[positions], self._sin[positions]
+        return {kind: (cos[positions], sin[positions]) for kind, (cos, sin) in self._rotations.items()}
 
-    def compute(
-        self, number: int, hidden: torch.Tensor, batch: Batch, context: tuple[torch.Tensor, torch.Tensor]
-    ) -> torch.Tensor:
+    def compute(self, number: int, hidden: torch.Tensor, batch: Batch, context: Any) -> torch.Tensor:
         block: Any = self.blocks[number]
+        layer = block.self_attn
         heads, kv_heads, size = self.kv_heads * self.group, self.kv_heads, self.head_size
         query_key_value, output, gate_up, down = self._projections[number]
         projected = query_key_value(norm(block.input_layernorm, hidden)).view(-1, heads + 2 * kv_heads, size)
-        rotate(projected, heads + kv_heads, *context)
+        if hasattr(layer, "q_norm"):
+            norm_heads(layer.q_norm, projected[:, :heads])
+            norm_heads(layer.k_norm, projected[:, heads : heads + kv_heads])
+        rotate(projected, heads + kv_heads, *context[block.layer_type])
         queries = projected[:, :heads].unflatten(1, (kv_heads, self.group))
-        attended = batch.attend(number, queries, projected[:, heads:].unflatten(1, (2, kv_heads)))
+        new = projected[:, heads:].unflatten(1, (2, kv_heads))
+        attended = batch.attend(number, queries, new, self._scorings[number])
         hidden = output(attended).add_(hidden)
         return down(gate(gate_up(norm(block.post_attention_layernorm, hidden)))).add_(hidden)
 
 
+def window_of(block: Any, config: Any) -> int | None:
+    """Return how many tokens a layer's tokens see, up to themselves; None: all. Mistral's layers read it themselves."""
+    layer = block.self_attn
+    return layer.sliding_window if hasattr(layer, "sliding_window") else getattr(config, "sliding_window", None)
+
+
 def norm(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """Compute an RMS norm (https://arxiv.org/abs/1910.07467)."""
+    """Compute an RMS norm (https://arxiv.org/abs/1910.07467) of [..., size]."""
     if hidden.device.type == "cpu":
         return kernels.norm(hidden, layer.weight, layer.variance_epsilon)
     return F.rms_norm(hidden, layer.weight.shape, layer.weight, layer.variance_epsilon)
+
+
+def norm_heads(layer: Any, heads: torch.Tensor) -> None:
+    """Normalise each of [tokens, heads, head size], in place."""
+    heads.copy_(norm(layer, heads.reshape(-1, heads.shape[-1])).view(heads.shape))
 
 
 def rotate(heads: torch.Tensor, count: int, cos: torch.Tensor, sin: torch.Tensor) -> None:

@@ -33,6 +33,7 @@ import hivemind.utils.nested
 import hivemind.utils.tensor_descr
 import hivemind.utils.timed_storage
 
+from swarm.compat import transformers5
 from swarm.process import kill_descendants
 
 log = logging.getLogger(__name__)
@@ -273,7 +274,9 @@ def shared_dht(dht: Any) -> Iterator[None]:
         _shared_dht.reset(token)
 
 
-def use_server_parts(handler: type, memory_cache: type, container: type, announcer: type, dht: type) -> None:
+def use_server_parts(
+    handler: type, memory_cache: type, container: type, announcer: type, dht: type, load_block: Callable[..., Any]
+) -> None:
     """Make petals' server use these subclasses of its parts: it offers no parameters for them."""
     import petals.server.server
 
@@ -282,6 +285,7 @@ def use_server_parts(handler: type, memory_cache: type, container: type, announc
     petals.server.server.ModuleContainer = container
     petals.server.server.ModuleAnnouncerThread = announcer
     petals.server.server.DHT = dht
+    petals.server.server.load_pretrained_block = load_block
 
 
 def probe_nobody() -> None:
@@ -357,12 +361,14 @@ _limit_waits_for_dht()
 # Importing petals replaces the root logger's handlers, and thus the program's own log, with hivemind's.
 _handlers, _level = logging.root.handlers[:], logging.root.level
 
+transformers5.before_petals()
 import petals  # noqa: E402  the names above must exist first
 import petals.utils.convert_block  # noqa: E402, F401
 
 hivemind.utils.logging.use_hivemind_log_handler("nowhere")
 logging.root.handlers[:] = _handlers
 logging.root.setLevel(_level)
+transformers5.after_petals()
 _close_sessions_without_waiting()
 _close_connections_that_fail()
 _send_messages_whole()
