@@ -85,8 +85,8 @@ class ReferenceSession:
             raise ValueError("there is no unprocessed token to step from")
         waiter.look()
         new = torch.tensor([self.token_ids[self.position :]])
-        output = self._model(new, past_key_values=self._cache, use_cache=True)
-        self._cache, self.position = output.past_key_values, len(self.token_ids)
+        output = self._model(new, cache=self._cache, use_cache=True)
+        self._cache, self.position = output.cache, len(self.token_ids)
         return output.logits[0, -1].float()
 
     def step_rows(self, token_ids: Sequence[int], *, waiter: Waiter = PATIENT) -> torch.Tensor:

@@ -21,6 +21,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import swarm.lazy_imports  # noqa: F401
+from swarm.compat import transformers5
 
 import hivemind
 import hivemind.compression
@@ -33,7 +34,6 @@ import hivemind.utils.nested
 import hivemind.utils.tensor_descr
 import hivemind.utils.timed_storage
 
-from swarm.compat import transformers5
 from swarm.process import kill_descendants
 
 log = logging.getLogger(__name__)

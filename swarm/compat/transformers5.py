@@ -76,28 +76,17 @@ class RemotePastKeyValues(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0  # petals itself leaves out the tokens that the servers have
 
-    def __getitem__(self, index: int) -> list[torch.Tensor]:
-        from petals.utils.misc import DUMMY
-
-        return [DUMMY]  # petals' models look for past keys
-
 
 def _make_remote_caches_caches() -> None:
     """Make petals' own ``generate`` start with ``RemotePastKeyValues``: Transformers would make a local cache."""
-    import petals.models.bloom.model
-    import petals.models.falcon.model
-    import petals.models.llama.model
-    from petals.client import remote_generation
+    from petals.client.remote_generation import RemoteGenerationMixin
 
-    for module in (remote_generation, petals.models.bloom.model, petals.models.falcon.model, petals.models.llama.model):
-        module.RemotePastKeyValues = RemotePastKeyValues
-    mixin = remote_generation.RemoteGenerationMixin
-    generate: Callable[..., Any] = mixin.generate
+    generate: Callable[..., Any] = RemoteGenerationMixin.generate
 
     def generate_remotely(self: Any, *args: Any, **kwargs: Any) -> Any:
-        kwargs.setdefault("past_key_values", RemotePastKeyValues())
+        kwargs.setdefault("cache", RemotePastKeyValues())
         return generate(self, *args, **kwargs)
 
-    mixin.generate = generate_remotely
+    RemoteGenerationMixin.generate = generate_remotely
     # The wire takes beams' indices of 64 bits.
-    mixin._reorder_cache = staticmethod(lambda past, beams: RemotePastKeyValues(beams.long()))
+    RemoteGenerationMixin._reorder_cache = staticmethod(lambda cache, beams: RemotePastKeyValues(beams.long()))

@@ -6,7 +6,7 @@ from transformers import AutoConfig
 
 from swarm.errors import ModelUnavailable
 from swarm.families import FAMILIES, PETALS_FAMILIES
-from swarm.families.classes import register
+from swarm.families.classes import register, restore_bloom
 from swarm.families.petals_blocks import restore_blocks
 
 
@@ -19,6 +19,7 @@ def adopt(path: str) -> None:
     model_type = AutoConfig.from_pretrained(path).model_type
     if model_type in PETALS_FAMILIES:
         restore_blocks()
+        restore_bloom()
     elif model_type in FAMILIES:
         register(model_type)
     else:

@@ -35,9 +35,7 @@ class Scoring:
 class Attention(Protocol):
     """Computes attention for one call of a layer."""
 
-    def __call__(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring
-    ) -> torch.Tensor:
+    def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring) -> torch.Tensor:
         """Return [batch, tokens, heads, head size].
 
         :param query: [batch, heads, tokens, head size]
@@ -92,13 +90,11 @@ class OneCall:
     """Attention of one call of petals: the whole batch has the same positions, and perhaps a past."""
 
     def __init__(self, past: tuple[torch.Tensor, torch.Tensor] | None) -> None:
-        """:param past: keys and values as petals keeps them: [batch * heads, size, tokens], [batch * heads, tokens, size]"""
+        """Take keys and values as petals keeps them: [batch * heads, size, tokens], [batch * heads, tokens, size]."""
         self.past = past
         self.present: tuple[torch.Tensor, torch.Tensor] | None = None  # past and new ones, after the call
 
-    def __call__(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring
-    ) -> torch.Tensor:
+    def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring) -> torch.Tensor:
         batch, heads, length, size = query.shape
         kv_heads = key.shape[1]
         if self.past is not None:

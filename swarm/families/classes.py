@@ -6,9 +6,9 @@ import sys
 from typing import Any
 
 import swarm.compat  # noqa: F401
+from swarm.compat import transformers5
 
 import torch
-from petals.client import remote_generation
 from petals.client.config import ClientConfig
 from petals.client.from_pretrained import FromPretrainedMixin
 from petals.client.lm_head import LMHead, LMHeadConfig
@@ -17,9 +17,11 @@ from petals.client.remote_generation import RemoteGenerationMixin
 from petals.client.remote_sequential import RemoteSequential
 from petals.utils import auto_config
 from torch import nn
-from transformers.modeling_outputs import MoeModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+from transformers.models.bloom.modeling_bloom import BloomForCausalLM, BloomModel
+from transformers.utils import ModelOutput
 
 from swarm.families.layers import SwarmLayer
 
@@ -51,30 +53,35 @@ class Scale(nn.Module):
 
 
 class FamilyModel:
-    """A model whose layers the swarm computes. Mixed into Transformers' model, before it."""
+    """A model whose layers the swarm computes. Mixed into Transformers' model, before it.
 
+    Its parts have the names that petals gives those of all its models, which are BLOOM's.
+    """
+
+    layers_name: str  # Transformers' name of the list of layers
     config: Any
-    embed_tokens: nn.Module
-    norm: nn.Module
+    word_embeddings: Any
+    word_embeddings_layernorm: Any
+    h: Any
+    ln_f: Any
 
     def __init__(self, config: Any, *, dht: Any = None) -> None:
         layers, config.num_hidden_layers = config.num_hidden_layers, 0  # Transformers makes none
         super().__init__(config)  # type: ignore[call-arg]
         config.num_hidden_layers = layers
-        self.layers = RemoteSequential(config, dht=dht)
+        setattr(self, self.layers_name, RemoteSequential(config, dht=dht))
         model: Any = self
         model.requires_grad_(False)
         model.init_prompts(config)
-        self._scale = Scale(getattr(config, "embedding_multiplier", 1.0))
 
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         inputs_embeds: torch.Tensor | None = None,
         **options: Any,
-    ) -> MoeModelOutputWithPast:
+    ) -> ModelOutput:
         """Compute the model for petals' own ``generate`` and for training.
 
         :param input_ids: [batch, tokens]; or ``inputs_embeds``, [batch, tokens, hidden size]
@@ -83,19 +90,40 @@ class FamilyModel:
         if attention_mask is not None and not bool((attention_mask == 1).all()):
             raise ValueError("attention masks other than causal ones are not supported")
         model: Any = self
-        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        hidden, prompts, skipped = self._scale(hidden), None, 0
-        if self.config.tuning_mode and "ptune" in self.config.tuning_mode and self.layers.position == 0:
+        hidden = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        prompts, skipped = None, 0
+        if self.config.tuning_mode and "ptune" in self.config.tuning_mode and self.h.position == 0:
             first, prompts = model.get_prompt(len(hidden))
             hidden, skipped = torch.cat([first, hidden], dim=1), first.shape[1]
-        cache = options.get("cache") or past_key_values
-        hidden = self.layers(hidden, prompts=prompts, hypo_ids=getattr(cache, "hypo_ids", None))
-        return MoeModelOutputWithPast(
-            last_hidden_state=self.norm(hidden[:, skipped:]),
-            past_key_values=remote_generation.RemotePastKeyValues(),
+        hidden = self.word_embeddings_layernorm(hidden)
+        hidden = self.h(hidden, prompts=prompts, hypo_ids=getattr(cache, "hypo_ids", None))
+        return BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=self.ln_f(hidden[:, skipped:]), cache=transformers5.RemotePastKeyValues()
         )
 
-    # The names that petals gives the parts of all its models:
+
+class BloomNames(FamilyModel):
+    """Transformers' own names of the parts are petals', but for those that a family does not have."""
+
+    layers_name = "h"
+
+    def __init__(self, config: Any, *, dht: Any = None) -> None:
+        super().__init__(config, dht=dht)
+        if not hasattr(self, "word_embeddings_layernorm"):
+            self.word_embeddings_layernorm = nn.Identity()
+
+
+class LlamaNames(FamilyModel):
+    """Petals' names for the parts of a model that has Llama's."""
+
+    layers_name = "layers"
+    layers: RemoteSequential
+    embed_tokens: nn.Module
+    norm: nn.Module
+
+    def __init__(self, config: Any, *, dht: Any = None) -> None:
+        super().__init__(config, dht=dht)
+        self.embedding_scale = Scale(getattr(config, "embedding_multiplier", 1.0))
 
     @property
     def word_embeddings(self) -> nn.Module:
@@ -103,7 +131,7 @@ class FamilyModel:
 
     @property
     def word_embeddings_layernorm(self) -> nn.Module:
-        return self._scale
+        return self.embedding_scale
 
     @property
     def h(self) -> RemoteSequential:
@@ -118,14 +146,26 @@ class FamilyCausalLM:
     """A language model whose layers the swarm computes. Mixed into Transformers', before it."""
 
     lm_head: nn.Module
-    model: FamilyModel
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
+
+class LlamaCausalNames(FamilyCausalLM):
+    """Petals' name for the model of a language model that has Llama's."""
+
+    model: FamilyModel
+
     @property
     def transformer(self) -> FamilyModel:
         return self.model
+
+
+def restore_bloom() -> None:
+    """Replace petals' client classes of BLOOM, whose ``forward`` Transformers 5 does not accept."""
+    config: Any = auto_config._CLASS_MAPPING["bloom"].config
+    if not issubclass(auto_config._CLASS_MAPPING["bloom"].model, FamilyModel):
+        use_classes("Bloom", BloomModel, BloomForCausalLM, config, BloomNames, FamilyCausalLM)
 
 
 @functools.cache
@@ -148,12 +188,24 @@ def register(model_type: str) -> type[Any]:
     }
     config: Any = type(f"Distributed{stem}Config", (base_config, FamilyConfig), attributes)
     config.from_pretrained = classmethod(functools.partial(_read_config, base_config))
-    model = _model_class(stem, base, config)
-    auto_config._CLASS_MAPPING.pop(model_type, None)
-    auto_config.register_model_classes(
-        config=config, model=model, model_for_causal_lm=_causal_class(stem, causal, config, model)
-    )
+    use_classes(stem, base, causal, config, LlamaNames, LlamaCausalNames)
     return config  # type: ignore[no-any-return]
+
+
+def use_classes(
+    stem: str, base: Any, causal: Any, config: Any, names: type[FamilyModel], causal_names: type[FamilyCausalLM]
+) -> None:
+    """Let petals use these classes for a family.
+
+    :param stem: how the classes' names begin
+    :param base: Transformers' model
+    :param causal: Transformers' language model
+    """
+    model = _model_class(stem, names, base, config)
+    auto_config._CLASS_MAPPING.pop(config.model_type, None)
+    auto_config.register_model_classes(
+        config=config, model=model, model_for_causal_lm=_causal_class(stem, causal_names, causal, model)
+    )
 
 
 def _read_config(base: Any, cls: Any, path: Any, *args: Any, dht_prefix: str | None = None, **options: Any) -> Any:
@@ -178,20 +230,20 @@ def hub_prefix(model_type: str, name: str) -> str:
     return last if model_type != "llama" or last.endswith("-hf") else f"{last}-hf"
 
 
-def _model_class(stem: str, base: Any, config: Any) -> type[Any]:
+def _model_class(stem: str, names: type[FamilyModel], base: Any, config: Any) -> type[Any]:
     attributes = {
         "__module__": __name__,
         "config_class": config,
         "_keys_to_ignore_on_load_missing": PTuneMixin._keys_to_ignore_on_load_missing,
-        "_keys_to_ignore_on_load_unexpected": [r"^(model\.)?layers\."],
+        "_keys_to_ignore_on_load_unexpected": [rf"^(model\.|transformer\.)?{names.layers_name}\."],
     }
-    return type(f"Distributed{stem}Model", (FamilyModel, FromPretrainedMixin, PTuneMixin, base), attributes)
+    return type(f"Distributed{stem}Model", (names, FromPretrainedMixin, PTuneMixin, base), attributes)
 
 
-def _causal_class(stem: str, causal: Any, config: Any, model: Any) -> type[Any]:
+def _causal_class(stem: str, names: type[FamilyCausalLM], causal: Any, model: Any) -> type[Any]:
     def __init__(self: Any, config: Any) -> None:
         super(causal, self).__init__(config)  # not the class's own, which would make all layers
-        self.model = model(config)
+        setattr(self, causal.base_model_prefix, model(config))
         self.vocab_size = config.vocab_size
         self.lm_head = LMHead(config)
         self.post_init()
@@ -199,9 +251,9 @@ def _causal_class(stem: str, causal: Any, config: Any, model: Any) -> type[Any]:
     attributes = {
         "__module__": __name__,
         "__init__": __init__,
-        "config_class": config,
+        "config_class": model.config_class,
         "_keys_to_ignore_on_load_missing": model._keys_to_ignore_on_load_missing,
         "_keys_to_ignore_on_load_unexpected": model._keys_to_ignore_on_load_unexpected,
     }
-    bases = (FamilyCausalLM, FromPretrainedMixin, RemoteGenerationMixin, causal)
+    bases = (names, FromPretrainedMixin, RemoteGenerationMixin, causal)
     return type(f"Distributed{stem}ForCausalLM", bases, attributes)

@@ -40,7 +40,6 @@ class Part:
         if not (0 <= self.start and 1 <= self.length and self.start + self.length <= self.cache.shape[1]):
             raise ValueError(f"tokens {self.start}-{self.start + self.length} do not fit {self.cache.shape[1]}")
 
-
     def first_seen(self, window: int | None) -> int:
         """Return the first position that its tokens see."""
         return 0 if window is None else max(0, self.start + 1 - window)

@@ -48,9 +48,7 @@ class LayerBlocks(RaggedBlocks):
         block: Any = self.blocks[number]
         positions, rotations = context
 
-        def attention(
-            query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring
-        ) -> torch.Tensor:
+        def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring) -> torch.Tensor:
             queries = query[0].transpose(0, 1).unflatten(1, (self.kv_heads, self.group)).contiguous()
             new = torch.stack([key[0], value[0]]).permute(2, 0, 1, 3).contiguous()
             outputs = batch.attend(number, queries, new, scoring)
