@@ -20,7 +20,6 @@ from hivemind.proto import runtime_pb2
 from petals import AutoDistributedConfig
 from petals.client.inference_session import InferenceSession
 from petals.client.remote_sequential import RemoteSequential
-from petals.server.from_pretrained import load_pretrained_block
 from petals.server.handler import TransformerConnectionHandler
 from petals.utils.convert_block import QuantType, convert_block
 from petals.utils.misc import DUMMY, DUMMY_INT64
@@ -31,6 +30,8 @@ from swarm.client.model import SwarmModel
 from swarm.client.session import SwarmSession
 from swarm.client.terms import SessionTerms
 from swarm.errors import SessionLengthExceeded
+from swarm.families.adopt import adopt
+from swarm.families.checkpoint import load_block
 from swarm.local import LocalSwarm
 from swarm.server.batching import CPU_MIXED, CPU_PREFILL, TURN_TOKENS, Batcher, next_batch
 from swarm.server.blocks import Part, RaggedBlocks
@@ -40,7 +41,8 @@ from swarm.server.compute import compute_batch
 from swarm.server.container import TRAINING_TOKENS
 from swarm.server.families import make_ragged_blocks
 from swarm.server.families.bloom import BloomBlocks
-from swarm.server.families.llama import LlamaBlocks
+from swarm.server.families.layers import LayerBlocks
+from swarm.server.families.llama import FusedLayerBlocks
 from swarm.server.steps import Session, Step, StepKind
 from swarm.wire.requests import check_inputs, check_room, rewound
 from tests.conftest import greedy, load_model, tiny_server
@@ -68,10 +70,11 @@ def stock_chain(tiny_bloom: Path) -> Iterator[SwarmModel]:
 
 def load_blocks(path: Path, **options: Any) -> tuple[list[Any], Any]:
     """Load blocks as petals' server does, with some options of their configuration changed."""
+    adopt(str(path))
     config = AutoDistributedConfig.from_pretrained(str(path))
     config.update(options)
     blocks = [
-        load_pretrained_block(str(path), i, config=config, torch_dtype=torch.float32)
+        load_block(str(path), i, config=config, torch_dtype=torch.float32)
         for i in range(config.num_hidden_layers)
     ]
     return [convert_block(block, i, config, (CPU,), CPU, QuantType.NONE) for i, block in enumerate(blocks)], config
@@ -94,7 +97,7 @@ def petals_outputs(modules: list[Any], hidden: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("by_kernel", [True, False])  # without, attention is computed as on a GPU
-@pytest.mark.parametrize("family", [BloomBlocks, LlamaBlocks])
+@pytest.mark.parametrize("family", [BloomBlocks, FusedLayerBlocks])
 def test_ragged_blocks_equal_petals_blocks(family: type, by_kernel: bool, tiny_bloom: Path, tiny_llama: Path) -> None:
     blocks, modules = ragged(tiny_bloom if family is BloomBlocks else tiny_llama)
     assert type(blocks) is family
@@ -144,18 +147,16 @@ def test_other_families_are_left_to_petals(tmp_path: Path) -> None:
     assert make_ragged_blocks(modules, config, torch.float32, 256) is None
 
 
-def test_what_a_family_does_not_accept_is_left_to_petals(tiny_bloom: Path, tiny_llama: Path) -> None:
+def test_what_a_family_does_not_accept_is_computed_otherwise(tiny_bloom: Path, tiny_llama: Path) -> None:
     """Each guard is its own family's: BLOOM has no word for its activation, so none is read."""
-    for path, option, value, accepted in (
-        (tiny_llama, "hidden_act", "gelu", False),
-        (tiny_llama, "pretraining_tp", 2, False),
-        (tiny_llama, "rope_scaling", {"type": "dynamic", "factor": 2.0}, False),
-        (tiny_llama, "rope_scaling", {"type": "linear", "factor": 2.0}, True),
-        (tiny_bloom, "pretraining_tp", 2, False),
-        (tiny_bloom, "hidden_act", "gelu", True),
+    for path, option, value, expected in (
+        (tiny_llama, "hidden_act", "gelu", LayerBlocks),
+        (tiny_llama, "hidden_act", "silu", FusedLayerBlocks),
+        (tiny_bloom, "pretraining_tp", 2, type(None)),  # by petals
+        (tiny_bloom, "hidden_act", "gelu", BloomBlocks),
     ):
         modules, config = load_blocks(path, **{option: value})
-        assert (make_ragged_blocks(modules, config, torch.float32, 256) is not None) is accepted, (path.name, option)
+        assert type(make_ragged_blocks(modules, config, torch.float32, 256)) is expected, (path.name, option)
 
 
 class Bench:
@@ -725,7 +726,7 @@ def test_sixteen_sessions_equal_transformers(
 
 
 def test_llama_through_servers(tiny_llama: Path) -> None:
-    reference = LlamaForCausalLM.from_pretrained(tiny_llama, torch_dtype=torch.float32).eval()
+    reference = LlamaForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
     with LocalSwarm() as local:
         for blocks in ("0:2", "2:4"):
             local.start_server(tiny_server(tiny_llama, blocks))

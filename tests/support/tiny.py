@@ -133,4 +133,4 @@ def save_random(model: type[PreTrainedModel], config: type[PretrainedConfig], di
 @alone
 def load_reference(directory: Path) -> BloomForCausalLM:
     """Load the checkpoint into plain Transformers, float32."""
-    return BloomForCausalLM.from_pretrained(directory, torch_dtype=torch.float32).eval()
+    return BloomForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
