@@ -110,15 +110,15 @@ class Connection:
         with self._app.app_context():
             g.request_id = self.request_id  # for the log
             try:
-                going_on = self._serve()
+                more = self._serve()
             except Unreachable:
                 self.client.dismiss()  # if it can be reached: the session continues over another connection
-                going_on = False
+                more = False
             except Exception:
                 log.exception("a WebSocket is given up")
                 self.websocket.close(INTERNAL_ERROR, "internal error")
-                going_on = False
-            if not going_on:
+                more = False
+            if not more:
                 self._leave()
 
     def _serve(self) -> bool:
@@ -137,7 +137,7 @@ class Connection:
             return False
         held = self._handle(message)
         if not held:
-            self.client.go_on()
+            self.client.handle_pending()
         return True
 
     def _leave(self) -> None:
@@ -149,7 +149,7 @@ class Connection:
             self.websocket.finish()
 
     def _handle(self, message: str | bytes) -> bool:
-        """Handle a message; return whether the next has to wait until ``go_on`` is called.
+        """Handle a message; return whether the next has to wait until ``handle_pending`` is called.
 
         :raises Unreachable: if the client is gone
         """
@@ -257,7 +257,7 @@ class Connection:
             raise InvalidParameter("send open_inference_session before generate")
         # If the client has already asked to close the session, do not start the answers queued before that.
         self.client.begin()
-        self.websocket.look_anew()
+        self.websocket.reset_lookahead()
         entry, stream = self._attached.entry, self._attached.stream
         with stream.answering(self.client):
             try:

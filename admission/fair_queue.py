@@ -85,14 +85,14 @@ class FairQueue:
         deadline = time.monotonic() + self.timeout
         try:
             self._join(ticket)
-            told = 0
+            reported = 0
             while not self._is_served(ticket):
                 waiter.look()
                 if time.monotonic() > deadline:
                     raise WaitedTooLong(f"none became free within {self.timeout:.0f} s")
-                if ticket.position != told:
-                    told = ticket.position
-                    waiter.position(told)
+                if ticket.position != reported:
+                    reported = ticket.position
+                    waiter.position(reported)
                 self._listen(ticket)
                 ticket.woken.wait(POLL)
                 ticket.woken.clear()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # Of a completion without max_tokens, as at OpenAI.
 DEFAULT_MAX_TOKENS = 16
 # Tokens and log-probabilities that one request may ask for: 200 MB while they are written as JSON, of chats 400 MB.
-MAX_TOLD = 1_000_000
+MAX_VALUES = 1_000_000
 
 
 def read_chat(body: ChatRequest, config: ModelConfig, model: "SwarmModel") -> ChatPrompt:
@@ -48,8 +48,8 @@ def chat_task(body: ChatRequest, config: ModelConfig, model: "SwarmModel", chat:
     choices = body.n or 1
     if choices > 1:
         length = len(token_ids) + wanted  # nothing continues several rows
-    told = check_work(len(token_ids) + wanted, choices, logprobs)
-    return Task(token_ids, wanted, length, params, choices, open_ended=open_ended), told
+    num_values = check_work(len(token_ids) + wanted, choices, logprobs)
+    return Task(token_ids, wanted, length, params, choices, open_ended=open_ended), num_values
 
 
 def completion_tasks(body: CompletionRequest, config: ModelConfig, model: "SwarmModel") -> tuple[list[Task], int]:
@@ -63,7 +63,7 @@ def completion_tasks(body: CompletionRequest, config: ModelConfig, model: "Swarm
     params = sampling(body, config, model, (), body.logprobs)
     scored = bool(body.echo) and body.logprobs is not None
     prompts = encode_prompts(model, prompts_of(body))
-    told = check_work(sum(map(len, prompts)) + wanted * len(prompts), body.n or 1, body.logprobs)
+    num_values = check_work(sum(map(len, prompts)) + wanted * len(prompts), body.n or 1, body.logprobs)
     tasks = []
     for token_ids in prompts:
         check_length(len(token_ids), wanted, model.max_length)
@@ -72,7 +72,7 @@ def completion_tasks(body: CompletionRequest, config: ModelConfig, model: "Swarm
         alone = len(prompts) == (body.n or 1) == 1 and not scored
         length = stateless_length(needed, model.max_length) if alone else needed
         tasks.append(Task(token_ids, wanted, length, params, body.n or 1, scored, keep_warm=alone))
-    return tasks, told
+    return tasks, num_values
 
 
 def sampling(
@@ -122,12 +122,13 @@ def check_work(tokens: int, choices: int, logprobs: int | None) -> int:
     :param tokens: of prompts and answers
     :raises InvalidParameter: naming the numbers
     """
-    told = tokens * choices * (1 if logprobs is None else 2 + logprobs)
-    if told > MAX_TOLD:
+    num_values = tokens * choices * (1 if logprobs is None else 2 + logprobs)
+    if num_values > MAX_VALUES:
         raise InvalidParameter(
-            f"{tokens} tokens, n={choices} and logprobs={logprobs} are {told} values in all, more than {MAX_TOLD}"
+            f"{tokens} tokens, n={choices} and logprobs={logprobs} make {num_values} values, more than {MAX_VALUES}; "
+            "ask for less"
         )
-    return told
+    return num_values
 
 
 def encode_prompts(model: "SwarmModel", prompts: list[str] | list[list[int]]) -> list[list[int]]:

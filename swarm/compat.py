@@ -284,7 +284,7 @@ def use_server_parts(handler: type, memory_cache: type, container: type, announc
     petals.server.server.DHT = dht
 
 
-def probe_nobody() -> None:
+def disable_reachability_probes() -> None:
     """Stop petals' servers from probing the reachability of others: in a private swarm nobody asks.
 
     For this, petals starts a second p2pd of 60 MB in every server.

@@ -127,7 +127,7 @@ class Proxy:
 
     @staticmethod
     def _pump(source: socket.socket, sink: socket.socket) -> None:
-        with contextlib.suppress(OSError):  # cut, or one side has gone: the other one is told below
+        with contextlib.suppress(OSError):  # cut, or one side has gone: the other one is shut down below
             while data := source.recv(65536):
                 sink.sendall(data)
         for end in (source, sink):
@@ -842,7 +842,7 @@ def test_place_in_the_queue(chat: Chat, chat_app: LiveApp) -> None:
     chat.ready()
 
 
-def test_failures_are_told_in_words_and_can_be_retried(chat: Chat, chat_app: LiveApp) -> None:
+def test_failures_are_shown_in_words_and_can_be_retried(chat: Chat, chat_app: LiveApp) -> None:
     sessions = chat_app.service.sessions
     places, sessions._places.places = sessions.max_sessions, 0
     sessions._places.timeout = 0.2
@@ -860,7 +860,7 @@ def test_failures_are_told_in_words_and_can_be_retried(chat: Chat, chat_app: Liv
     expect(chat.answers).to_have_count(1)
 
 
-def test_a_message_that_the_server_does_not_take_is_told_once(
+def test_a_message_that_the_server_does_not_take_is_reported_once(
     chat: Chat, chat_app: LiveApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It was taken for a lost connection, and sent again and again."""

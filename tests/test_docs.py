@@ -62,16 +62,16 @@ def test_every_setting_is_documented() -> None:
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_defaults_are_documented(name: str) -> None:
-    told, default = SETTINGS[name], getattr(Settings(), name)
+    documented, default = SETTINGS[name], getattr(Settings(), name)
     if isinstance(default, bool):
-        assert told == f"`{str(default).lower()}`"
+        assert documented == f"`{str(default).lower()}`"
     elif isinstance(default, (int, float)):
-        number, unit = re.match(r"(\d+)( MiB)?", told).groups()  # type: ignore[union-attr]
+        number, unit = re.match(r"(\d+)( MiB)?", documented).groups()  # type: ignore[union-attr]
         assert int(number) * (2**20 if unit and name.endswith("_BYTES") else 1) == default
     elif default:
-        assert told == f"`{default if isinstance(default, str) else ','.join(default)}`"
+        assert documented == f"`{default if isinstance(default, str) else ','.join(default)}`"
     else:
-        assert told.startswith(("none", "empty: "))
+        assert documented.startswith(("none", "empty: "))
 
 
 def test_every_route_is_documented() -> None:
@@ -98,15 +98,15 @@ def test_every_parameter_of_the_http_api_is_documented() -> None:
 
 
 def test_every_parameter_of_the_openai_api_is_documented() -> None:
-    told = {name.partition(".")[0] for name in names(section("docs/openai-api.md", "## Parameters"))}
+    documented = {name.partition(".")[0] for name in names(section("docs/openai-api.md", "## Parameters"))}
     for name, question in (("ChatRequest", "messages"), ("CompletionRequest", "prompt")):
-        assert set(schema(name)["properties"]) - told == {question}
+        assert set(schema(name)["properties"]) - documented == {question}
 
 
 def test_every_state_is_documented() -> None:
     table = rows(section("docs/http-api.md", "## State"))
-    told = {name for row in table for name in names(row[0])}
-    assert told == set(schema("ModelState")["properties"]["state"]["enum"])
+    documented = {name for row in table for name in names(row[0])}
+    assert documented == set(schema("ModelState")["properties"]["state"]["enum"])
 
 
 @pytest.mark.parametrize("name", KNOWN_MODELS)

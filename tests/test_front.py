@@ -143,11 +143,11 @@ class TestSlowClients:
             sock.sendall(begin)
         assert json.loads(ask(door, "/echo?mark=1"))["mark"] == "1"
         for sock in slow:
-            told = everything(sock)
+            received = everything(sock)
             assert (
-                told.startswith(b"HTTP/1.1 408 Request Timeout\r\n") and b"request_timeout" in told
+                received.startswith(b"HTTP/1.1 408 Request Timeout\r\n") and b"request_timeout" in received
                 if begin
-                else not told
+                else not received
             )
 
     def test_readers(self, door: Program, connect: Callable[..., socket.socket]) -> None:
@@ -365,21 +365,21 @@ class TestRequests:
     def test_failure_midway_cuts_the_answer(self, connect: Callable[..., socket.socket]) -> None:
         sock = connect()
         sock.sendall(request("/fails_midway"))
-        told = everything(sock)
-        assert b"begin" in told and not told.endswith(b"0\r\n\r\n")
+        received = everything(sock)
+        assert b"begin" in received and not received.endswith(b"0\r\n\r\n")
 
 
 class TestAnswers:
     def test_pieces_come_as_they_are_made(self, door: Program, connect: Callable[..., socket.socket]) -> None:
         sock = connect()
         sock.sendall(request("/pieces"))
-        told = b""
-        while b"first" not in told:
-            told += sock.recv(1000)
+        received = b""
+        while b"first" not in received:
+            received += sock.recv(1000)
         ask(door, "/set/go", method="POST")
-        while not told.endswith(b"0\r\n\r\n"):
-            told += sock.recv(1000)
-        assert b"second" in told
+        while not received.endswith(b"0\r\n\r\n"):
+            received += sock.recv(1000)
+        assert b"second" in received
 
     def test_hanging_up_is_noticed(self, door: Program, connect: Callable[..., socket.socket]) -> None:
         before = seen(door)["gone"]
@@ -393,10 +393,10 @@ class TestAnswers:
         sock = connect()
         sock.sendall(request("/detach") + b"behind")
         expected = b"HTTP/1.1 101 Switching Protocols\r\n\r\nbehind"
-        told = b""
-        while len(told) < len(expected):
-            told += sock.recv(1000)
-        assert told == expected
+        received = b""
+        while len(received) < len(expected):
+            received += sock.recv(1000)
+        assert received == expected
         threading.Event().wait(2.0)  # longer than any limit of the front door
         sock.sendall(b"still there")
         assert sock.recv(1000) == b"still there"
@@ -535,11 +535,11 @@ class TestAnswerSocket:
 
     def test_what_is_not_taken_is_kept(self, pair: tuple[AnswerSocket, socket.socket]) -> None:
         sock, client = pair
-        told = threading.Event()
-        sock.on_pending = told.set
+        pending = threading.Event()
+        sock.on_pending = pending.set
         data = bytes(range(256)) * 6000
         sock.sendall(data)
-        assert told.is_set() and 0 < sock.pending < len(data)
+        assert pending.is_set() and 0 < sock.pending < len(data)
         received = b""
         while len(received) < len(data):
             received += client.recv(65536)

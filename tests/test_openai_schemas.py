@@ -1,4 +1,4 @@
-"""What requests of the OpenAI API may hold, and what is told of those that hold something else. Needs no server."""
+"""What requests of the OpenAI API may hold, and how those that hold something else are refused. Needs no server."""
 
 import json
 from types import SimpleNamespace
@@ -93,7 +93,7 @@ def test_what_is_wrong_with_a_message(content: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize("key", ["a secret", "-1", "1.5", "٣", "9" * 5000, ""])
-def test_keys_of_the_bias_are_not_told(key: str) -> None:
+def test_keys_of_the_bias_are_not_quoted(key: str) -> None:
     assert refusal(CompletionRequest, logit_bias={key: 1}) == (
         "logit_bias: keys should be token ids, which are whole numbers"
     )

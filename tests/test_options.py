@@ -64,14 +64,14 @@ def test_what_is_not_said_has_its_default() -> None:
 def test_help_tells_all_options(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         parse_args(["--help"])
-    told = " ".join(capsys.readouterr().out.split())
+    help_text = " ".join(capsys.readouterr().out.split())
     assert ended.value.code == 0
     for row in ROWS.values():
-        assert flag(row) in told and row.metadata["help"].replace("%(default)s", str(row.default)) in told
+        assert flag(row) in help_text and row.metadata["help"].replace("%(default)s", str(row.default)) in help_text
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         ([], "the following arguments are required: model"),
         (["some/model", "--num-blocks", "many"], "argument --num-blocks: invalid int value: 'many'"),
@@ -81,10 +81,10 @@ def test_help_tells_all_options(capsys: pytest.CaptureFixture[str]) -> None:
         (["some/model", "--batching"], "unrecognized arguments: --batching"),
     ],
 )
-def test_mistakes_are_told(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_reported(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         parse_args(words)
-    assert ended.value.code == 2 and told in capsys.readouterr().err
+    assert ended.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_weights_can_be_quantised_as_petals_can() -> None:
@@ -93,7 +93,7 @@ def test_weights_can_be_quantised_as_petals_can() -> None:
 
 @pytest.mark.parametrize("host_maddrs", [(), ("/ip4/0.0.0.0/tcp/0",)])
 def test_an_embedded_server_listens_on_this_machine_only(host_maddrs: tuple[str, ...]) -> None:
-    """Unless it is told otherwise. It is quiet, and ends with the program."""
+    """Unless it is help_text otherwise. It is quiet, and ends with the program."""
     server = LocalServer.__new__(LocalServer)  # is not started
     server.options, server._initial_peers = ServerOptions("some/model", host_maddrs=host_maddrs), ["/ip4/192.0.2.1"]
     words = server.command()

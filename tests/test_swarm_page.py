@@ -131,7 +131,7 @@ def test_servers_come_and_go_in_place(page: Page, swarm: LocalSwarm, lonely: Pat
     expect(page.locator("#announcer")).to_contain_text("tiny-bloom-of-page: 1 server left.")
 
 
-def test_an_app_that_cannot_be_reached_is_told(page: Page) -> None:
+def test_an_app_that_cannot_be_reached_is_reported(page: Page) -> None:
     freshness = page.locator("#freshness")
     expect(freshness).to_contain_text("Updated")
     page.route(STATE, lambda route: route.abort())

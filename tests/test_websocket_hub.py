@@ -50,7 +50,7 @@ def frame(payload: bytes = b"", opcode: int = TEXT, *, fin: bool = True, masked:
 
 
 class Peer:
-    """A connection, seen from its client, and what the server's side is told of it."""
+    """A connection, seen from its client, and what the server side notices of it."""
 
     def __init__(self, hub: Hub, address: str = "a", *, tcp: bool = False, leftover: bytes = b"") -> None:
         self.sock, ours = tcp_pair() if tcp else socket.socketpair()
@@ -403,7 +403,7 @@ def test_looking_ahead(peer: Peer) -> None:
     wait_until(look, "what is behind was not read")
     assert seen == [str(i) for i in range(1, count) if i != 20]
     assert websocket.ahead == (count - 2, sum(map(len, seen)))
-    websocket.look_anew()
+    websocket.reset_lookahead()
     assert websocket.ahead == (0, 0) and websocket.look() == "1"
     websocket.done()
     assert [peer.take() for _ in range(count - 2)] == seen

@@ -158,7 +158,7 @@ class WebSocket:
             self._seen_size -= size
             self._size -= size
 
-    def look_anew(self) -> None:
+    def reset_lookahead(self) -> None:
         """Let ``look`` begin with the first message again."""
         with self.changed:
             self._seen = self._seen_size = 0

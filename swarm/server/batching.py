@@ -105,7 +105,7 @@ class Batcher(threading.Thread):
         self.busy_since: float | None = None  # when it last stopped waiting for messages; None while it waits
         self.lost: str | None = None  # which handler it has given up, and why
 
-    def handler_line(self, index: int) -> HandlerChannel:
+    def handler_channel(self, index: int) -> HandlerChannel:
         """Return the other end of a channel, for a handler that is not forked yet."""
         mine = self._handler_ends[index]
         others = [*(channel.connection for channel in self._channels), *self._handler_ends]

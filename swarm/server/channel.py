@@ -225,7 +225,7 @@ class BatcherChannel:
             while True:
                 data = self.connection.recv(READ_SIZE)
                 if not data:
-                    raise EOFError("it has closed its line")
+                    raise EOFError("it has closed its channel")
                 self._received += data
                 if len(data) < READ_SIZE:
                     break

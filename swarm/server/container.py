@@ -99,8 +99,8 @@ class BatchingContainer(WatchedContainer):
         WatchedContainer.current = self
         for index, handler in enumerate(self.conn_handlers):
             if self.batcher is not None:
-                handler.line = self.batcher.handler_line(index)
-                handler.line.on_break = end_handler
+                handler.channel = self.batcher.handler_channel(index)
+                handler.channel.on_break = end_handler
                 handler.cache_descriptor = self.batcher.blocks.cache_descriptor
                 handler.batches = self.batcher.batches
             handler.run_in_background()  # forks: the batcher begins after that
@@ -116,7 +116,7 @@ class BatchingContainer(WatchedContainer):
         yield Part("the batcher", batcher.is_alive)  # first, because the handlers end with it
         yield Part("the batcher, which does not come back,", lambda: time_in_batch(batcher) < 2 * STEP_LIMIT)
         yield from super().parts()
-        yield Part("a handler's line", lambda: batcher.lost is None)  # last, because it ends with its handler
+        yield Part("a handler's channel", lambda: batcher.lost is None)  # last, because it ends with its handler
 
     def shutdown(self) -> None:
         super().shutdown()

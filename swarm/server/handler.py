@@ -42,7 +42,7 @@ class TransformerConnectionHandler(petals_handler.TransformerConnectionHandler):
     inference_tokens: Any  # tokens received for inference
     heartbeat: Any  # time.monotonic() of the computing process, as it last told
     # To the batcher; None if this server's blocks are computed by petals alone. Set before the process begins.
-    line: HandlerChannel | None = None
+    channel: HandlerChannel | None = None
     cache_descriptor: Any  # see RaggedBlocks
     batches: Any  # batches computed
 
@@ -50,8 +50,8 @@ class TransformerConnectionHandler(petals_handler.TransformerConnectionHandler):
         hidden_size = next(iter(self.module_backends.values())).outputs_schema[0].shape[-1]
         # A step may bring all the tokens of a session, and deep prompts besides.
         limit_messages(MAX_MESSAGE + 4 * hidden_size * self.inference_max_length)
-        if self.line is not None:
-            await self.line.connect()
+        if self.channel is not None:
+            await self.channel.connect()
         await super().add_p2p_handlers(*args, **kwargs)
 
     async def rpc_inference(
@@ -62,8 +62,8 @@ class TransformerConnectionHandler(petals_handler.TransformerConnectionHandler):
             request = await asyncio.wait_for(anext(requests), self.step_timeout)
             session = read_session(request, self.inference_max_length)
             responses: Any
-            if self.line is not None and not session.adapter and self._follow_each_other(request.uid):
-                responses = self._serve_session(self.line, request, session, requests, context)
+            if self.channel is not None and not session.adapter and self._follow_each_other(request.uid):
+                responses = self._serve_session(self.channel, request, session, requests, context)
             else:
                 request.metadata = MSGPackSerializer.dumps(
                     {**read_metadata(request.metadata), "alloc_timeout": session.alloc_timeout}
@@ -82,7 +82,7 @@ class TransformerConnectionHandler(petals_handler.TransformerConnectionHandler):
 
     async def _serve_session(
         self,
-        line: HandlerChannel,
+        channel: HandlerChannel,
         request: runtime_pb2.ExpertRequest,
         wanted: SessionRequest,
         requests: AsyncIterator[runtime_pb2.ExpertRequest],
@@ -96,20 +96,20 @@ class TransformerConnectionHandler(petals_handler.TransformerConnectionHandler):
         try:
             descriptor = self.cache_descriptor(len(uids), wanted.batch_size, wanted.max_length)
             async with memory_cache.allocate_cache(descriptor, timeout=wanted.alloc_timeout) as (handle,):
-                session = await line.open(handle, first, first + len(uids))
+                session = await channel.open(handle, first, first + len(uids))
                 steps: Any = self._iterate_inference_steps(request, requests, wanted.session_id, uids, context)
-                responses: Any = self._compute_steps(line, session, steps, wanted, len(uids))
+                responses: Any = self._compute_steps(channel, session, steps, wanted, len(uids))
                 async with contextlib.aclosing(steps), contextlib.aclosing(responses):
                     async for response in responses:
                         yield response
         finally:
             if session is not None:
-                await line.close(session)  # after its cache was given back, so that the memory is free at once
+                await channel.close(session)  # after its cache was given back, so that the memory is free at once
             self._log_request("rpc_inference.close", uids, context)
 
     async def _compute_steps(
         self,
-        line: HandlerChannel,
+        channel: HandlerChannel,
         session: int,
         steps: AsyncIterator[tuple[runtime_pb2.ExpertRequest, dict[str, Any]]],
         wanted: SessionRequest,
@@ -123,11 +123,11 @@ class TransformerConnectionHandler(petals_handler.TransformerConnectionHandler):
             )
             hidden = step.hidden
             if hidden.numel() > 0:  # a client may send no tokens, only to see whether there is room for the session
-                hidden = await line.step(
+                hidden = await channel.step(
                     session,
                     step.start,
-                    hidden.to(line.dtype),
-                    None if step.prompts is None else split_prompts(step.prompts.to(line.dtype)),
+                    hidden.to(channel.dtype),
+                    None if step.prompts is None else split_prompts(step.prompts.to(channel.dtype)),
                     step.hypotheses,
                 )
             position = step.start + hidden.shape[1]
@@ -182,8 +182,8 @@ class TransformerConnectionHandler(petals_handler.TransformerConnectionHandler):
         info["inference_tokens"] = self.inference_tokens.value
         # A handler answers even if the process that computes is stopped or hangs: a waiting client must learn of it.
         info["silent_for"] = time.monotonic() - self.heartbeat.value
-        info["rewind"] = info["batching"] = self.line is not None
-        if self.line is not None:
+        info["rewind"] = info["batching"] = self.channel is not None
+        if self.channel is not None:
             info["inference_batches"] = self.batches.value
         return runtime_pb2.ExpertInfo(serialized_info=MSGPackSerializer.dumps(info))
 

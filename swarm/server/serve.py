@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from swarm.compat import probe_nobody, use_server_parts
+from swarm.compat import disable_reachability_probes, use_server_parts
 
 import psutil
 from petals.constants import PUBLIC_INITIAL_PEERS
@@ -83,7 +83,7 @@ def use_own_parts(options: ServerOptions) -> None:
     container = batching_container(operator_threads(options)) if options.batching else WatchedContainer
     use_server_parts(TransformerConnectionHandler, SharedMemoryCache, container, Announcer, PatientDHT)
     if options.batching and not is_public(options):  # a stock server is left as it is, to compare with
-        probe_nobody()
+        disable_reachability_probes()
 
 
 def server_arguments(options: ServerOptions, path: str) -> dict[str, Any]:

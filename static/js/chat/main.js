@@ -51,7 +51,7 @@ class App {
     this.#settings = new Settings((settings, system) => this.#chats.change({ settings, system }));
     this.#models = new Models(config, {
       select: (name) => this.#selectModel(name),
-      told: () => (this.#models.ready ? this.#refreshStatus() : this.#showTokens()),
+      updated: () => (this.#models.ready ? this.#refreshStatus() : this.#showTokens()),
     });
     this.#chats = new Chats(store, running, new Toast(), {
       defaultModel,

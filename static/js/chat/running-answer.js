@@ -1,4 +1,4 @@
-/** An answer that is being written, and what is told of it. Knows nothing of the page. */
+/** An answer that is being written, and what is reported of it. Knows nothing of the page. */
 
 import { blocks, serverName } from "../shared/words.js";
 
