@@ -1,7 +1,7 @@
 """Compiled loops for decoding on a CPU, where calling a PyTorch operator costs more than its computation.
 
-Between two matrix products of a decoding step there are a dozen operators on some thousand numbers, and attention over
-each sequence's own keys and values. PyTorch takes ten to fifty microseconds for each, thirty times per token for each
+Between the matrix products of a decoding step are a dozen operators on a few thousand numbers, and attention over each
+sequence's own keys and values. PyTorch takes ten to fifty microseconds for each, thirty times per token for each
 sequence; these loops, compiled by Numba when a server starts, take one or two. They compute in float32 and round to
 bfloat16 where PyTorch does.
 """
@@ -17,7 +17,7 @@ from llvmlite import ir
 from numba import carray, njit, types
 from numba.extending import intrinsic, overload
 
-# float32: below this exp() is zero, and would leave the range of normal numbers.
+# float32: below this, exp() counts as zero; it would leave the range of normal numbers.
 LOWEST_EXPONENT = -87.0
 
 
@@ -192,12 +192,12 @@ def array(tensor: torch.Tensor) -> np.ndarray:
 
 
 class Attention:
-    """Attention of a few new tokens over caches that are read and written in place."""
+    """Attention of a few new tokens, reading and writing the caches in place."""
 
     def __init__(self, slopes: torch.Tensor, max_length: int, group: int, head_size: int) -> None:
         """Allocate the kernel's buffers.
 
-        :param slopes: [heads]; times the key's position, added to the head's scores; zero for none
+        :param slopes: [heads]; multiplied by the key's position and added to the head's scores; zero for none
         :param max_length: longest sequence, tokens
         """
         self._slopes = slopes.float().numpy()
@@ -207,12 +207,12 @@ class Attention:
     def __call__(
         self, queries: torch.Tensor, new: torch.Tensor, addresses: np.ndarray, positions: np.ndarray
     ) -> torch.Tensor:
-        """Write the keys and values of the new tokens one by one, and let each attend to all up to itself.
+        """For each new token, write its key and value, and attend to all keys up to its own.
 
         :param queries: [tokens, key/value heads, query heads of each, head size]
         :param new: keys and values, [tokens, 2, key/value heads, head size]
         :param addresses: of each token's sequence's cache, [max length, 2, key/value heads, head size] contiguous
-        :param positions: of the tokens in their sequences; tokens of one sequence in order
+        :param positions: of the tokens in their sequences; tokens of a sequence are in order
         :returns: [tokens, hidden size]
         """
         outputs = torch.empty(queries.shape, dtype=queries.dtype)

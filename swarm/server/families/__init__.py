@@ -1,4 +1,4 @@
-"""The model families whose blocks are computed in batches. A new one is a file here, and a line in ``FAMILIES``."""
+"""Model families whose blocks are computed in batches. To add one, add a file here and a line in ``FAMILIES``."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,12 +20,12 @@ FAMILIES: tuple[type[RaggedBlocks], ...] = (
 
 
 def make_ragged_blocks(modules: Sequence[Any], config: Any, dtype: torch.dtype, max_length: int) -> RaggedBlocks | None:
-    """Return the blocks of a server for batches, or None if they can only be computed by petals.
+    """Return a server's blocks for batching, or None if only petals can compute them.
 
-    That is so for other families, quantised weights, adapters, weights split over devices, and what a family does not
-    accept.
+    Petals computes other families, quantised weights, adapters, weights split over devices, and blocks that a family
+    does not accept.
 
-    :param modules: what petals has loaded, wrapped in ``TensorParallel``
+    :param modules: loaded by petals, wrapped in ``TensorParallel``
     """
     shards = [module.module_shards for module in modules]
     if any(len(blocks) != 1 for blocks in shards):
@@ -42,10 +42,10 @@ def make_ragged_blocks(modules: Sequence[Any], config: Any, dtype: torch.dtype, 
 
 
 def unmap_checkpoint(blocks: Sequence[nn.Module]) -> None:
-    """Copy what packing has left of the blocks' weights, if it has taken the large ones.
+    """If packing has copied the large weights, copy the remaining ones too, to release the checkpoint's file.
 
-    Where a checkpoint has the dtype that is computed in, the weights are its file, mapped into memory: as long as one
-    norm of a block is in there, so are all the weights that were packed, for a second time.
+    If the checkpoint has the dtype of the computation, the weights are its file, mapped into memory. As long as one
+    norm of a block refers to it, it keeps the packed weights in memory for a second time.
     """
     for block in blocks:
         if any(isinstance(module, PackedLinear) and module.packed is not None for module in block.modules()):
@@ -54,6 +54,6 @@ def unmap_checkpoint(blocks: Sequence[nn.Module]) -> None:
 
 
 def has_plain_layers(block: nn.Module) -> bool:
-    """Whether a block's linear layers are those that it was published with, neither quantised nor with an adapter."""
+    """Whether a block's linear layers are the original ones, neither quantised nor with an adapter."""
     kinds = {type(module) for module in block.modules()}
     return not any(issubclass(kind, nn.Linear) and kind is not nn.Linear for kind in kinds)

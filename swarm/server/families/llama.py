@@ -1,4 +1,4 @@
-"""Llama in batches, see ``LlamaBlocks``."""
+"""Batched computation of Llama, see ``LlamaBlocks``."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +15,7 @@ from swarm.packed_linear import fuse
 from swarm.server import kernels
 from swarm.server.blocks import Batch, Part, RaggedBlocks, causal_mask
 
-# Beyond this many rows PyTorch's gate, which uses all cores, is faster than a loop that uses one.
+# With more rows than this, PyTorch's gate, on all cores, is faster than our loop on one.
 KERNEL_ROWS = 32
 
 
@@ -26,8 +26,8 @@ class LlamaBlocks(RaggedBlocks):
 
     @classmethod
     def accepts(cls, blocks: Sequence[nn.Module], config: Any) -> bool:
-        """Whether the weights are not split into slices, the MLP is gated by SiLU, and no position depends on a
-        sequence's length, as those of dynamic NTK scaling do."""
+        """Accept weights that are not split into slices, an MLP gated by SiLU, and positions that do not depend on a
+        sequence's length (as they do with dynamic NTK scaling)."""
         return (
             getattr(config, "pretraining_tp", 1) == 1
             and getattr(config, "hidden_act", "silu") == "silu"
@@ -49,7 +49,7 @@ class LlamaBlocks(RaggedBlocks):
         cos, sin = rotary(torch.empty(0, dtype=dtype, device=self.device), seq_len=max_length)
         half = self.head_size // 2
         self._cos = cos[0, 0, :max_length]  # [max length, head size]
-        # With the signs of the rotation in it, what is left to do is to swap the halves.
+        # With the rotation's signs in the sines, only the halves remain to be swapped.
         self._sin = torch.cat([-sin[0, 0, :max_length, :half], sin[0, 0, :max_length, half:]], dim=-1)
 
     def slopes(self) -> torch.Tensor:
