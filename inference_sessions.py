@@ -460,7 +460,7 @@ class InferenceSessions:
         if entry is None or owner not in (None, entry.owner):
             raise SessionNotFound(
                 f"no inference session {session_id}: never opened, closed, expired, "
-                "or unused when all were taken and somebody with fewer wanted one"
+                "or closed while unused to make room for others; open a new one"
             )
         return entry
 

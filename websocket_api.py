@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 DOORS = (Door(("/api/v2/",)),)  # a key is asked for in the first message
 
 INTERNAL_ERROR = 1011
+TYPES = ("open_inference_session", "resume_inference_session", "generate", "stop", CLOSE)
 
 
 def generate_stream() -> ResponseReturnValue:
@@ -165,7 +166,7 @@ class Connection:
             elif kind == "generate":
                 self._generate(request)
             elif kind != "stop":  # a stop that came after the end of the answer
-                raise InvalidParameter('type must be "open_inference_session", "generate" or "stop"')
+                raise InvalidParameter(f"type must be one of {', '.join(TYPES)}")
         except Unreachable:
             raise
         except Exception as error:
@@ -211,7 +212,7 @@ class Connection:
         Browsers cannot send headers with a WebSocket: the message may hold the key.
         """
         if self._attached is not None:
-            raise InvalidParameter("this connection has an inference session already; open another connection")
+            raise InvalidParameter("this connection already has a session: close it, or open another connection")
         self.client.queue_updates = get_bool(request, "queue_updates")
         self.client.swarm_updates = get_bool(request, "swarm_updates")
         if token := get_text(request, "page_token"):
@@ -254,7 +255,7 @@ class Connection:
             request = with_defaults(request, self._attached.served.config.generation)
         params = parse_generation(request)
         if self._attached is None:
-            raise InvalidParameter("send open_inference_session before generate")
+            raise InvalidParameter("open or resume an inference session before generate")
         # If the client has already asked to close the session, do not start the answers queued before that.
         self.client.begin()
         self.websocket.reset_lookahead()

@@ -231,6 +231,6 @@ class FairQueue:
         self._waiting.remove(ticket)
         ticket.refusal = f"{len(self._waiting)} wait already"
         if most != newcomer:
-            ticket.refusal += ", one of them for a client that has asked for less"
+            ticket.refusal += ", one of them for a client with fewer requests"
         ticket.woken.set()
         self._serve()

@@ -37,7 +37,7 @@ def chat_task(body: ChatRequest, config: ModelConfig, model: "SwarmModel", chat:
     """
     token_ids = model.tokenizer.encode(chat.text, chat.add_special_tokens, room=model.max_length)
     if not token_ids:
-        raise InvalidParameter("the model's chat template makes no text of these messages", "messages")
+        raise InvalidParameter("these messages give an empty prompt with the model's chat template", "messages")
     wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     if wanted == 0:
         raise InvalidParameter("max_tokens must be at least 1", "max_tokens")
@@ -59,7 +59,7 @@ def completion_tasks(body: CompletionRequest, config: ModelConfig, model: "Swarm
     """
     wanted = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     if not wanted and not body.echo:
-        raise InvalidParameter("max_tokens must be at least 1, or echo be true", "max_tokens")
+        raise InvalidParameter("max_tokens must be at least 1, unless echo is true", "max_tokens")
     params = sampling(body, config, model, (), body.logprobs)
     scored = bool(body.echo) and body.logprobs is not None
     prompts = encode_prompts(model, prompts_of(body))
@@ -106,14 +106,14 @@ def logit_bias(body: Sampling, model: "SwarmModel") -> tuple[tuple[int, float], 
 
 
 def check_tokens(model: "SwarmModel", token_ids: Sequence[int], param: str) -> None:
-    """Refuse ids that are none of the model's.
+    """Refuse ids that are not the model's.
 
     :raises InvalidParameter: naming one
     """
     size = min(model.head.vocab_size, model.tokenizer.size)
     if token_ids and not (0 <= min(token_ids) and max(token_ids) < size):
         wrong = next(token_id for token_id in token_ids if not 0 <= token_id < size)
-        raise InvalidParameter(f"{param}: {wrong} is no token of this model, which has {size}", param)
+        raise InvalidParameter(f"{param}: {wrong} is not a token of this model, which has {size}", param)
 
 
 def check_work(tokens: int, choices: int, logprobs: int | None) -> int:
@@ -126,7 +126,7 @@ def check_work(tokens: int, choices: int, logprobs: int | None) -> int:
     if num_values > MAX_VALUES:
         raise InvalidParameter(
             f"{tokens} tokens, n={choices} and logprobs={logprobs} make {num_values} values, more than {MAX_VALUES}; "
-            "ask for less"
+            "ask for fewer"
         )
     return num_values
 

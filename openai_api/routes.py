@@ -107,7 +107,7 @@ def tokenize() -> Response:
     count = len(tokens)
     if body.with_pieces:
         if count > MAX_TOKEN_IDS:
-            raise InvalidParameter(f"with_pieces tells {MAX_TOKEN_IDS} tokens, and these are {count}", "with_pieces")
+            raise InvalidParameter(f"with_pieces allows {MAX_TOKEN_IDS} tokens at most, not {count}", "with_pieces")
         bytes_of = model.tokenizer.bytes_of
         tokens = [{"id": token_id, "piece": piece_of(bytes_of(token_id))} for token_id in tokens]
     return jsonify(tokens=tokens, count=count, max_model_len=model.max_length)

@@ -57,7 +57,7 @@ class Reply:
         if not body.stream:
             return self._whole()
         if any(task.scored for task in self._tasks):
-            raise InvalidParameter("echo with logprobs cannot be streamed", "stream")
+            raise InvalidParameter("echo with logprobs cannot be streamed: omit one of the three", "stream")
         return self._streamed(wants_usage=bool(body.stream_options and body.stream_options.include_usage))
 
     def _head(self, kind: str) -> dict[str, Any]:
@@ -122,7 +122,7 @@ class Reply:
         try:
             for choice in self._pieces(events):
                 if choice is None:
-                    yield ": the swarm is slow, the answer goes on\n\n"  # so that no proxy cuts the line
+                    yield ": the swarm is slow, the answer continues\n\n"  # so that no proxy cuts the line
                 else:
                     yield sse(head | {"choices": [choice]})
             if wants_usage:
@@ -166,7 +166,7 @@ def reserve_values(num_values: int, timeout: float, waiter: Waiter) -> Iterator[
         with VALUES.hold(num_values if num_values > FEW_VALUES else 0, timeout, waiter):
             yield
     except Exhausted as error:
-        raise TooManyRequests(f"values that answers may tell: {error}; stream, or ask for fewer") from None
+        raise TooManyRequests(f"too many large answers at a time: {error}; stream, or ask for fewer values") from None
 
 
 def sse(data: dict[str, Any]) -> str:

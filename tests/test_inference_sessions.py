@@ -691,7 +691,7 @@ def test_hoarder_gives_way_the_longest_unused_first(model: Any, clock: Clock) ->
     clock.now += 0.1
     for number in range(32):
         sessions.open(model, 16, client="newcomer")
-        with pytest.raises(SessionNotFound, match="somebody with fewer wanted one"):
+        with pytest.raises(SessionNotFound, match="to make room for others"):
             entry_of(sessions, hoard[number + 1])
     assert sum(session_id in sessions._sessions for session_id in hoard) == len(sessions) - 32 == 32
     for client in ("hoarder", "newcomer"):  # who have equally many now

@@ -192,7 +192,7 @@ def test_who_hoards_sessions_gives_way(shared_app: LiveApp, hoard: list[str]) ->
     # One went for each of them; then there was a place.
     answers = [call(shared_app.url, GENERATE, body={**body, "session_id": session_id}) for session_id in hoard]
     assert [status for status, *_ in answers] == [404] + [200] * 23
-    assert "somebody with fewer wanted one" in answers[0][2]["error"]["message"]
+    assert "to make room for others" in answers[0][2]["error"]["message"]
 
 
 def test_who_hoards_attention_cache_loses_no_text(

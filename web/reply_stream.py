@@ -219,9 +219,9 @@ class ReplyStream(Waiter):
             if answers is not None and answers > self._answers:
                 received = len(self._responses)
             if answers is not None and answers < self._answers:
-                raise InvalidParameter(f"answers={answers}, but {self._answers} were begun")
+                raise InvalidParameter(f"answers={answers} is too low: the session has begun {self._answers}")
             if received > len(self._responses):
-                raise InvalidParameter(f"received={received}, but there are {len(self._responses)} responses")
+                raise InvalidParameter(f"received={received} is too high: there are {len(self._responses)} responses")
             self._service.sessions.attach(self.session_id)
             before, self._client = self._client, client
             self._release()
@@ -259,7 +259,7 @@ class ReplyStream(Waiter):
             if (stalled := self._client) is not None:
                 stalled.abandon()
             if not self._lock.acquire(timeout=self._service.settings.SEND_TIMEOUT):
-                raise TimedOut(f"session {self.session_id} is busy with another connection")
+                raise TimedOut(f"session {self.session_id} is busy with another connection; try again")
 
     def leave(self, client: Client) -> None:
         """Handle the end of a connection: close the session, or keep it for a while if the client may come back."""
@@ -301,7 +301,7 @@ class ReplyStreams:
         """
         stream = self._streams.get(session_id)
         if stream is None:
-            raise SessionNotFound(f"the session {session_id} is not resumable")
+            raise SessionNotFound(f"session {session_id} cannot be resumed: it was opened without resumable")
         return stream
 
     def discard(self, session_id: str) -> None:

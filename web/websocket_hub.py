@@ -77,7 +77,7 @@ class Hub:
             self._websockets[websocket] = None
             self._start()
         if displaced is not None:
-            displaced.close(TRY_AGAIN_LATER, "others need the place of this connection, which has no session")
+            displaced.close(TRY_AGAIN_LATER, "others need the place of this connection, which has opened no session")
         return websocket
 
     def _displaced(self, address: str) -> WebSocket:
@@ -221,7 +221,7 @@ class Hub:
                 held[websocket.address] += websocket.held if websocket.connected else 0
             address, _ = held.most_common(1)[0]
             largest = max((w for w in websockets if w.address == address and w.connected), key=lambda w: w.held)
-            largest.close(TRY_AGAIN_LATER, "the server holds too much that is not answered yet")
+            largest.close(TRY_AGAIN_LATER, "too much unhandled data: wait for answers before sending more")
 
     def _tick(self) -> None:
         now = time.monotonic()
