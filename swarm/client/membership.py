@@ -12,9 +12,10 @@ from hivemind.dht.routing import DHTID
 from petals.constants import PUBLIC_INITIAL_PEERS
 
 from swarm.background import Loop
-from swarm.client.node import DHT_TIMEOUT, Node, identity_file, make_identity, with_port
+from swarm.client.node import DHT_TIMEOUT, Node, make_identity, with_port
 from swarm.client.routing import SwarmState
 from swarm.errors import SwarmUnreachable
+from swarm.key_file import key_file
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ class Swarm:
         host_maddrs = self._bound if self._failures < SAME_PORT_TRIES and self._bound else self._host_maddrs
         # p2pd refuses to start if none of the peers it is given answers.
         known = [] if self._failures % 2 else list(self._known)
-        with identity_file(self._identity) as path:
+        with key_file(self._identity) as path:
             node = Node(
                 f"cannot listen on {', '.join(host_maddrs)}",
                 self._closing.is_set,
