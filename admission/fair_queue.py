@@ -67,7 +67,7 @@ class FairQueue:
         client: str = "",
         patient: bool = False,
         waiter: Waiter = PATIENT,
-        make_room: Callable[[], None] | None = None,
+        make_room: Callable[[Callable[[], bool]], None] | None = None,
     ) -> None:
         """Take a place, waiting for one if need be; it must be given back.
 
@@ -76,11 +76,12 @@ class FairQueue:
         :param client: whose share of the places it is
         :param patient: wait even if too many do already, and give way to nobody in that
         :param waiter: who waits
-        :param make_room: called, without any lock, while no place is free; may give places back. Must not wait
+        :param make_room: called, without any lock, while no place is free; may give places back. Must not wait. It is
+            given a function that tells whether one is still lacking, for places are given back at any time
         :raises QueueFull, WaitedTooLong, Cancelled: if there is no place
         """
         if make_room is not None and self.full:
-            make_room()
+            make_room(lambda: self.full)
         ticket = _Ticket(client, patient, waiter)
         deadline = time.monotonic() + self.timeout
         try:
@@ -96,8 +97,8 @@ class FairQueue:
                 self._listen(ticket)
                 ticket.woken.wait(POLL)
                 ticket.woken.clear()
-                if make_room is not None and not ticket.served:
-                    make_room()
+                if make_room is not None and self._lacks_place(ticket):
+                    make_room(lambda: self._lacks_place(ticket))
         except BaseException:
             self._withdraw(ticket)
             raise
@@ -150,6 +151,11 @@ class FairQueue:
                 raise QueueFull(ticket.refusal)
             ticket.busy_since = time.monotonic()
             return ticket.served
+
+    def _lacks_place(self, ticket: _Ticket) -> bool:
+        """Whether a ticket waits, and no place is free for it."""
+        with self._lock:
+            return ticket in self._waiting and self._taken >= self.places
 
     def _listen(self, ticket: _Ticket) -> None:
         """Note that a ticket's waiter has looked; a place may have become free meanwhile."""

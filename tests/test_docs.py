@@ -16,7 +16,7 @@ from app import app
 from config import Settings
 from errors import SWARM_ERRORS, ApiError
 from models.catalog import KNOWN_MODELS
-from swarm.options import parse_args
+from swarm.options import ServerOptions, flag, parse_args
 from tests.support.processes import ROOT, Program
 
 DOCUMENTS = {
@@ -72,6 +72,29 @@ def test_defaults_are_documented(name: str) -> None:
         assert documented == f"`{default if isinstance(default, str) else ','.join(default)}`"
     else:
         assert documented.startswith(("none", "empty: "))
+
+
+def test_every_flag_of_a_server_is_documented() -> None:
+    """The table is what the rows of swarm/options.py make: paste it from the message."""
+    model, *flags = dataclasses.fields(ServerOptions)
+    expected = [f"| `{model.name.upper()}` | | {model.metadata['help']} |", *map(flag_row, flags)]
+    table = section("docs/swarms.md", "## Flags of a server").splitlines()
+    assert [line for line in table if line.startswith("| `")] == expected, "\n".join(expected)
+
+
+def flag_row(row: "dataclasses.Field[Any]") -> str:
+    """Return a flag's row of the table: how it is written, what it may be, what it does."""
+    words, bounds, allowed = flag(row), row.metadata["bounds"], ""
+    if row.metadata["choices"]:
+        allowed = ", ".join(f"`{choice}`" for choice in row.metadata["choices"])
+    elif bounds is not None:
+        allowed = bounds.words
+    if not isinstance(row.default, bool):
+        words += f" {row.metadata['metavar'] or row.name.upper()}"
+    if row.metadata["nargs"]:
+        words += " ..."
+    meaning = row.metadata["help"].replace("%(default)s", str(row.default))
+    return f"| `{words}` | {allowed}{' ' * bool(allowed)}| {meaning} |"
 
 
 def test_every_route_is_documented() -> None:

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import gunicorn.util
 import pytest
 from gunicorn.config import Config
 from gunicorn.http.errors import ParseException
@@ -568,6 +569,36 @@ class TestAnswerSocket:
                 received += client.recv(65536)
             sending.result(WAIT)
         assert received == data
+
+    def test_gunicorn_neither_ends_a_connection_nor_waits_for_its_client(
+        self, pair: tuple[AnswerSocket, socket.socket], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Neither after a failure in the middle of an answer nor with an error of its own, which waits as the rest."""
+        sock, client = pair
+        sock.sendall(bytes(CAPACITY // 2))
+        pending = sock.pending
+        monkeypatch.setattr(AnswerSocket, "recv", None)  # it would read until the client closes
+        gunicorn.util.close_graceful(sock)
+        gunicorn.util.write_error(sock, 500, "Internal Server Error", "on purpose")
+        assert not sock.broken and sock.raw.fileno() >= 0 and sock.raw.gettimeout() == 0.0
+        assert sock.pending > pending
+        received = b""
+        while sock.pending:
+            received += client.recv(65536)
+            sock.flush()
+        assert sock.raw.send(b"|end")
+        while not received.endswith(b"|end"):
+            received += client.recv(65536)
+        assert received.startswith(bytes(CAPACITY // 2)) and b"on purpose" in received
+
+    def test_peeking_waits_for_nobody(self, pair: tuple[AnswerSocket, socket.socket]) -> None:
+        sock, client = pair
+        with pytest.raises(BlockingIOError):
+            sock.recv(1)
+        client.sendall(b"next")
+        assert sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b"n" == sock.recv(1)
+        client.close()
+        assert sock.recv(100) == b"ext" and sock.recv(1) == b""
 
 
 def test_clients_take_turns() -> None:

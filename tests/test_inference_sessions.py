@@ -902,6 +902,20 @@ def test_a_session_parked_while_another_expires_gives_its_place_once(
     assert sum(sessions._places.held.values()) == len(sessions) == 1
 
 
+def test_who_waits_takes_the_place_of_one(model: Any, clock: Clock, pool: ThreadPoolExecutor) -> None:
+    """An expired session leaves its place; then none of those that could give way has to."""
+    sessions = InferenceSessions(2, TIMEOUT, clock, max_waiting=1, queue_timeout=LIMIT)
+    sessions.open(model, 16)
+    kept = sessions.open(model, 16, connected=True)
+    opening = pool.submit(sessions.open, model, 16)
+    wait_until(lambda: sessions.awaited, "it does not wait")
+    clock.now += TIMEOUT  # the first expires now, the other is parked
+    opening.result(timeout=LIMIT)
+    assert [session.calls.count("close") for session in model.opened] == [1, 0, 0]
+    assert is_open(sessions, kept) and len(sessions) == 2
+    sessions.shut_down(0)
+
+
 def test_blocking_shut_down_of_a_session_blocks_nobody_else(
     sessions: InferenceSessions, model: Any, pool: ThreadPoolExecutor
 ) -> None:

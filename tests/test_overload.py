@@ -389,13 +389,28 @@ def test_who_makes_room_is_not_passed_over() -> None:
     line.queue.take(client="x")
     made: list[str] = []
 
-    def make_room() -> None:
+    def make_room(lacking: Callable[[], bool]) -> None:
         if len(made) == 1:  # not before it waits
             line.queue.give_back("x")
         made.append("room")
 
     line.join("a1", make_room=make_room)
     wait_until(lambda: line.served == ["a1"], "it does not get the place that it made")
+
+
+def test_who_makes_room_learns_whether_a_place_is_still_lacking() -> None:
+    line = Line(1)
+    line.queue.take(client="x")
+    found: list[bool] = []
+
+    def make_room(lacking: Callable[[], bool]) -> None:
+        if found:  # not before it waits
+            line.queue.give_back("x")
+        found.append(lacking())
+
+    line.join("a1", make_room=make_room)
+    wait_until(lambda: line.served == ["a1"], "it does not get the place")
+    assert found == [True, False]
 
 
 @pytest.mark.parametrize("seed", range(3))

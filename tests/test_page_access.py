@@ -254,6 +254,18 @@ def test_tokens_are_for_the_open_page_only(keys: str) -> None:
     assert answer.status_code == 401 and "needs an API key" in body(answer)["error"]["message"]
 
 
+@pytest.mark.parametrize("path", ["/api/v1/statex", "/api/v1/state/", "/api/v1/state/x", "/api/v1/nowhere"])
+def test_a_token_tells_nothing_of_what_is_not_for_the_page(keys: str, path: str) -> None:
+    browser = client(API_KEYS_FILE=keys, PAGE="open")
+    token = {"X-Page-Token": config_of(browser.get("/"))["page_token"]}
+    assert browser.get("/api/v1/state", headers=token).status_code == 200
+    assert (
+        browser.get(path, headers=token).status_code
+        == browser.get("/api/v1/generate", headers=token).status_code
+        == 401
+    )
+
+
 # Guessing
 
 

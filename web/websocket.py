@@ -221,6 +221,14 @@ class WebSocket:
         with self.changed:
             self._close(code, CloseConnection(code, reason))
 
+    def close_idle(self, code: int, reason: str) -> bool:
+        """End the connection if that loses nothing; return whether it did."""
+        with self.changed:
+            if not self.idle:
+                return False
+            self._close(code, CloseConnection(code, reason))
+            return True
+
     def abandon(self) -> None:
         """Break the connection off; wake the threads that wait to send on it."""
         with self.changed:

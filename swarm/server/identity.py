@@ -3,14 +3,14 @@
 import contextlib
 import os
 import re
-import tempfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import swarm.compat  # noqa: F401
 
-from hivemind import P2P
+from hivemind.proto import crypto_pb2
+from hivemind.utils.crypto import RSAPrivateKey
 
+from swarm.key_file import key_file
 from swarm.options import ServerOptions
 
 # Passed on across a restart, if the server founded its swarm: its private key (hexadecimal) and the addresses it
@@ -28,15 +28,18 @@ def identity_file(options: ServerOptions) -> Iterator[str | None]:
     if options.identity_path or options.initial_peers:
         yield options.identity_path
         return
-    with tempfile.TemporaryDirectory(prefix="petals-chat-") as directory:
-        path = Path(directory, "identity")
-        if IDENTITY in os.environ:
-            path.touch(mode=0o600)
-            path.write_bytes(bytes.fromhex(os.environ[IDENTITY]))
-        else:
-            P2P.generate_identity(str(path))
-            os.environ[IDENTITY] = path.read_bytes().hex()
+    if IDENTITY not in os.environ:
+        os.environ[IDENTITY] = make_identity().hex()
+    with key_file(bytes.fromhex(os.environ[IDENTITY])) as path:
         yield str(path)
+
+
+def make_identity() -> bytes:
+    """Return a new private key as p2pd reads it: an RSA key, since petals' server asks whether others have it already,
+    for which hivemind can read no other kind.
+    """
+    data = RSAPrivateKey().to_bytes()
+    return crypto_pb2.PrivateKey(key_type=crypto_pb2.KeyType.RSA, data=data).SerializeToString()
 
 
 def listening_maddrs(options: ServerOptions) -> list[str]:
