@@ -640,6 +640,18 @@ def test_another_model_does_not_end_the_wait_for_another_window(
     other.ready()
 
 
+def test_a_chat_that_cannot_be_read_is_not_taken_for_deleted(chat: Chat, context: BrowserContext) -> None:
+    chat.ask()
+    other = context.new_page()
+    other.goto(chat.page.url)
+    expect(other.locator("article")).to_have_count(2)
+    other.evaluate("() => { IDBObjectStore.prototype.get = () => { throw new Error('the disk is gone'); }; }")
+    chat.ask("Something that the other window is told of")
+    expect(other.locator("#toast")).to_contain_text("could not keep or read your chats")
+    expect(other.locator("h1")).to_have_text(QUESTION)
+    expect(other.locator("article")).to_have_count(2)
+
+
 def test_editing_while_an_answer_comes(chat: Chat) -> None:
     chat.settle(max_answer_tokens=600)
     chat.ask(wait=False)

@@ -80,7 +80,7 @@ export class Asking {
       await run.ended;
     }
     const { parent, role, model } = before.tree.get(id) ?? {};
-    if (this.#open.chat !== before.chat || !role || (role === "user" && !this.possible)) return false;
+    if (this.#open !== before || !role || (role === "user" && !this.possible)) return false;
     this.#page.clear();
     if (role === "user") {
       this.#ask(parent, text);
