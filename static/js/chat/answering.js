@@ -24,7 +24,7 @@ export class Answering {
 
   /**
    * @param {Map<string, RunningAnswer>} running of each chat, by its id
-   * @param {object} page `view(id)` of a message; `refresh({failed})`, `begun()`, `ended(run)`, `words(run)`, `said(text)`,
+   * @param {object} page `view(id)` of a message; `refresh({failed})`, `begun(run)`, `ended(run)`, `words(run)`, `said(text)`,
    *   `position(tokens)` and `slow(view, run)`: what has changed; `pageToken`
    */
   constructor(running, chats, models, page) {
@@ -94,7 +94,7 @@ export class Answering {
     const model = this.#models.find(answer.model) ?? this.#models.find(chat.model);
     const run = new RunningAnswer({ conversation, answer, session: this.#takeSession(model), model });
     this.#running.set(chat.id, run);
-    this.#page.begun();
+    this.#page.begun(run);
     this.#page.refresh();
     // The answer, its question, and the answer that was wanting before that, if there was one: the others are kept.
     const latest = tree.pathTo(answer.id).slice(-3);
