@@ -945,6 +945,28 @@ def test_widths(chat: Chat, width: int) -> None:
         expect(page.locator("#toggle-sidebar")).to_be_focused()
 
 
+def test_on_a_narrow_screen(chat: Chat) -> None:
+    page = chat.page
+    chat.ask("A question that is long enough to fill a line that says that its chat was deleted")
+    page.set_viewport_size({"width": 360, "height": 740})
+    page.click("#settings-button")
+    # No name of a setting reaches under its field.
+    names = page.locator(".parameter label")
+    assert names.evaluate_all("(labels) => labels.every((label) => label.scrollWidth <= label.clientWidth)")
+    page.keyboard.press("Escape")
+    page.click("#toggle-sidebar")
+    page.locator("#chats .more").click()
+    entries = page.locator(".menu:popover-open")
+    expect(entries).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(entries).to_have_count(0)
+    expect(page.locator("#sidebar")).to_be_visible()  # Escape closes one thing at a time
+    menu(page, "A question", "Delete")
+    toast = page.locator("#toast")
+    expect(toast).to_contain_text("Deleted")
+    assert toast.evaluate("(node) => node.getBoundingClientRect().width") == 328  # all but its margins
+
+
 def test_nothing_jumps_while_an_answer_comes(chat: Chat) -> None:
     page = chat.page
     chat.settle(max_answer_tokens=150)

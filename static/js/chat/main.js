@@ -1,7 +1,7 @@
 /** Wires the chats, the answers and the page together. */
 
 import { Announcer } from "../shared/announcer.js";
-import { $, isComposing, pageConfig } from "../shared/dom.js";
+import { $, isFreeEscape, pageConfig } from "../shared/dom.js";
 import { remember } from "../shared/web-storage.js";
 import { Answering } from "./answering.js";
 import { Asking } from "./asking.js";
@@ -174,10 +174,8 @@ class App {
   #shortcut(event) {
     const { key } = event;
     const control = (event.ctrlKey || event.metaKey) && !event.altKey && !event.shiftKey;
-    if (key === "Escape") {
-      // Where it closes something, or ends a search or a composition, it does no more than that.
-      const busy = event.defaultPrevented || isComposing(event) || document.querySelector("dialog[open], :popover-open");
-      if (!busy && document.activeElement !== $("search")) this.#stop();
+    if (isFreeEscape(event)) {
+      this.#stop();
     } else if (control && key.toLowerCase() === "k") {
       event.preventDefault();
       closeDialogs();
