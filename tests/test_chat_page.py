@@ -965,6 +965,9 @@ def test_on_a_narrow_screen(chat: Chat) -> None:
     toast = page.locator("#toast")
     expect(toast).to_contain_text("Deleted")
     assert toast.evaluate("(node) => node.getBoundingClientRect().width") == 328  # all but its margins
+    latest = page.locator("#latest")  # hidden in an empty chat
+    top = latest.evaluate("(node) => { node.hidden = false; return node.getBoundingClientRect().top; }")
+    assert toast.evaluate("(node) => node.getBoundingClientRect().bottom") <= top
 
 
 def test_nothing_jumps_while_an_answer_comes(chat: Chat) -> None:
