@@ -190,5 +190,14 @@ def test_accessible_and_no_wider_than_the_window(page: Page, scheme: str, width:
     assert axe_violations(page) == []
 
 
+def test_a_long_name_in_the_note_is_broken(page: Page) -> None:
+    page.set_viewport_size({"width": 360, "height": 760})
+    width = page.evaluate("""() => {
+      document.getElementById("join-note").textContent = "SWARM_HOST_MADDRS=/ip4/0.0.0.0/tcp/31330;";
+      return document.documentElement.scrollWidth;
+    }""")
+    assert width <= 360
+
+
 def test_the_chat_is_a_link_away(page: Page, watching_app: LiveApp) -> None:
     assert page.get_by_role("link", name="Chat").evaluate("link => link.href") == f"{watching_app.url}/"

@@ -17,8 +17,7 @@ export class RunningAnswer {
   #lostAt = null;
 
   constructor({ conversation, answer, session, model }) {
-    const { chat, tree } = conversation;
-    Object.assign(this, { conversation, chat, tree, answer, session, model });
+    Object.assign(this, { conversation, answer, session, model });
     this.ended = new Promise((resolve) => (this.end = resolve));
     this.rate.tokens = answer.stats?.tokens ?? 0;
     answer.stats ??= { tokens: 0 };
