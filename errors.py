@@ -1,4 +1,4 @@
-"""What can go wrong with a request, the status of each, and the one body in which every failure is told.
+"""What can go wrong with a request, the status of each, and the one body that reports every failure.
 
 ApiError                        a failure with a code, a status and a message for the client
  ├── InvalidParameter           400
@@ -36,7 +36,7 @@ class ConfigError(Exception):
 
 
 class ApiError(Exception):
-    """A failure that the client is told of."""
+    """A failure that is reported to the client."""
 
     status = 500
     code = "internal_error"
@@ -45,7 +45,7 @@ class ApiError(Exception):
     def __init__(self, message: str = "", param: str | None = None) -> None:
         """Make an error.
 
-        :param param: the parameter that is wrong, if it is one
+        :param param: the parameter that is wrong, if any
         """
         super().__init__(message)
         self.param = param
@@ -58,7 +58,7 @@ class InvalidParameter(ApiError):
 
 
 class Unauthorized(ApiError):
-    """An API key is needed, or the one that was sent is not known."""
+    """An API key is needed, or the one that was sent is unknown."""
 
     status, code = 401, "invalid_api_key"
 
@@ -124,7 +124,7 @@ class TooManySessions(ApiError):
 
 
 class TooManyRequests(ApiError):
-    """More answers are asked for than are computed at a time, and too many wait already."""
+    """A limit on requests, tokens or concurrent answers is reached, or too many requests wait."""
 
     status, code, retry_after = 429, "too_many_requests", 5
 
@@ -136,7 +136,7 @@ class ModelNotReady(ApiError):
 
 
 class ShuttingDown(ApiError):
-    """The program is about to end and takes nothing new."""
+    """The program is ending and takes no new requests."""
 
     status, code, retry_after = 503, "shutting_down", 10
 
@@ -148,7 +148,7 @@ class Overloaded(ApiError):
 
 
 class TimedOut(ApiError):
-    """Something took longer than its limit."""
+    """A session was busy with another request or connection for too long."""
 
     status, code = 504, "timed_out"
 
@@ -164,7 +164,7 @@ SWARM_ERRORS: dict[type[Exception], tuple[int, str, int | None]] = {
     swarm_errors.SessionLengthExceeded: (422, "too_long", None),
     swarm_errors.TokenizerBusy: (429, "too_many_requests", 5),
     swarm_errors.SessionClosed: (404, "session_not_found", None),
-    swarm_errors.Cancelled: (499, "cancelled", None),  # nginx's status for a client that has gone: nobody reads it
+    swarm_errors.Cancelled: (499, "cancelled", None),  # nginx's status for a client that is gone: nobody reads it
 }
 
 
@@ -193,7 +193,7 @@ def log_failure(log: logging.Logger, what: str, error: BaseException) -> None:
 
 
 def error_body(error: BaseException, request_id: str, *, traced: bool = True) -> dict[str, Any]:
-    """Return the body that tells a client of a failure.
+    """Return the body that reports a failure to a client.
 
     :param traced: whether the traceback has frames, or is only the line that names the error
     """

@@ -293,7 +293,7 @@ class InferenceSessions:
             self._places.take(
                 client=client,
                 waiter=Until(self._refusing, waiter),
-                make_room=lambda: self._make_room(client),
+                make_room=lambda lacking: self._make_room(client, lacking),
             )
         except (QueueFull, WaitedTooLong) as error:
             raise TooManySessions(f"all {self.max_sessions} inference sessions are taken: {error}") from None
@@ -311,15 +311,15 @@ class InferenceSessions:
         if self._refusing.is_set():
             raise ShuttingDown("the server is shutting down and opens no new sessions")
 
-    def _make_room(self, client: str) -> None:
-        """If all places are taken, close expired sessions, or else one that has to give way. Does not wait.
+    def _make_room(self, client: str, lacking: Callable[[], bool]) -> None:
+        """Close expired sessions or, if a place is lacking then, one that has to give way. Does not wait.
 
         That is one that has lost its connection, one unused for long, or one of a client with many more.
         """
         self.expire()
         with self._lock:
             entry = self._longest_left() or self._longest_parked() or self._most_dispensable(client)
-            if entry is None or not self._places.full:
+            if entry is None or not lacking():  # those that expired may have left their places to this client
                 return
             self._remove(entry, keep_warm=entry.state is State.DETACHED)
             # At once: others who look for a place count those that each client has.
@@ -460,7 +460,7 @@ class InferenceSessions:
         if entry is None or owner not in (None, entry.owner):
             raise SessionNotFound(
                 f"no inference session {session_id}: never opened, closed, expired, "
-                "or unused when all were taken and somebody with fewer wanted one"
+                "or closed while unused to make room for others; open a new one"
             )
         return entry
 

@@ -154,7 +154,7 @@ class Service:
             self._generations.take(client=client, waiter=waiter)
         except (QueueFull, WaitedTooLong) as error:
             places = self._generations.places
-            raise TooManyRequests(f"{places} answers are computed at a time: {error}") from None
+            raise TooManyRequests(f"all {places} places for answers are taken: {error}") from None
         try:
             yield
         finally:
@@ -178,8 +178,8 @@ class Service:
         """
         name = name or self.settings.default_model
         if name not in self.models.served:
-            names = ", ".join(filter(caller.may_use, self.models.served)) or "none for you"
-            raise ModelNotFound(f"no model {name!r} is served here; there are: {names}")
+            names = ", ".join(filter(caller.may_use, self.models.served)) or "none"
+            raise ModelNotFound(f"no model {name!r} is served here; you may use: {names}")
         caller.check_model(name)
         return self.models.find(name)
 

@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 DOORS = (Door(("/api/v2/",)),)  # a key is asked for in the first message
 
 INTERNAL_ERROR = 1011
+TYPES = ("open_inference_session", "resume_inference_session", "generate", "stop", CLOSE)
 
 
 def generate_stream() -> ResponseReturnValue:
@@ -110,15 +111,15 @@ class Connection:
         with self._app.app_context():
             g.request_id = self.request_id  # for the log
             try:
-                going_on = self._serve()
+                more = self._serve()
             except Unreachable:
                 self.client.dismiss()  # if it can be reached: the session continues over another connection
-                going_on = False
+                more = False
             except Exception:
                 log.exception("a WebSocket is given up")
                 self.websocket.close(INTERNAL_ERROR, "internal error")
-                going_on = False
-            if not going_on:
+                more = False
+            if not more:
                 self._leave()
 
     def _serve(self) -> bool:
@@ -137,7 +138,7 @@ class Connection:
             return False
         held = self._handle(message)
         if not held:
-            self.client.go_on()
+            self.client.handle_pending()
         return True
 
     def _leave(self) -> None:
@@ -149,7 +150,7 @@ class Connection:
             self.websocket.finish()
 
     def _handle(self, message: str | bytes) -> bool:
-        """Handle a message; return whether the next has to wait until ``go_on`` is called.
+        """Handle a message; return whether the next has to wait until ``handle_pending`` is called.
 
         :raises Unreachable: if the client is gone
         """
@@ -165,7 +166,7 @@ class Connection:
             elif kind == "generate":
                 self._generate(request)
             elif kind != "stop":  # a stop that came after the end of the answer
-                raise InvalidParameter('type must be "open_inference_session", "generate" or "stop"')
+                raise InvalidParameter(f"type must be one of {', '.join(TYPES)}")
         except Unreachable:
             raise
         except Exception as error:
@@ -211,7 +212,7 @@ class Connection:
         Browsers cannot send headers with a WebSocket: the message may hold the key.
         """
         if self._attached is not None:
-            raise InvalidParameter("this connection has an inference session already; open another connection")
+            raise InvalidParameter("this connection already has a session: close it, or open another connection")
         self.client.queue_updates = get_bool(request, "queue_updates")
         self.client.swarm_updates = get_bool(request, "swarm_updates")
         if token := get_text(request, "page_token"):
@@ -254,10 +255,10 @@ class Connection:
             request = with_defaults(request, self._attached.served.config.generation)
         params = parse_generation(request)
         if self._attached is None:
-            raise InvalidParameter("send open_inference_session before generate")
+            raise InvalidParameter("open or resume an inference session before generate")
         # If the client has already asked to close the session, do not start the answers queued before that.
         self.client.begin()
-        self.websocket.look_anew()
+        self.websocket.reset_lookahead()
         entry, stream = self._attached.entry, self._attached.stream
         with stream.answering(self.client):
             try:

@@ -81,7 +81,7 @@ class Access:
             raise Unauthorized("an API key is needed: send it as Authorization: Bearer KEY")
         if isinstance(presented, PageCookie):
             if self.page_mode != "key":  # it is from before
-                raise Unauthorized("an API key is needed: there is no page that asks for one")
+                raise Unauthorized("this sign-in is no longer valid: send an API key as Authorization: Bearer KEY")
             return Caller(self, self._key_of_cookie(presented), address=address)
         return Caller(self, self._key(presented, address), address=address)
 
@@ -91,13 +91,14 @@ class Access:
         found = [key for key in self._keys if hmac.compare_digest(key.digest, digest)]
         # Guessing keeps out nobody who already uses a key from the same address, such as a proxy's.
         if not (found and self._is_familiar(found[0], address)) and (wait := self._tries.wait(address, "keys")):
-            error = TooManyRequests("too many unknown API keys came from this address")
-            error.retry_after = whole_seconds(wait)
+            seconds = whole_seconds(wait)
+            error = TooManyRequests(f"too many unknown API keys from this address; try again in {seconds} s")
+            error.retry_after = seconds
             raise error
         if not found:
             with contextlib.suppress(Exceeded):  # by another thread since we looked
                 self._tries.take(address, "keys", WRONG_KEYS_PER_MINUTE)
-            raise Unauthorized("this API key is not known here")
+            raise Unauthorized("this API key is unknown: check it, or ask this server's operator for one")
         self._remember(found[0], address)
         return found[0]
 
@@ -126,7 +127,8 @@ class Access:
         :raises Unauthorized: if the token is not one of this program's, or too old, or the page is not open
         """
         if self.page_mode != "open":
-            raise Unauthorized("the page needs an API key" if self.page_mode == "key" else "there is no page")
+            needed = "the page needs an API key: load it again"
+            raise Unauthorized(needed if self.page_mode == "key" else "this server has no page")
         try:
             browser = unsign(self._page_signer, token, PAGE_TOKEN_AGE).removeprefix("page").strip()
         except BadSignature:
@@ -144,11 +146,11 @@ class Access:
         try:
             fingerprint = unsign(self._cookie_signer, cookie, COOKIE_AGE)
         except BadSignature:
-            raise Unauthorized("an API key is needed: enter it on the page again") from None
+            raise Unauthorized("this sign-in has expired: enter the API key on the page again") from None
         for key in self._keys:
             if hmac.compare_digest(self._fingerprint(key), fingerprint):
                 return key
-        raise Unauthorized("the API key of this page is not known here any more")
+        raise Unauthorized("the API key of this page is no longer valid: enter another one")
 
     def _fingerprint(self, key: Key) -> str:
         """Return what identifies a key to this program alone."""

@@ -76,8 +76,8 @@ class Caller:
         :raises ModelNotAllowed: naming the reason
         """
         if not self.may_use(model):
-            reason = "this API key may not use it" if self._key else "it is served to the chat page only"
-            raise ModelNotAllowed(f"the model {model!r} is not for you: {reason}")
+            reason = "this API key does not include it" if self._key else "without an API key only the page may"
+            raise ModelNotAllowed(f"you may not use the model {model!r}: {reason}")
 
     def count_request(self) -> None:
         """Count a request.
@@ -119,7 +119,7 @@ class Caller:
     def _exceeded(self, limit: int, kind: str, exceeded: Exceeded) -> TooManyRequests:
         who = "this API key allows" if self._key else "without an API key each address may have"
         wait = whole_seconds(exceeded.wait)
-        error = TooManyRequests(f"{who} {limit} {kind if limit > 1 else kind[:-1]} a minute; again in {wait} s")
+        error = TooManyRequests(f"{who} {limit} {kind if limit > 1 else kind[:-1]} a minute; try again in {wait} s")
         error.retry_after = wait
         return error
 
@@ -144,7 +144,8 @@ class Caller:
             except (QueueFull, WaitedTooLong):
                 who = "this API key" if self._key else "each address without an API key"
                 answers = "answer" if self.concurrent == 1 else "answers"
-                raise TooManyRequests(f"{who} may have {self.concurrent} {answers} computed at a time") from None
+                limit = f"{self.concurrent} {answers} computed at a time"
+                raise TooManyRequests(f"{who} may have {limit}: wait for one to end") from None
             try:
                 yield
             finally:

@@ -67,7 +67,7 @@ class FairQueue:
         client: str = "",
         patient: bool = False,
         waiter: Waiter = PATIENT,
-        make_room: Callable[[], None] | None = None,
+        make_room: Callable[[Callable[[], bool]], None] | None = None,
     ) -> None:
         """Take a place, waiting for one if need be; it must be given back.
 
@@ -76,28 +76,29 @@ class FairQueue:
         :param client: whose share of the places it is
         :param patient: wait even if too many do already, and give way to nobody in that
         :param waiter: who waits
-        :param make_room: called, without any lock, while no place is free; may give places back. Must not wait
+        :param make_room: called, without any lock, while no place is free; may give places back. Must not wait. It is
+            given a function that tells whether one is still lacking, for places are given back at any time
         :raises QueueFull, WaitedTooLong, Cancelled: if there is no place
         """
         if make_room is not None and self.full:
-            make_room()
+            make_room(lambda: self.full)
         ticket = _Ticket(client, patient, waiter)
         deadline = time.monotonic() + self.timeout
         try:
             self._join(ticket)
-            told = 0
+            reported = 0
             while not self._is_served(ticket):
                 waiter.look()
                 if time.monotonic() > deadline:
                     raise WaitedTooLong(f"none became free within {self.timeout:.0f} s")
-                if ticket.position != told:
-                    told = ticket.position
-                    waiter.position(told)
+                if ticket.position != reported:
+                    reported = ticket.position
+                    waiter.position(reported)
                 self._listen(ticket)
                 ticket.woken.wait(POLL)
                 ticket.woken.clear()
-                if make_room is not None and not ticket.served:
-                    make_room()
+                if make_room is not None and self._lacks_place(ticket):
+                    make_room(lambda: self._lacks_place(ticket))
         except BaseException:
             self._withdraw(ticket)
             raise
@@ -150,6 +151,11 @@ class FairQueue:
                 raise QueueFull(ticket.refusal)
             ticket.busy_since = time.monotonic()
             return ticket.served
+
+    def _lacks_place(self, ticket: _Ticket) -> bool:
+        """Whether a ticket waits, and no place is free for it."""
+        with self._lock:
+            return ticket in self._waiting and self._taken >= self.places
 
     def _listen(self, ticket: _Ticket) -> None:
         """Note that a ticket's waiter has looked; a place may have become free meanwhile."""
@@ -231,6 +237,6 @@ class FairQueue:
         self._waiting.remove(ticket)
         ticket.refusal = f"{len(self._waiting)} wait already"
         if most != newcomer:
-            ticket.refusal += ", one of them for a client that has asked for less"
+            ticket.refusal += ", one of them for a client with fewer requests"
         ticket.woken.set()
         self._serve()

@@ -62,17 +62,17 @@ def read_keys(settings: Settings) -> Sequence[Key]:
     if settings.API_KEYS_FILE:
         entries += read_file(settings.API_KEYS_FILE)
         if not entries:
-            raise ConfigError(f"API_KEYS_FILE={settings.API_KEYS_FILE} holds no key: everybody would be let in")
+            raise ConfigError(f"API_KEYS_FILE={settings.API_KEYS_FILE} holds no keys: the APIs would be open to all")
     keys = [read_key(entry, number, settings) for number, entry in enumerate(entries, 1)]
     if len({key.name for key in keys}) < len(keys) or len({key.digest for key in keys}) < len(keys):
-        raise ConfigError("API_KEYS and API_KEYS_FILE: a key or a name is there twice")
+        raise ConfigError("API_KEYS and API_KEYS_FILE: a key or a name occurs twice")
     return keys
 
 
 def read_file(name: str) -> list[object]:
     """Return what a file of keys lists.
 
-    :raises ConfigError: if it is no list
+    :raises ConfigError: if it is not a list
     """
     path = Path(name).expanduser()
     try:
@@ -96,12 +96,12 @@ def read_key(entry: object, number: int, settings: Settings) -> Key:
         raise ConfigError(f'{where} must be an object with a "key"')
     for name, value in entry.items():
         if name not in KEY_FIELDS:
-            raise ConfigError(f"{where} has a field {name!r}; known are {', '.join(KEY_FIELDS)}")
+            raise ConfigError(f"{where} has an unknown field {name!r}; the known ones are {', '.join(KEY_FIELDS)}")
         if not isinstance(value, KEY_FIELDS[name]) or isinstance(value, bool):
             raise ConfigError(f"{where}: {name} must be of type {KEY_FIELDS[name].__name__}")
     key, otherwise = entry["key"], default_limits(settings)
     if re.search(r"^\s|\s$|[\x00-\x1f\x7f]", key):  # a header could not carry it
-        raise ConfigError(f"{where} must neither begin nor end with a space, nor have control characters")
+        raise ConfigError(f"{where} must not begin or end with a space, or contain control characters")
     limits = Limits(**{name: entry.get(name, value) for name, value in vars(otherwise).items()})
     if min(vars(limits).values()) < 0:
         raise ConfigError(f"{where}: limits must not be negative")

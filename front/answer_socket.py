@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import select
 import socket
 import threading
 import time
@@ -19,7 +18,7 @@ PIECE = 256 * 1024  # bytes
 class AnswerSocket:
     """A client's socket. What the kernel does not take at once is kept, and the loop sends it later.
 
-    Has the methods of ``socket.socket`` that gunicorn and WSGI applications call. All may be called from any thread.
+    Has the methods of ``socket.socket`` that gunicorn and this program call. All may be called from any thread.
     """
 
     def __init__(
@@ -55,10 +54,6 @@ class AnswerSocket:
             rest = memoryview(data)
             while rest and not self.detached:
                 rest = rest[self._take(rest) :]
-
-    def send(self, data: bytes) -> int:
-        self.sendall(data)
-        return len(data)
 
     def sendfile(self, file: IO[bytes], offset: int = 0, count: int | None = None) -> int:
         """Send a part of a file; all that follows ``offset`` if there is no ``count``."""
@@ -108,7 +103,7 @@ class AnswerSocket:
                 self.changed.notify_all()
 
     def break_off(self) -> None:
-        """End the connection for both sides: a thread that sends, waits for room or reads fails at once."""
+        """End the connection for both sides: a thread that sends or waits for room fails at once."""
         with self.changed:
             if self.detached:
                 return
@@ -142,30 +137,33 @@ class AnswerSocket:
         return self.raw, unread
 
     def recv(self, size: int, flags: int = 0) -> bytes:
-        """Receive, as ``socket.recv``. What came with the request has been read; for WebSockets, and to peek."""
-        if not flags & socket.MSG_DONTWAIT:
-            poll = select.poll()
-            poll.register(self.raw, select.POLLIN)
-            poll.poll()  # as long as a socket without time-out waits
+        """Receive what has come, as ``socket.recv`` of a socket that does not block.
+
+        What came with the request has been read. To peek whether the client has hung up.
+        """
         return self.raw.recv(size, flags)
 
-    def fileno(self) -> int:
-        return self.raw.fileno()
+    # What gunicorn 27 calls beside `sendall` and `sendfile`:
 
     def shutdown(self, how: int) -> None:
-        """Break the connection off.
+        """Refuse: the loop ends connections itself, after what is pending.
 
-        :raises OSError: if only one direction is to end: the loop does that, after what is pending
+        gunicorn's ``close_graceful`` calls it if an application fails in the middle of an answer. If it succeeded, that
+        would go on to wait for the client.
+
+        :raises OSError: always
         """
-        if how != socket.SHUT_RDWR:
-            raise OSError(errno.ENOTSUP, "the front door ends connections itself")
-        self.break_off()
+        raise OSError(errno.ENOTSUP, "the front door ends connections itself")
 
     def close(self) -> None:
-        """Do nothing: the loop closes the socket when its request has been answered."""
+        """Do nothing: the loop closes the socket when its request has been answered.
+
+        gunicorn's ``close_graceful`` calls it as well.
+        """
 
     def gettimeout(self) -> float:
+        """Return 0: gunicorn's ``write_error`` need not ask for a socket that does not block, and then undo it."""
         return 0.0
 
     def setblocking(self, flag: bool) -> None:
-        """Do nothing: sending waits as described, whatever the flag."""
+        """Do nothing: sending waits as described, whatever the flag. gunicorn's ``handle`` sets it before a request."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # Of a completion without max_tokens, as at OpenAI.
 DEFAULT_MAX_TOKENS = 16
 # Tokens and log-probabilities that one request may ask for: 200 MB while they are written as JSON, of chats 400 MB.
-MAX_TOLD = 1_000_000
+MAX_VALUES = 1_000_000
 
 
 def read_chat(body: ChatRequest, config: ModelConfig, model: "SwarmModel") -> ChatPrompt:
@@ -37,7 +37,7 @@ def chat_task(body: ChatRequest, config: ModelConfig, model: "SwarmModel", chat:
     """
     token_ids = model.tokenizer.encode(chat.text, chat.add_special_tokens, room=model.max_length)
     if not token_ids:
-        raise InvalidParameter("the model's chat template makes no text of these messages", "messages")
+        raise InvalidParameter("these messages give an empty prompt with the model's chat template", "messages")
     wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     if wanted == 0:
         raise InvalidParameter("max_tokens must be at least 1", "max_tokens")
@@ -48,8 +48,8 @@ def chat_task(body: ChatRequest, config: ModelConfig, model: "SwarmModel", chat:
     choices = body.n or 1
     if choices > 1:
         length = len(token_ids) + wanted  # nothing continues several rows
-    told = check_work(len(token_ids) + wanted, choices, logprobs)
-    return Task(token_ids, wanted, length, params, choices, open_ended=open_ended), told
+    num_values = check_work(len(token_ids) + wanted, choices, logprobs)
+    return Task(token_ids, wanted, length, params, choices, open_ended=open_ended), num_values
 
 
 def completion_tasks(body: CompletionRequest, config: ModelConfig, model: "SwarmModel") -> tuple[list[Task], int]:
@@ -59,11 +59,11 @@ def completion_tasks(body: CompletionRequest, config: ModelConfig, model: "Swarm
     """
     wanted = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     if not wanted and not body.echo:
-        raise InvalidParameter("max_tokens must be at least 1, or echo be true", "max_tokens")
+        raise InvalidParameter("max_tokens must be at least 1, unless echo is true", "max_tokens")
     params = sampling(body, config, model, (), body.logprobs)
     scored = bool(body.echo) and body.logprobs is not None
     prompts = encode_prompts(model, prompts_of(body))
-    told = check_work(sum(map(len, prompts)) + wanted * len(prompts), body.n or 1, body.logprobs)
+    num_values = check_work(sum(map(len, prompts)) + wanted * len(prompts), body.n or 1, body.logprobs)
     tasks = []
     for token_ids in prompts:
         check_length(len(token_ids), wanted, model.max_length)
@@ -72,7 +72,7 @@ def completion_tasks(body: CompletionRequest, config: ModelConfig, model: "Swarm
         alone = len(prompts) == (body.n or 1) == 1 and not scored
         length = stateless_length(needed, model.max_length) if alone else needed
         tasks.append(Task(token_ids, wanted, length, params, body.n or 1, scored, keep_warm=alone))
-    return tasks, told
+    return tasks, num_values
 
 
 def sampling(
@@ -106,14 +106,14 @@ def logit_bias(body: Sampling, model: "SwarmModel") -> tuple[tuple[int, float], 
 
 
 def check_tokens(model: "SwarmModel", token_ids: Sequence[int], param: str) -> None:
-    """Refuse ids that are none of the model's.
+    """Refuse ids that are not the model's.
 
     :raises InvalidParameter: naming one
     """
     size = min(model.head.vocab_size, model.tokenizer.size)
     if token_ids and not (0 <= min(token_ids) and max(token_ids) < size):
         wrong = next(token_id for token_id in token_ids if not 0 <= token_id < size)
-        raise InvalidParameter(f"{param}: {wrong} is no token of this model, which has {size}", param)
+        raise InvalidParameter(f"{param}: {wrong} is not a token of this model, which has {size}", param)
 
 
 def check_work(tokens: int, choices: int, logprobs: int | None) -> int:
@@ -122,12 +122,13 @@ def check_work(tokens: int, choices: int, logprobs: int | None) -> int:
     :param tokens: of prompts and answers
     :raises InvalidParameter: naming the numbers
     """
-    told = tokens * choices * (1 if logprobs is None else 2 + logprobs)
-    if told > MAX_TOLD:
+    num_values = tokens * choices * (1 if logprobs is None else 2 + logprobs)
+    if num_values > MAX_VALUES:
         raise InvalidParameter(
-            f"{tokens} tokens, n={choices} and logprobs={logprobs} are {told} values in all, more than {MAX_TOLD}"
+            f"{tokens} tokens, n={choices} and logprobs={logprobs} make {num_values} values, more than {MAX_VALUES}; "
+            "ask for fewer"
         )
-    return told
+    return num_values
 
 
 def encode_prompts(model: "SwarmModel", prompts: list[str] | list[list[int]]) -> list[list[int]]:

@@ -82,8 +82,8 @@ def chat_completions() -> Response:
     body: ChatRequest = ChatRequest.read(request.get_data(cache=False))
     service, model, config = begin(body)
     chat = read_chat(body, config, model)
-    task, told = chat_task(body, config, model, chat)
-    return Reply(service, model, ChatWriter(model, chat.strip), [task], told).send(body)
+    task, num_values = chat_task(body, config, model, chat)
+    return Reply(service, model, ChatWriter(model, chat.strip), [task], num_values).send(body)
 
 
 @blueprint.post("/v1/completions")
@@ -92,9 +92,9 @@ def completions() -> Response:
     """Continue texts."""
     body: CompletionRequest = CompletionRequest.read(request.get_data(cache=False))
     service, model, config = begin(body)
-    tasks, told = completion_tasks(body, config, model)
+    tasks, num_values = completion_tasks(body, config, model)
     writer = TextWriter(model, body, [task.token_ids for task in tasks])
-    return Reply(service, model, writer, tasks, told).send(body)
+    return Reply(service, model, writer, tasks, num_values).send(body)
 
 
 @blueprint.post("/tokenize")
@@ -107,7 +107,7 @@ def tokenize() -> Response:
     count = len(tokens)
     if body.with_pieces:
         if count > MAX_TOKEN_IDS:
-            raise InvalidParameter(f"with_pieces tells {MAX_TOKEN_IDS} tokens, and these are {count}", "with_pieces")
+            raise InvalidParameter(f"with_pieces allows {MAX_TOKEN_IDS} tokens at most, not {count}", "with_pieces")
         bytes_of = model.tokenizer.bytes_of
         tokens = [{"id": token_id, "piece": piece_of(bytes_of(token_id))} for token_id in tokens]
     return jsonify(tokens=tokens, count=count, max_model_len=model.max_length)

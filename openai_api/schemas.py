@@ -132,7 +132,7 @@ def check_bias(value: Any) -> Any:
         if len(value) > MAX_BIAS:
             raise PydanticCustomError("bias_too_long", f"at most {MAX_BIAS} tokens can have a bias, not {len(value)}")
         if not all(re.fullmatch("[0-9]{1,10}", name) for name in value):
-            raise PydanticCustomError("bias_key", "keys should be token ids, which are whole numbers")
+            raise PydanticCustomError("bias_key", "keys should be token ids (whole numbers)")
     return value
 
 
@@ -154,7 +154,7 @@ class Request(BaseModel):
         for name, harmless in REFUSED.items():
             value = (request.model_extra or {}).get(name)
             if value and value not in harmless:
-                raise InvalidParameter(f"{name} is not supported here, and without it the answer would differ", name)
+                raise InvalidParameter(f"{name} is not supported, and the answer would differ: omit it", name)
         return request
 
 

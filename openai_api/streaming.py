@@ -16,7 +16,7 @@ from errors import InvalidParameter, TooManyRequests, log_failure
 from generation.loop import Chunk, TokenLogprob
 from openai_api.answers import Answers, Done, Event, Piece, Scores, Task
 from openai_api.formats import Tally, Writer, openai_error
-from openai_api.reading import MAX_TOLD
+from openai_api.reading import MAX_VALUES
 from openai_api.schemas import Sampling
 from service import Service
 from swarm.errors import Cancelled
@@ -29,22 +29,24 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # Values that answers may report, of all requests at a time that are not streamed; those that ask for few do not count.
-TOLD, FEW_TOLD = Budget(2 * MAX_TOLD), 10_000
+VALUES, FEW_VALUES = Budget(2 * MAX_VALUES), 10_000
 
 
 class Reply:
     """The reply to a request."""
 
-    def __init__(self, service: Service, model: "SwarmModel", writer: Writer, tasks: Sequence[Task], told: int) -> None:
+    def __init__(
+        self, service: Service, model: "SwarmModel", writer: Writer, tasks: Sequence[Task], num_values: int
+    ) -> None:
         """Make a reply; nothing is computed before ``send``.
 
-        :param told: values that it may report, see ``check_work``
+        :param num_values: values that it may report, see ``check_work``
         """
         self._service = service
         self._model = model
         self._writer = writer
         self._tasks = tasks
-        self._told = told
+        self._num_values = num_values
         self._tally = Tally(sum(len(task.token_ids) for task in tasks))
 
     def send(self, body: Sampling) -> Response:
@@ -55,7 +57,7 @@ class Reply:
         if not body.stream:
             return self._whole()
         if any(task.scored for task in self._tasks):
-            raise InvalidParameter("echo with logprobs cannot be streamed", "stream")
+            raise InvalidParameter("echo with logprobs cannot be streamed: omit one of the three", "stream")
         return self._streamed(wants_usage=bool(body.stream_options and body.stream_options.include_usage))
 
     def _head(self, kind: str) -> dict[str, Any]:
@@ -70,7 +72,7 @@ class Reply:
     def _whole(self) -> Response:
         head = self._head(self._writer.object)
         waiter = RequestWaiter(request.environ)
-        with room_to_tell(self._told, self._service.settings.QUEUE_TIMEOUT, waiter):
+        with reserve_values(self._num_values, self._service.settings.QUEUE_TIMEOUT, waiter):
             answers = Answers(self._service, g.caller, self._model, self._tasks, waiter)
             try:
                 return jsonify(head | self._collect(answers.events()))
@@ -120,7 +122,7 @@ class Reply:
         try:
             for choice in self._pieces(events):
                 if choice is None:
-                    yield ": the swarm is slow, the answer goes on\n\n"  # so that no proxy cuts the line
+                    yield ": the swarm is slow, the answer continues\n\n"  # so that no proxy cuts the line
                 else:
                     yield sse(head | {"choices": [choice]})
             if wants_usage:
@@ -155,16 +157,16 @@ class Reply:
 
 
 @contextlib.contextmanager
-def room_to_tell(told: int, timeout: float, waiter: Waiter) -> Iterator[None]:
+def reserve_values(num_values: int, timeout: float, waiter: Waiter) -> Iterator[None]:
     """Hold memory for an answer that is sent when it is whole.
 
     :raises TooManyRequests: if others take it for longer than ``timeout`` seconds
     """
     try:
-        with TOLD.hold(told if told > FEW_TOLD else 0, timeout, waiter):
+        with VALUES.hold(num_values if num_values > FEW_VALUES else 0, timeout, waiter):
             yield
     except Exhausted as error:
-        raise TooManyRequests(f"values that answers may tell: {error}; stream, or ask for fewer") from None
+        raise TooManyRequests(f"too many large answers at a time: {error}; stream, or ask for fewer values") from None
 
 
 def sse(data: dict[str, Any]) -> str:

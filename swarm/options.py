@@ -2,13 +2,59 @@
 
 import argparse
 import dataclasses
+import ipaddress
+import math
+import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a word of an option may be."""
+
+    words: str  # as in "-1 is not WORDS"
+    hold: Callable[[Any], bool]
+
+
+def is_range(text: str) -> bool:
+    """Whether a text names blocks [START, END), of which there is one at least."""
+    found = re.fullmatch(r"(\d{1,6}):(\d{1,6})", text)
+    return found is not None and int(found[1]) < int(found[2])
+
+
+def is_multiaddr(text: str, least_port: int = 1) -> bool:
+    """Whether a text is a multiaddr, as far as is seen without asking p2pd: its host and its ports.
+
+    :param least_port: 0 if any free port will do
+    """
+    _, *words = text.split("/")
+    if text[:1] != "/" or len(words) < 2 or not all(words):
+        return False
+    kind, host = words[:2]
+    try:
+        if kind in ("ip4", "ip6"):
+            (ipaddress.IPv4Address if kind == "ip4" else ipaddress.IPv6Address)(host)
+    except ValueError:
+        return False
+    ports = [(words + [""])[place + 1] for place, word in enumerate(words) if word in ("tcp", "udp")]
+    return kind in ("ip4", "ip6", "dns", "dns4", "dns6", "dnsaddr") and all(
+        re.fullmatch("[0-9]{1,5}", port) and least_port <= int(port) <= 65535 for port in ports
+    )
+
+
+COUNT = Bounds("a whole number from 1", lambda value: value >= 1)
+POSITIVE = Bounds("a number greater than 0", lambda value: 0 < value < math.inf)
+BLOCKS = Bounds("START:END with START below END, such as 0:10", is_range)
+PREFIX = Bounds("a name without dots and spaces", lambda value: re.fullmatch(r"[^.\s]+", value) is not None)
+MADDR = Bounds("a multiaddr with a port from 1 to 65535, such as /ip4/192.0.2.1/tcp/31330", is_multiaddr)
+PEER = Bounds(f"'public' or {MADDR.words}", lambda value: value == "public" or is_multiaddr(value))
+LISTENED = Bounds("a multiaddr with a port from 0 (any) to 65535", lambda value: is_multiaddr(value, 0))
 
 
 def option(
@@ -18,9 +64,13 @@ def option(
     metavar: str | None = None,
     choices: Sequence[str] | None = None,
     nargs: str | None = None,
+    bounds: Bounds | None = None,
 ) -> Value:
-    """Make a row of ``ServerOptions``. The parameters are those of ``argparse``."""
-    metadata = {"help": description, "metavar": metavar, "choices": choices, "nargs": nargs}
+    """Make a row of ``ServerOptions``.
+
+    :param bounds: of each word; the other parameters are those of ``argparse``
+    """
+    metadata = {"help": description, "metavar": metavar, "choices": choices, "nargs": nargs, "bounds": bounds}
     row: Any = dataclasses.field(default=default, metadata=metadata)  # a type checker sees the default
     return row
 
@@ -31,40 +81,53 @@ class ServerOptions:
 
     model: str = dataclasses.field(metadata={"help": "hub name, local directory, or the name of the bundled model"})
     initial_peers: tuple[str, ...] = option(
-        (), "peers to join, or 'public'; none: a new swarm", nargs="*", metavar="MADDR"
+        (), "peers to join, or 'public'; none: a new swarm", nargs="*", metavar="MADDR", bounds=PEER
     )
     blocks: str | None = option(
-        None, "blocks [START, END) to serve; default: all (CPU), as many as fit (GPU)", metavar="START:END"
+        None,
+        "blocks [START, END) to serve; default: all (CPU), as many as fit (GPU)",
+        metavar="START:END",
+        bounds=BLOCKS,
     )
-    num_blocks: int | None = option(None, "serve this many blocks, chosen where the swarm needs them most")
+    num_blocks: int | None = option(
+        None, "serve this many blocks, chosen where the swarm needs them most", bounds=COUNT
+    )
     # The command line listens on all addresses by default, the embedded swarm on this machine's own.
-    host_maddrs: tuple[str, ...] = option((), "addresses to listen on; default: all", nargs="+", metavar="MADDR")
+    host_maddrs: tuple[str, ...] = option(
+        (), "addresses to listen on; default: all", nargs="+", metavar="MADDR", bounds=LISTENED
+    )
     announce_maddrs: tuple[str, ...] = option(
-        (), "addresses to announce, if others see different ones", nargs="+", metavar="MADDR"
+        (), "addresses to announce, if others see different ones", nargs="+", metavar="MADDR", bounds=MADDR
     )
     identity_path: str | None = option(
         None, "private key file that keeps the peer id the same over restarts", metavar="FILE"
     )
     public_name: str | None = option(None, "a name to show to others")
     dht_prefix: str | None = option(
-        None, "prefix of the blocks' keys; must be the same on all servers and clients of a model"
+        None, "prefix of the blocks' keys; must be the same on all servers and clients of a model", bounds=PREFIX
     )
     device: str | None = option(None, "cpu, cuda, cuda:1, ...; default: by what the machine has")
     dtype: str | None = option(
         None, "default: by what the machine has", choices=("auto", "float32", "bfloat16", "float16")
     )
     quant: str = option("none", "quantise the weights", choices=("none", "int8", "nf4"))
-    attn_cache_tokens: int | None = option(None, "attention cache for N tokens of each block", metavar="N")
-    inference_max_length: int | None = option(None, "longest session to accept, in tokens", metavar="N")
+    attn_cache_tokens: int | None = option(
+        None, "attention cache for N tokens of each block", metavar="N", bounds=COUNT
+    )
+    inference_max_length: int | None = option(None, "longest session to accept, in tokens", metavar="N", bounds=COUNT)
     # More processes than cores only take turns.
-    num_handlers: int = option(2, "processes that take requests (default: %(default)s)")
-    throughput: float | None = option(None, "announced throughput; default: measured (public) or 1 (private)")
+    num_handlers: int = option(2, "processes that take requests (default: %(default)s)", bounds=COUNT)
+    throughput: float | None = option(
+        None, "announced throughput; default: measured (public) or 1 (private)", bounds=POSITIVE
+    )
     # Between two steps of one session. Attention cache is for those who use it. The app keeps idle sessions for
     # SESSION_TIMEOUT, 300 s by default, and those that wait for their client to come back for RESUME_TIMEOUT, 60 s,
     # longer; with a minute more, the client decides.
-    idle_timeout: float = option(420.0, "end sessions that are idle for so long", metavar="SECONDS")
-    update_period: float | None = option(None, "how often to announce the blocks", metavar="SECONDS")
-    threads: int | None = option(None, "threads of PyTorch's operators; default: one per core")
+    idle_timeout: float = option(
+        420.0, "end sessions that are idle for so long (default: %(default)s)", metavar="SECONDS", bounds=POSITIVE
+    )
+    update_period: float | None = option(None, "how often to announce the blocks", metavar="SECONDS", bounds=POSITIVE)
+    threads: int | None = option(None, "threads of PyTorch's operators; default: one per core", bounds=COUNT)
     cache_dir: Path | None = option(None, "where prepared models are kept")
     batching: bool = option(True, "compute one session's step at a time, as petals")
     end_with_parent: bool = option(False, "stop when standard input ends")
@@ -97,15 +160,41 @@ def parse_args(argv: Sequence[str] | None = None) -> ServerOptions:
     parser.add_argument(model.name, **model.metadata)
     types = typing.get_type_hints(ServerOptions)
     for row in rows:
-        form: dict[str, Any] = {"dest": row.name, "default": row.default}
+        form: dict[str, Any] = {"dest": row.name, "default": row.default, "help": row.metadata["help"]}
         if isinstance(row.default, bool):
-            action = "store_false" if row.default else "store_true"
-            parser.add_argument(flag(row), action=action, help=row.metadata["help"], **form)
+            parser.add_argument(flag(row), action="store_false" if row.default else "store_true", **form)
         else:
-            parser.add_argument(flag(row), type=_word_type(types[row.name]), **form, **row.metadata)
+            form |= {name: row.metadata[name] for name in ("metavar", "choices", "nargs")}
+            parser.add_argument(flag(row), type=_reader(row, _word_type(types[row.name])), **form)
     given = vars(parser.parse_args(argv)).items()
     values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given}
-    return ServerOptions(**values)
+    options = ServerOptions(**values)
+    if wrong := misfit(options):
+        parser.error(wrong)
+    return options
+
+
+def misfit(options: ServerOptions) -> str | None:
+    """Return how options, each of which may be, do not fit each other; None if they do."""
+    if options.blocks is not None and options.num_blocks is not None:
+        return "argument --num-blocks: not allowed with --blocks, which names them"
+    if "public" in options.initial_peers and len(options.initial_peers) > 1:
+        return "argument --initial-peers: 'public' stands alone"
+    return None
+
+
+def _reader(row: "dataclasses.Field[Any]", kind: type) -> Callable[[str], Any]:
+    """Return what reads a word of an option."""
+    bounds: Bounds | None = row.metadata["bounds"]
+
+    def read(word: str) -> Any:
+        value = kind(word)
+        if bounds is not None and not bounds.hold(value):
+            raise argparse.ArgumentTypeError(f"{word} is not {bounds.words}")
+        return value
+
+    read.__name__ = kind.__name__  # argparse tells it of a word that is none
+    return read
 
 
 def _word_type(hint: Any) -> type:

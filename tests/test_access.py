@@ -290,7 +290,7 @@ def test_page_tokens_of_another_program_and_of_yesterday(monkeypatch: pytest.Mon
     [
         ("{", "cannot be read as JSON"),
         ("{}", "must hold a list"),
-        ("[]", "holds no key"),
+        ("[]", "holds no keys"),
         ('["x"]', 'with a "key"'),
         ('[{"name": "x"}]', 'with a "key"'),
         ('[{"key": "  "}]', "a space"),

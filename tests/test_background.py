@@ -45,8 +45,8 @@ def test_a_loop_outlives_its_failures(caplog: pytest.LogCaptureFixture) -> None:
     loop.join(10)
     count = len(turns)
     assert loop.stopped and count >= 10
-    told = [record.getMessage() for record in caplog.records if "test-loop" in record.getMessage()]
-    assert told == [
+    logged = [record.getMessage() for record in caplog.records if "test-loop" in record.getMessage()]
+    assert logged == [
         "test-loop failed, again in 0.0 s: turn 1",
         "test-loop failed 2 times, again in 0.0 s: turn 2",
         "test-loop failed 4 times, again in 0.0 s: turn 4",
@@ -75,11 +75,11 @@ def test_a_loop_tells_its_age_and_when_it_tries_again() -> None:
     assert loop.retry_in is None and loop.age < 10
     fail.set()
     wake.set()
-    wait_until(lambda: loop.retry_in is not None, "the failure was not told")
+    wait_until(lambda: loop.retry_in is not None, "the failure was not reported")
     assert 0 < (loop.retry_in or 0) <= 60
     fail.clear()
     wake.set()
-    wait_until(lambda: loop.retry_in is None, "the success was not told")
+    wait_until(lambda: loop.retry_in is None, "the success was not reported")
     loop.stop()
     loop.join(10)
 
@@ -169,19 +169,19 @@ def test_a_model_that_could_not_be_loaded_is_tried_again(monkeypatch: pytest.Mon
     all_models.start()
     try:
         wait_until(lambda: served.status.state == "ready", "it was not tried again")
-        wait_until(lambda: served.error is None, "the error is still told")
+        wait_until(lambda: served.error is None, "the error is still reported")
         assert all_models.find(MODEL).loaded is model
     finally:
         all_models.close()
 
 
-def test_when_it_is_tried_again_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_when_it_is_tried_again_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     all_models = keep(monkeypatch, [ModelUnavailable("the hub is away")])
     monkeypatch.setattr(models, "FIRST_RETRY", 30.0)
     served = all_models.find(MODEL)
     all_models.start()
     try:
-        wait_until(lambda: served.retry_in() is not None, "the failure was not told")
+        wait_until(lambda: served.retry_in() is not None, "the failure was not reported")
         assert (served.status.state, served.status.message) == ("failed", "the hub is away; again in 30 s")
         with pytest.raises(ModelUnavailable, match="the hub is away"):
             _ = all_models.find(MODEL).loaded
@@ -219,15 +219,15 @@ def test_readiness_is_by_the_last_step(monkeypatch: pytest.MonkeyPatch) -> None:
         all_models.close()
 
 
-def test_a_stale_view_is_told(live_app: LiveApp, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stale_view_is_reported(live_app: LiveApp, monkeypatch: pytest.MonkeyPatch) -> None:
     served = live_app.service.models.served[live_app.model_name]
     assert served.model is not None and served.status.state == "ready"
     assert 0 < served.model.state.stale_after < 600
     monkeypatch.setattr(served.model.state, "stale_after", -1.0)
     status, _, body = call(live_app.url, "/readyz")
-    told = body["models"][live_app.model_name]
-    assert (status, told["state"]) == (503, "stale")
-    assert "the swarm was last read" in told["message"] and told["view_age"] >= 0
+    state = body["models"][live_app.model_name]
+    assert (status, state["state"]) == (503, "stale")
+    assert "the swarm was last read" in state["message"] and state["view_age"] >= 0
 
 
 def test_readyz_waits_for_nothing(live_app: LiveApp) -> None:
@@ -239,6 +239,6 @@ def test_readyz_waits_for_nothing(live_app: LiveApp) -> None:
 
 
 def test_a_failed_model_says_when_it_is_tried_again(live_app: LiveApp, tiny_bloom: Path) -> None:
-    told = call(live_app.url, "/readyz")[2]["models"]["/nowhere/missing-model"]
-    assert told["state"] == "failed" and "no such directory; again " in told["message"]
-    assert told["view_age"] is None and told["answer_age"] is None
+    state = call(live_app.url, "/readyz")[2]["models"]["/nowhere/missing-model"]
+    assert state["state"] == "failed" and "no such directory; again " in state["message"]
+    assert state["view_age"] is None and state["answer_age"] is None

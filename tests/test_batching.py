@@ -160,20 +160,20 @@ def test_what_a_family_does_not_accept_is_computed_otherwise(tiny_bloom: Path, t
 
 
 class Bench:
-    """A batcher without servers: its lines and its cache are in this process."""
+    """A batcher without servers: its channels and its cache are in this process."""
 
-    def __init__(self, blocks: RaggedBlocks, lines: int = 1, **options: float) -> None:
+    def __init__(self, blocks: RaggedBlocks, channels: int = 1, **options: float) -> None:
         self.blocks = blocks
         self.cache = SharedMemoryCache(2**30)
-        self.batcher = Batcher(blocks, self.cache, lines, **options)  # type: ignore[arg-type]
-        self.lines: list[HandlerChannel] = [self.batcher.handler_line(index) for index in range(lines)]
-        self.line = self.lines[0]
+        self.batcher = Batcher(blocks, self.cache, channels, **options)  # type: ignore[arg-type]
+        self.channels: list[HandlerChannel] = [self.batcher.handler_channel(index) for index in range(channels)]
+        self.channel = self.channels[0]
         self.handles = 0
 
     async def __aenter__(self) -> "Bench":
-        for line in self.lines:
-            line._connection = line._connection.dup()  # as a handler's process has one of its own
-            await line.connect()
+        for channel in self.channels:
+            channel._connection = channel._connection.dup()  # as a handler's process has one of its own
+            await channel.connect()
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -190,17 +190,17 @@ class Bench:
         return self.handles
 
     def free(self, handle: int) -> None:
-        """What `allocate_cache` does in a handler when its session ends, before the line is told."""
+        """What `allocate_cache` does in a handler when its session ends, before the channel is sent its closing."""
         self.cache._pipe_send.send(((handle,), None))
 
     async def open(
-        self, max_length: int, first: int = 0, last: int = 4, batch_size: int = 1, line: HandlerChannel | None = None
+        self, max_length: int, first: int = 0, last: int = 4, batch_size: int = 1, channel: HandlerChannel | None = None
     ) -> int:
         descriptor = self.blocks.cache_descriptor(last - first, batch_size, max_length)
-        return await (line or self.line).open(self.allocate(descriptor), first, last)
+        return await (channel or self.channel).open(self.allocate(descriptor), first, last)
 
     async def step(self, session: int, start: int, hidden: torch.Tensor) -> torch.Tensor:
-        return (await asyncio.wait_for(self.line.step(session, start, hidden[None], None, None), 10))[0]
+        return (await asyncio.wait_for(self.channel.step(session, start, hidden[None], None, None), 10))[0]
 
 
 async def all_sent() -> None:
@@ -266,7 +266,7 @@ def test_different_parts_of_the_span_take_turns(tiny_llama: Path) -> None:
     asyncio.run(scenario())
 
 
-def test_a_batch_that_fails_is_told_and_the_next_one_works(tiny_llama: Path) -> None:
+def test_a_batch_that_fails_is_reported_and_the_next_one_works(tiny_llama: Path) -> None:
     blocks, _ = ragged(tiny_llama)
 
     async def scenario() -> None:
@@ -289,7 +289,7 @@ def test_what_a_closed_session_waits_for_is_not_computed(tiny_llama: Path) -> No
             session, other = await bench.open(256), await bench.open(8)
             step = asyncio.create_task(bench.step(session, 0, torch.randn(200, 64)))
             await all_sent()
-            await bench.line.close(session)
+            await bench.channel.close(session)
             bench.batcher.start()
             await bench.step(other, 0, torch.randn(1, 64))
             assert bench.batcher.batches.value == 1
@@ -320,13 +320,13 @@ def test_sessions_that_are_given_up_while_a_batch_runs(tiny_llama: Path, monkeyp
 
     async def hang_up(bench: Bench, steps: bool) -> None:
         handle = bench.allocate(blocks.cache_descriptor(4, 1, 8))
-        session = await bench.line.open(handle, 0, 4)
+        session = await bench.channel.open(handle, 0, 4)
         step = asyncio.create_task(bench.step(session, 0, torch.randn(1, 64)))
         if steps:
             await all_sent()
         step.cancel()
         bench.free(handle)
-        await bench.line.close(session)
+        await bench.channel.close(session)
 
     async def scenario() -> None:
         nonlocal given_up
@@ -352,12 +352,12 @@ def test_a_session_is_given_up_before_the_batcher_has_seen_it(tiny_llama: Path) 
     async def scenario() -> None:
         async with Bench(blocks) as bench:
             handle = bench.allocate(blocks.cache_descriptor(4, 1, 8))
-            session = await bench.line.open(handle, 0, 4)
+            session = await bench.channel.open(handle, 0, 4)
             bench.free(handle)
             bench.batcher.start()
             with pytest.raises(RuntimeError, match="was given back"):
                 await bench.step(session, 0, torch.randn(1, 64))
-            await bench.line.close(session)
+            await bench.channel.close(session)
             inputs = torch.randn(3, 64)
             equal(await bench.step(await bench.open(8), 0, inputs), modules, inputs)
 
@@ -376,7 +376,7 @@ def test_no_memory_for_one_session(tiny_llama: Path) -> None:
 
     async def scenario() -> None:
         async with Bench(blocks) as bench:
-            large = await bench.line.open(bench.allocate(TooLarge()), 0, 4)
+            large = await bench.channel.open(bench.allocate(TooLarge()), 0, 4)
             small, inputs = await bench.open(8), torch.randn(3, 64)
             steps = [asyncio.create_task(bench.step(session, 0, inputs)) for session in (large, small)]
             await all_sent()
@@ -416,7 +416,7 @@ def test_only_the_guilty_step_of_a_batch_fails(tiny_llama: Path, monkeypatch: py
             bench.batcher.start()
             past, token = torch.randn(2, 3, 64), torch.randn(2, 1, 64)
             beams = await bench.open(8, batch_size=2)
-            await bench.line.step(beams, 0, past, None, None)
+            await bench.channel.step(beams, 0, past, None, None)
             sessions = [await bench.open(8) for _ in range(4)]
             others = [torch.randn(1, 64) for _ in range(3)]
             with bench.batcher.batches.get_lock():  # holds the batcher up at the end of a batch, until all wait
@@ -425,7 +425,7 @@ def test_only_the_guilty_step_of_a_batch_fails(tiny_llama: Path, monkeypatch: py
                 steps = [
                     asyncio.create_task(bench.step(sessions[1], 0, others[1])),
                     asyncio.create_task(bench.step(sessions[2], 0, torch.full((1, 64), POISON))),
-                    asyncio.create_task(bench.line.step(beams, 3, token, None, [1, 0])),
+                    asyncio.create_task(bench.channel.step(beams, 3, token, None, [1, 0])),
                     asyncio.create_task(bench.step(sessions[3], 0, others[2])),
                 ]
                 await all_sent()
@@ -464,7 +464,7 @@ def test_a_step_that_does_not_fit_is_refused_by_the_batcher_too(
         async with Bench(blocks) as bench:
             odd, other, inputs = await bench.open(8, batch_size=2), await bench.open(8), torch.randn(3, 64)
             steps = [
-                asyncio.create_task(bench.line.step(odd, start, torch.zeros(shape), prompts, hypotheses)),
+                asyncio.create_task(bench.channel.step(odd, start, torch.zeros(shape), prompts, hypotheses)),
                 asyncio.create_task(bench.step(other, 0, inputs)),
             ]
             await all_sent()
@@ -484,7 +484,7 @@ def test_a_session_that_cannot_be_computed_is_refused(tiny_llama: Path, first: A
         async with Bench(blocks) as bench:
             bench.batcher.start()
             handle = bench.allocate(blocks.cache_descriptor(4, rows, 8))
-            session = await bench.line.open(handle, first, last)
+            session = await bench.channel.open(handle, first, last)
             with pytest.raises(RuntimeError, match="blocks"):
                 await bench.step(session, 0, torch.randn(1, 64))
 
@@ -500,7 +500,7 @@ def test_a_wide_step_does_not_keep_others_waiting(tiny_llama: Path) -> None:
         async with Bench(blocks) as bench:
             wide, narrow = await bench.open(4, batch_size=rows), await bench.open(8)
             first, second, inputs = torch.randn(rows, 1, 64), torch.randn(rows, 1, 64), torch.randn(3, 64)
-            step = asyncio.create_task(bench.line.step(wide, 0, first, None, None))
+            step = asyncio.create_task(bench.channel.step(wide, 0, first, None, None))
             others = asyncio.create_task(bench.step(narrow, 0, inputs[:1]))
             await all_sent()
             bench.batcher.start()
@@ -511,7 +511,7 @@ def test_a_wide_step_does_not_keep_others_waiting(tiny_llama: Path) -> None:
             await step
             assert bench.batcher.batches.value >= 4
             hypotheses = list(reversed(range(rows)))
-            outputs = await bench.line.step(wide, 1, second, None, hypotheses)
+            outputs = await bench.channel.step(wide, 1, second, None, hypotheses)
             for row in (0, CPU_MIXED - 1, CPU_MIXED, CPU_PREFILL, rows - 1):
                 equal(outputs[row], modules, torch.cat([first[hypotheses[row]], second[row]]))
 
@@ -525,7 +525,7 @@ def test_who_has_had_a_turn_lets_others_go_first(tiny_llama: Path) -> None:
         async with Bench(blocks) as bench:
             long, late = await bench.open(250, batch_size=30), await bench.open(250)
             steps = [
-                asyncio.create_task(bench.line.step(long, 0, torch.randn(30, 250, 64), None, None)),
+                asyncio.create_task(bench.channel.step(long, 0, torch.randn(30, 250, 64), None, None)),
                 asyncio.create_task(bench.step(late, 0, torch.randn(200, 64))),
             ]
             await all_sent()
@@ -608,19 +608,19 @@ def test_a_handler_that_does_not_read_is_left_behind(tiny_llama: Path) -> None:
     timeout = 1.0
 
     async def scenario() -> None:
-        async with Bench(blocks, lines=2, send_timeout=timeout) as bench:
+        async with Bench(blocks, channels=2, send_timeout=timeout) as bench:
             bench.batcher.start()
-            stopped, line = bench.lines
+            stopped, channel = bench.channels
             assert stopped._writer is not None
             stopped._writer.transport.pause_reading()  # type: ignore[attr-defined]
             prompts = [await bench.open(256) for _ in range(16)]
             lost = [asyncio.create_task(bench.step(session, 0, torch.randn(256, 64))) for session in prompts]
-            session, inputs = await bench.open(256, line=line), torch.randn(200, 64)
+            session, inputs = await bench.open(256, channel=channel), torch.randn(200, 64)
             began, slowest = time.monotonic(), 0.0
             for position in range(len(inputs)):
                 sent = time.monotonic()
                 hidden = inputs[None, position : position + 1]
-                output = await line.step(session, position, hidden, None, None)
+                output = await channel.step(session, position, hidden, None, None)
                 slowest = max(slowest, time.monotonic() - sent)
                 if bench.batcher.lost is not None:
                     break
@@ -638,12 +638,12 @@ def test_a_handler_that_does_not_read_is_left_behind(tiny_llama: Path) -> None:
 
 
 @pytest.mark.parametrize("garbage", [b"abc", pickle.dumps("no message")])
-def test_a_line_with_garbage_ends_by_itself(tiny_llama: Path, garbage: bytes) -> None:
+def test_a_channel_with_garbage_ends_by_itself(tiny_llama: Path, garbage: bytes) -> None:
     blocks, modules = ragged(tiny_llama)
 
     async def scenario() -> None:
-        async with Bench(blocks, lines=2) as bench:
-            broken, line = bench.lines
+        async with Bench(blocks, channels=2) as bench:
+            broken, channel = bench.channels
             ended = asyncio.Event()
             broken.on_break = ended.set
             session = await bench.open(8)
@@ -656,7 +656,7 @@ def test_a_line_with_garbage_ends_by_itself(tiny_llama: Path, garbage: bytes) ->
                 await step
             await asyncio.wait_for(ended.wait(), 10)
             inputs = torch.randn(3, 64)
-            output = await line.step(await bench.open(8, line=line), 0, inputs[None], None, None)
+            output = await channel.step(await bench.open(8, channel=channel), 0, inputs[None], None, None)
             equal(output[0], modules, inputs)
 
     asyncio.run(scenario())
@@ -675,7 +675,7 @@ def test_a_handler_that_cannot_read_a_reply_fails_all_steps(tiny_llama: Path) ->
                     await step
             with pytest.raises(RuntimeError, match="cannot be read"):
                 await bench.step(0, 0, torch.randn(1, 64))
-            await bench.line.close(0)
+            await bench.channel.close(0)
 
     asyncio.run(scenario())
 

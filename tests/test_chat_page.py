@@ -127,7 +127,7 @@ class Proxy:
 
     @staticmethod
     def _pump(source: socket.socket, sink: socket.socket) -> None:
-        with contextlib.suppress(OSError):  # cut, or one side has gone: the other one is told below
+        with contextlib.suppress(OSError):  # cut, or one side has gone: the other one is shut down below
             while data := source.recv(65536):
                 sink.sendall(data)
         for end in (source, sink):
@@ -640,6 +640,18 @@ def test_another_model_does_not_end_the_wait_for_another_window(
     other.ready()
 
 
+def test_a_chat_that_cannot_be_read_is_not_taken_for_deleted(chat: Chat, context: BrowserContext) -> None:
+    chat.ask()
+    other = context.new_page()
+    other.goto(chat.page.url)
+    expect(other.locator("article")).to_have_count(2)
+    other.evaluate("() => { IDBObjectStore.prototype.get = () => { throw new Error('the disk is gone'); }; }")
+    chat.ask("Something that the other window is told of")
+    expect(other.locator("#toast")).to_contain_text("could not keep or read your chats")
+    expect(other.locator("h1")).to_have_text(QUESTION)
+    expect(other.locator("article")).to_have_count(2)
+
+
 def test_editing_while_an_answer_comes(chat: Chat) -> None:
     chat.settle(max_answer_tokens=600)
     chat.ask(wait=False)
@@ -842,7 +854,7 @@ def test_place_in_the_queue(chat: Chat, chat_app: LiveApp) -> None:
     chat.ready()
 
 
-def test_failures_are_told_in_words_and_can_be_retried(chat: Chat, chat_app: LiveApp) -> None:
+def test_failures_are_shown_in_words_and_can_be_retried(chat: Chat, chat_app: LiveApp) -> None:
     sessions = chat_app.service.sessions
     places, sessions._places.places = sessions.max_sessions, 0
     sessions._places.timeout = 0.2
@@ -860,7 +872,29 @@ def test_failures_are_told_in_words_and_can_be_retried(chat: Chat, chat_app: Liv
     expect(chat.answers).to_have_count(1)
 
 
-def test_a_message_that_the_server_does_not_take_is_told_once(
+def test_a_notice_is_said_once(chat: Chat, chat_app: LiveApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whenever the page looked at its chat again the notice was another one: read out again, and without the focus."""
+    hub = chat_app.app.extensions["petals_chat_websockets"].hub
+    monkeypatch.setattr(hub, "limits", dataclasses.replace(hub.limits, max_message=1000))
+    page = chat.page
+    chat.ask("word " * 300, wait=False)
+    notice = chat.answers.first.locator(".notice")
+    expect(notice).to_contain_text("a message may have at most 1000 bytes")
+    notice.evaluate("(node) => { window.notice = node; }")
+    page.click("#model-button")
+    for name in ("/nowhere/missing-model", chat_app.model_name):
+        page.check(f"#models input[value='{name}']")
+    page.keyboard.press("Escape")
+    chat.ready()
+    assert page.evaluate("window.notice.isConnected")
+    monkeypatch.undo()
+    notice.get_by_role("button", name="Retry").click()
+    chat.answering()
+    chat.ready()
+    expect(notice).to_have_count(0)
+
+
+def test_a_message_that_the_server_does_not_take_is_reported_once(
     chat: Chat, chat_app: LiveApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It was taken for a lost connection, and sent again and again."""
@@ -909,6 +943,31 @@ def test_widths(chat: Chat, width: int) -> None:
         page.keyboard.press("Escape")
         expect(page.locator("#sidebar")).to_be_hidden()
         expect(page.locator("#toggle-sidebar")).to_be_focused()
+
+
+def test_on_a_narrow_screen(chat: Chat) -> None:
+    page = chat.page
+    chat.ask("A question that is long enough to fill a line that says that its chat was deleted")
+    page.set_viewport_size({"width": 360, "height": 740})
+    page.click("#settings-button")
+    # No name of a setting reaches under its field.
+    names = page.locator(".parameter label")
+    assert names.evaluate_all("(labels) => labels.every((label) => label.scrollWidth <= label.clientWidth)")
+    page.keyboard.press("Escape")
+    page.click("#toggle-sidebar")
+    page.locator("#chats .more").click()
+    entries = page.locator(".menu:popover-open")
+    expect(entries).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(entries).to_have_count(0)
+    expect(page.locator("#sidebar")).to_be_visible()  # Escape closes one thing at a time
+    menu(page, "A question", "Delete")
+    toast = page.locator("#toast")
+    expect(toast).to_contain_text("Deleted")
+    assert toast.evaluate("(node) => node.getBoundingClientRect().width") == 328  # all but its margins
+    latest = page.locator("#latest")  # hidden in an empty chat
+    top = latest.evaluate("(node) => { node.hidden = false; return node.getBoundingClientRect().top; }")
+    assert toast.evaluate("(node) => node.getBoundingClientRect().bottom") <= top
 
 
 def test_nothing_jumps_while_an_answer_comes(chat: Chat) -> None:
@@ -1127,6 +1186,38 @@ def test_a_key_that_is_revoked_in_mid_use_loses_nothing(context: BrowserContext,
     finally:
         access._keys = keys
     assert [error for error in chat.errors if "401" not in error] == []
+
+
+def test_who_puts_off_the_key_is_left_alone(context: BrowserContext, keyed_app: LiveApp) -> None:
+    """The dialog came back whenever the page looked at its chat again."""
+    access = keyed_app.service.access
+    page = context.new_page()
+    page.goto(keyed_app.url)
+    sign_in(page, PAGE_KEY)
+    chat = Chat(page)
+    chat.ready()
+    dialog = page.locator("#key-dialog")
+    asked: list[str] = []  # before the dialog opens the page asks the server whether it wants a key
+    page.on("request", lambda request: asked.append(request.url) if request.url.endswith("/state") else None)
+    keys = access._keys
+    try:
+        access._keys = [dataclasses.replace(keys[0], digest=hash_key("another long secret"))]
+        chat.ask(wait=False)
+        page.click("#key-later")
+        page.press("#prompt", "ArrowUp")
+        page.fill("article[data-role=user] textarea", "Something else")
+        page.press("article[data-role=user] textarea", "Enter")
+        page.click("#key-later")
+        asked.clear()
+        page.locator("article[data-role=user]").hover()
+        page.get_by_role("button", name="Previous version").first.click()
+        expect(page.locator("article[data-role=user] .text")).to_have_text(QUESTION)
+        expect(chat.answers.last.locator(".notice")).to_contain_text("did not accept the key of this page")
+        page.evaluate("fetch('healthz').then((response) => response.text())")
+        assert asked == []
+        expect(dialog).to_be_hidden()
+    finally:
+        access._keys = keys
 
 
 def test_an_open_page_never_asks_for_a_key(chat: Chat) -> None:

@@ -16,7 +16,7 @@ from app import app
 from config import Settings
 from errors import SWARM_ERRORS, ApiError
 from models.catalog import KNOWN_MODELS
-from swarm.options import parse_args
+from swarm.options import ServerOptions, flag, parse_args
 from tests.support.processes import ROOT, Program
 
 DOCUMENTS = {
@@ -62,16 +62,39 @@ def test_every_setting_is_documented() -> None:
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_defaults_are_documented(name: str) -> None:
-    told, default = SETTINGS[name], getattr(Settings(), name)
+    documented, default = SETTINGS[name], getattr(Settings(), name)
     if isinstance(default, bool):
-        assert told == f"`{str(default).lower()}`"
+        assert documented == f"`{str(default).lower()}`"
     elif isinstance(default, (int, float)):
-        number, unit = re.match(r"(\d+)( MiB)?", told).groups()  # type: ignore[union-attr]
+        number, unit = re.match(r"(\d+)( MiB)?", documented).groups()  # type: ignore[union-attr]
         assert int(number) * (2**20 if unit and name.endswith("_BYTES") else 1) == default
     elif default:
-        assert told == f"`{default if isinstance(default, str) else ','.join(default)}`"
+        assert documented == f"`{default if isinstance(default, str) else ','.join(default)}`"
     else:
-        assert told.startswith(("none", "empty: "))
+        assert documented.startswith(("none", "empty: "))
+
+
+def test_every_flag_of_a_server_is_documented() -> None:
+    """The table is what the rows of swarm/options.py make: paste it from the message."""
+    model, *flags = dataclasses.fields(ServerOptions)
+    expected = [f"| `{model.name.upper()}` | | {model.metadata['help']} |", *map(flag_row, flags)]
+    table = section("docs/swarms.md", "## Flags of a server").splitlines()
+    assert [line for line in table if line.startswith("| `")] == expected, "\n".join(expected)
+
+
+def flag_row(row: "dataclasses.Field[Any]") -> str:
+    """Return a flag's row of the table: how it is written, what it may be, what it does."""
+    words, bounds, allowed = flag(row), row.metadata["bounds"], ""
+    if row.metadata["choices"]:
+        allowed = ", ".join(f"`{choice}`" for choice in row.metadata["choices"])
+    elif bounds is not None:
+        allowed = bounds.words
+    if not isinstance(row.default, bool):
+        words += f" {row.metadata['metavar'] or row.name.upper()}"
+    if row.metadata["nargs"]:
+        words += " ..."
+    meaning = row.metadata["help"].replace("%(default)s", str(row.default))
+    return f"| `{words}` | {allowed}{' ' * bool(allowed)}| {meaning} |"
 
 
 def test_every_route_is_documented() -> None:
@@ -98,15 +121,15 @@ def test_every_parameter_of_the_http_api_is_documented() -> None:
 
 
 def test_every_parameter_of_the_openai_api_is_documented() -> None:
-    told = {name.partition(".")[0] for name in names(section("docs/openai-api.md", "## Parameters"))}
+    documented = {name.partition(".")[0] for name in names(section("docs/openai-api.md", "## Parameters"))}
     for name, question in (("ChatRequest", "messages"), ("CompletionRequest", "prompt")):
-        assert set(schema(name)["properties"]) - told == {question}
+        assert set(schema(name)["properties"]) - documented == {question}
 
 
 def test_every_state_is_documented() -> None:
     table = rows(section("docs/http-api.md", "## State"))
-    told = {name for row in table for name in names(row[0])}
-    assert told == set(schema("ModelState")["properties"]["state"]["enum"])
+    documented = {name for row in table for name in names(row[0])}
+    assert documented == set(schema("ModelState")["properties"]["state"]["enum"])
 
 
 @pytest.mark.parametrize("name", KNOWN_MODELS)

@@ -189,9 +189,9 @@ def test_traceback_has_own_frames_only() -> None:
 def test_traceback_hides_others_and_where_they_are(action: Callable[[], Any]) -> None:
     trace = own_traceback(caught(action))
     assert [file for file, _ in frames(trace)] == ["tests/test_errors.py"] * 2
-    told = "\n".join(trace.splitlines()[:-1])  # less the message, which may name what the caller asked for
+    shown = "\n".join(trace.splitlines()[:-1])  # less the message, which may name what the caller asked for
     for place in (str(ROOT), sys.prefix, sys.base_prefix, os.path.dirname(json.__file__), "site-packages"):
-        assert place not in told
+        assert place not in shown
 
 
 def test_traceback_of_an_error_that_was_not_raised() -> None:

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import gunicorn.util
 import pytest
 from gunicorn.config import Config
 from gunicorn.http.errors import ParseException
@@ -143,11 +144,11 @@ class TestSlowClients:
             sock.sendall(begin)
         assert json.loads(ask(door, "/echo?mark=1"))["mark"] == "1"
         for sock in slow:
-            told = everything(sock)
+            received = everything(sock)
             assert (
-                told.startswith(b"HTTP/1.1 408 Request Timeout\r\n") and b"request_timeout" in told
+                received.startswith(b"HTTP/1.1 408 Request Timeout\r\n") and b"request_timeout" in received
                 if begin
-                else not told
+                else not received
             )
 
     def test_readers(self, door: Program, connect: Callable[..., socket.socket]) -> None:
@@ -365,21 +366,21 @@ class TestRequests:
     def test_failure_midway_cuts_the_answer(self, connect: Callable[..., socket.socket]) -> None:
         sock = connect()
         sock.sendall(request("/fails_midway"))
-        told = everything(sock)
-        assert b"begin" in told and not told.endswith(b"0\r\n\r\n")
+        received = everything(sock)
+        assert b"begin" in received and not received.endswith(b"0\r\n\r\n")
 
 
 class TestAnswers:
     def test_pieces_come_as_they_are_made(self, door: Program, connect: Callable[..., socket.socket]) -> None:
         sock = connect()
         sock.sendall(request("/pieces"))
-        told = b""
-        while b"first" not in told:
-            told += sock.recv(1000)
+        received = b""
+        while b"first" not in received:
+            received += sock.recv(1000)
         ask(door, "/set/go", method="POST")
-        while not told.endswith(b"0\r\n\r\n"):
-            told += sock.recv(1000)
-        assert b"second" in told
+        while not received.endswith(b"0\r\n\r\n"):
+            received += sock.recv(1000)
+        assert b"second" in received
 
     def test_hanging_up_is_noticed(self, door: Program, connect: Callable[..., socket.socket]) -> None:
         before = seen(door)["gone"]
@@ -393,10 +394,10 @@ class TestAnswers:
         sock = connect()
         sock.sendall(request("/detach") + b"behind")
         expected = b"HTTP/1.1 101 Switching Protocols\r\n\r\nbehind"
-        told = b""
-        while len(told) < len(expected):
-            told += sock.recv(1000)
-        assert told == expected
+        received = b""
+        while len(received) < len(expected):
+            received += sock.recv(1000)
+        assert received == expected
         threading.Event().wait(2.0)  # longer than any limit of the front door
         sock.sendall(b"still there")
         assert sock.recv(1000) == b"still there"
@@ -535,11 +536,11 @@ class TestAnswerSocket:
 
     def test_what_is_not_taken_is_kept(self, pair: tuple[AnswerSocket, socket.socket]) -> None:
         sock, client = pair
-        told = threading.Event()
-        sock.on_pending = told.set
+        pending = threading.Event()
+        sock.on_pending = pending.set
         data = bytes(range(256)) * 6000
         sock.sendall(data)
-        assert told.is_set() and 0 < sock.pending < len(data)
+        assert pending.is_set() and 0 < sock.pending < len(data)
         received = b""
         while len(received) < len(data):
             received += client.recv(65536)
@@ -568,6 +569,36 @@ class TestAnswerSocket:
                 received += client.recv(65536)
             sending.result(WAIT)
         assert received == data
+
+    def test_gunicorn_neither_ends_a_connection_nor_waits_for_its_client(
+        self, pair: tuple[AnswerSocket, socket.socket], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Neither after a failure in the middle of an answer nor with an error of its own, which waits as the rest."""
+        sock, client = pair
+        sock.sendall(bytes(CAPACITY // 2))
+        pending = sock.pending
+        monkeypatch.setattr(AnswerSocket, "recv", None)  # it would read until the client closes
+        gunicorn.util.close_graceful(sock)
+        gunicorn.util.write_error(sock, 500, "Internal Server Error", "on purpose")
+        assert not sock.broken and sock.raw.fileno() >= 0 and sock.raw.gettimeout() == 0.0
+        assert sock.pending > pending
+        received = b""
+        while sock.pending:
+            received += client.recv(65536)
+            sock.flush()
+        assert sock.raw.send(b"|end")
+        while not received.endswith(b"|end"):
+            received += client.recv(65536)
+        assert received.startswith(bytes(CAPACITY // 2)) and b"on purpose" in received
+
+    def test_peeking_waits_for_nobody(self, pair: tuple[AnswerSocket, socket.socket]) -> None:
+        sock, client = pair
+        with pytest.raises(BlockingIOError):
+            sock.recv(1)
+        client.sendall(b"next")
+        assert sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b"n" == sock.recv(1)
+        client.close()
+        assert sock.recv(100) == b"ext" and sock.recv(1) == b""
 
 
 def test_clients_take_turns() -> None:

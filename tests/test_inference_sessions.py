@@ -691,7 +691,7 @@ def test_hoarder_gives_way_the_longest_unused_first(model: Any, clock: Clock) ->
     clock.now += 0.1
     for number in range(32):
         sessions.open(model, 16, client="newcomer")
-        with pytest.raises(SessionNotFound, match="somebody with fewer wanted one"):
+        with pytest.raises(SessionNotFound, match="to make room for others"):
             entry_of(sessions, hoard[number + 1])
     assert sum(session_id in sessions._sessions for session_id in hoard) == len(sessions) - 32 == 32
     for client in ("hoarder", "newcomer"):  # who have equally many now
@@ -900,6 +900,20 @@ def test_a_session_parked_while_another_expires_gives_its_place_once(
     ending.result(timeout=LIMIT)
     assert [session.calls.count("close") for session in model.opened] == [1, 1, 0]
     assert sum(sessions._places.held.values()) == len(sessions) == 1
+
+
+def test_who_waits_takes_the_place_of_one(model: Any, clock: Clock, pool: ThreadPoolExecutor) -> None:
+    """An expired session leaves its place; then none of those that could give way has to."""
+    sessions = InferenceSessions(2, TIMEOUT, clock, max_waiting=1, queue_timeout=LIMIT)
+    sessions.open(model, 16)
+    kept = sessions.open(model, 16, connected=True)
+    opening = pool.submit(sessions.open, model, 16)
+    wait_until(lambda: sessions.awaited, "it does not wait")
+    clock.now += TIMEOUT  # the first expires now, the other is parked
+    opening.result(timeout=LIMIT)
+    assert [session.calls.count("close") for session in model.opened] == [1, 0, 0]
+    assert is_open(sessions, kept) and len(sessions) == 2
+    sessions.shut_down(0)
 
 
 def test_blocking_shut_down_of_a_session_blocks_nobody_else(

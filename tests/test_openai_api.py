@@ -121,13 +121,13 @@ def test_logprobs_equal_transformers(
     generated = greedy(reference, prompt, 5)
     logits = reference(torch.tensor([[*prompt, *generated]])).logits[0].detach()
     logprobs = logits.log_softmax(-1)
-    told, tops = choice["logprobs"]["token_logprobs"], choice["logprobs"]["top_logprobs"]
+    reported, tops = choice["logprobs"]["token_logprobs"], choice["logprobs"]["top_logprobs"]
     first = 0 if echo else len(prompt)
     if echo:
-        assert told[0] is None and tops[0] is None
+        assert reported[0] is None and tops[0] is None
     ids = [*prompt, *generated]
     for i in range(max(first, 1), len(ids)):
-        assert math.isclose(told[i - first], float(logprobs[i - 1, ids[i]]), abs_tol=1e-3)
+        assert math.isclose(reported[i - first], float(logprobs[i - 1, ids[i]]), abs_tol=1e-3)
         assert math.isclose(max(tops[i - first].values()), float(logprobs[i - 1].max()), abs_tol=1e-3)
     text = tokenizer.decode(ids[first:], clean_up_tokenization_spaces=False)
     assert choice["text"] == text

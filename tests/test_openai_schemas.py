@@ -1,4 +1,4 @@
-"""What requests of the OpenAI API may hold, and what is told of those that hold something else. Needs no server."""
+"""What requests of the OpenAI API may hold, and how those that hold something else are refused. Needs no server."""
 
 import json
 from types import SimpleNamespace
@@ -93,10 +93,8 @@ def test_what_is_wrong_with_a_message(content: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize("key", ["a secret", "-1", "1.5", "٣", "9" * 5000, ""])
-def test_keys_of_the_bias_are_not_told(key: str) -> None:
-    assert refusal(CompletionRequest, logit_bias={key: 1}) == (
-        "logit_bias: keys should be token ids, which are whole numbers"
-    )
+def test_keys_of_the_bias_are_not_quoted(key: str) -> None:
+    assert refusal(CompletionRequest, logit_bias={key: 1}) == "logit_bias: keys should be token ids (whole numbers)"
 
 
 class Counted:
@@ -115,5 +113,5 @@ def test_bias_is_checked_as_a_whole() -> None:
     body = read(CompletionRequest, logit_bias={str(3999 - i): 0.5 for i in range(MAX_BIAS)})
     assert logit_bias(body, model) == tuple((3999 - i, 0.5) for i in range(MAX_BIAS))
     assert model.tokenizer.asked == 1
-    with pytest.raises(InvalidParameter, match="4000 is no token of this model, which has 4000"):
+    with pytest.raises(InvalidParameter, match="4000 is not a token of this model, which has 4000"):
         logit_bias(read(CompletionRequest, logit_bias={"1": 1, "4000": 1}), model)

@@ -39,6 +39,22 @@ OTHERS: dict[str, Any] = {
     "end_with_parent": True,
     "quiet": True,
 }
+MADDR = "/ip4/192.0.2.1/tcp/31330"
+NO_MADDRS = [
+    "",
+    "192.0.2.1:31330",
+    "/",
+    "/ip4",
+    "/ip4/192.0.2.1/tcp",
+    "/ip4/192.0.2.1/tcp/",
+    "/ip4/192.0.2.1/tcp/x",
+    "/ip4/192.0.2.1/tcp/65536",
+    "/ip4/192.0.2.1/udp/100000/quic",
+    "/ip4/192.0.2.256/tcp/1",
+    "/ip4/::1/tcp/1",
+    "/ip6/192.0.2.1/tcp/1",
+    "/ip5/192.0.2.1/tcp/1",
+]
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -50,8 +66,9 @@ def test_an_option_comes_back_from_the_command_line(name: str) -> None:
 
 
 def test_all_options_come_back_from_the_command_line() -> None:
-    options = ServerOptions("some/model", **OTHERS)
+    options = ServerOptions("some/model", **OTHERS | {"num_blocks": None})  # which do not go with blocks
     assert parse_args(options.arguments()) == options
+    options = ServerOptions("some/model", **OTHERS)
     assert [word for word in options.arguments() if word.startswith("--")] == [flag(row) for row in ROWS.values()]
 
 
@@ -64,14 +81,14 @@ def test_what_is_not_said_has_its_default() -> None:
 def test_help_tells_all_options(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         parse_args(["--help"])
-    told = " ".join(capsys.readouterr().out.split())
+    help_text = " ".join(capsys.readouterr().out.split())
     assert ended.value.code == 0
     for row in ROWS.values():
-        assert flag(row) in told and row.metadata["help"].replace("%(default)s", str(row.default)) in told
+        assert flag(row) in help_text and row.metadata["help"].replace("%(default)s", str(row.default)) in help_text
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         ([], "the following arguments are required: model"),
         (["some/model", "--num-blocks", "many"], "argument --num-blocks: invalid int value: 'many'"),
@@ -79,12 +96,69 @@ def test_help_tells_all_options(capsys: pytest.CaptureFixture[str]) -> None:
         (["some/model", "--dtype", "int3"], "argument --dtype: invalid choice: 'int3'"),
         (["some/model", "--host-maddrs"], "argument --host-maddrs: expected at least one argument"),
         (["some/model", "--batching"], "unrecognized arguments: --batching"),
+        (["some/model", "--blocks", "0:3", "--num-blocks", "3"], "argument --num-blocks: not allowed with --blocks"),
+        (["some/model", "--initial-peers", "public", MADDR], "argument --initial-peers: 'public' stands alone"),
     ],
 )
-def test_mistakes_are_told(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_reported(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         parse_args(words)
-    assert ended.value.code == 2 and told in capsys.readouterr().err
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "told"),
+    [
+        ("blocks", ["3", "3:3", "4:3", "-1:3", "a:b", "0:3:4", ":3", ""], "START:END"),
+        ("num-blocks", ["0", "-1"], "a whole number from 1"),
+        ("attn-cache-tokens", ["0", "-65536"], "a whole number from 1"),
+        ("inference-max-length", ["0", "-1"], "a whole number from 1"),
+        ("num-handlers", ["0", "-2"], "a whole number from 1"),
+        ("threads", ["0", "-1"], "a whole number from 1"),
+        ("throughput", ["0", "-0.5", "nan", "inf"], "a number greater than 0"),
+        ("idle-timeout", ["0", "-1e3", "nan", "inf"], "a number greater than 0"),
+        ("update-period", ["0", "-1", "nan", "inf"], "a number greater than 0"),
+        ("dht-prefix", ["a.b", "a b", ""], "a name without dots and spaces"),
+        (
+            "host-maddrs",
+            ["/ip4/0.0.0.0/tcp/65536", "/ip4/0.0.0.0/tcp/-1", *NO_MADDRS],
+            "a multiaddr with a port from 0",
+        ),
+        ("announce-maddrs", ["/ip4/192.0.2.1/tcp/0", *NO_MADDRS], "a multiaddr with a port from 1 to 65535"),
+        ("initial-peers", ["/ip4/192.0.2.1/tcp/0", "Public", *NO_MADDRS], "'public' or a multiaddr"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(
+    name: str, words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one sentence, before anything is loaded."""
+    for word in words:
+        with pytest.raises(SystemExit) as ended:
+            parse_args(["some/model", f"--{name}={word}"])
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert ended.value.code == 2 and f"error: argument --{name}: {word} is not {told}" in error
+
+
+def test_every_number_and_address_has_bounds() -> None:
+    unbounded = {name for name, row in ROWS.items() if row.metadata["bounds"] is None and not row.metadata["choices"]}
+    texts = {"identity_path", "public_name", "device", "cache_dir"}
+    assert unbounded == texts | {name for name, row in ROWS.items() if isinstance(row.default, bool)}
+
+
+@pytest.mark.parametrize(
+    "maddr",
+    [
+        MADDR,
+        "/ip6/::1/tcp/65535/ws",
+        "/ip4/192.0.2.1/udp/4001/quic-v1/p2p/12D3KooW",
+        "/dns4/swarm.example/tcp/31337/p2p/QmPeer/p2p-circuit/p2p/QmOther",
+        "/dnsaddr/swarm.example/p2p/QmPeer",
+    ],
+)
+def test_multiaddrs_are_known(maddr: str) -> None:
+    words = ["some/model", "--initial-peers", maddr, "--host-maddrs", maddr, "--announce-maddrs", maddr]
+    parsed = parse_args(words)
+    assert parsed.initial_peers == parsed.host_maddrs == parsed.announce_maddrs == (maddr,)
 
 
 def test_weights_can_be_quantised_as_petals_can() -> None:
@@ -93,7 +167,7 @@ def test_weights_can_be_quantised_as_petals_can() -> None:
 
 @pytest.mark.parametrize("host_maddrs", [(), ("/ip4/0.0.0.0/tcp/0",)])
 def test_an_embedded_server_listens_on_this_machine_only(host_maddrs: tuple[str, ...]) -> None:
-    """Unless it is told otherwise. It is quiet, and ends with the program."""
+    """Unless it is help_text otherwise. It is quiet, and ends with the program."""
     server = LocalServer.__new__(LocalServer)  # is not started
     server.options, server._initial_peers = ServerOptions("some/model", host_maddrs=host_maddrs), ["/ip4/192.0.2.1"]
     words = server.command()

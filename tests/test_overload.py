@@ -17,7 +17,7 @@ from swarm.local import LocalSwarm
 from swarm.waiter import Waiter
 from tests.conftest import LiveApp, greedy, serve, tiny_server
 from tests.support.client import Socket, call, websocket
-from tests.support.waiters import Ends, Told
+from tests.support.waiters import CallbackWaiter, Ends
 from tests.test_session import wait_until
 
 PROMPT = "The quick brown fox"
@@ -53,7 +53,7 @@ def start_answer(ws: Socket) -> None:
     assert ws.receive()["ok"]
 
 
-def test_places_in_the_queue_are_told_to_those_who_ask(small_app: LiveApp) -> None:
+def test_places_in_the_queue_are_reported_to_those_who_ask(small_app: LiveApp) -> None:
     url = small_app.websocket_url
     with websocket(url) as a, websocket(url) as b, websocket(url) as c, websocket(url) as d, websocket(url) as e:
         a.open(64)
@@ -192,7 +192,7 @@ def test_who_hoards_sessions_gives_way(shared_app: LiveApp, hoard: list[str]) ->
     # One went for each of them; then there was a place.
     answers = [call(shared_app.url, GENERATE, body={**body, "session_id": session_id}) for session_id in hoard]
     assert [status for status, *_ in answers] == [404] + [200] * 23
-    assert "somebody with fewer wanted one" in answers[0][2]["error"]["message"]
+    assert "to make room for others" in answers[0][2]["error"]["message"]
 
 
 def test_who_hoards_attention_cache_loses_no_text(
@@ -274,13 +274,13 @@ def test_wait_is_bounded() -> None:
 
 
 class Line:
-    """A queue, and those who wait in it; whoever is served says so, and keeps the place until it is told to go."""
+    """A queue, and those who wait in it; each one that is served says so, and keeps its place until `go`."""
 
     def __init__(self, places: int, max_waiting: int = 99) -> None:
         self.queue = FairQueue(places, max_waiting=max_waiting, timeout=30)
         self.served: list[str] = []
         self.refused: list[str] = []
-        self.told: dict[str, list[int]] = {}
+        self.positions: dict[str, list[int]] = {}
         self.threads: list[threading.Thread] = []
 
     def join(self, *names: str, **options: Any) -> None:
@@ -288,17 +288,19 @@ class Line:
         for name in names:
             thread = threading.Thread(target=self._take, args=(name,), kwargs=options, daemon=True)
             self.threads.append(thread)
-            self.told[name] = []
+            self.positions[name] = []
             thread.start()
-            wait_until(lambda name=name, thread=thread: self.told[name] or not thread.is_alive(), "it does not wait")
+            wait_until(
+                lambda name=name, thread=thread: self.positions[name] or not thread.is_alive(), "it does not wait"
+            )
 
     def _take(self, name: str, on_position: Callable[[int], None] = lambda position: None, **options: Any) -> None:
-        def tell(position: int) -> None:
-            self.told[name].append(position)
+        def report(position: int) -> None:
+            self.positions[name].append(position)
             on_position(position)
 
         try:
-            self.queue.take(client=name[0], waiter=Told(tell), **options)
+            self.queue.take(client=name[0], waiter=CallbackWaiter(report), **options)
         except QueueFull:
             self.refused.append(name)
         else:
@@ -311,18 +313,18 @@ class Line:
             self.queue.give_back(client)
             wait_until(lambda served=served: len(self.served) == served + 1, "nobody is served")
 
-    def is_told(self, *names: str) -> bool:
-        """Whether these have been told, in the end, that they are the first, the second and so on."""
-        return [self.told[name][-1] for name in names] == list(range(1, len(names) + 1))
+    def is_order(self, *names: str) -> bool:
+        """Whether the last places reported to these are the first, the second and so on."""
+        return [self.positions[name][-1] for name in names] == list(range(1, len(names) + 1))
 
 
 def test_clients_take_turns() -> None:
     line = Line(1)
     line.queue.take(client="x")
     line.join("a1", "a2", "a3", "b1", "b2", "c1")
-    wait_until(lambda: line.is_told("a1", "b1", "c1", "a2", "b2", "a3"), "they are told something else")
+    wait_until(lambda: line.is_order("a1", "b1", "c1", "a2", "b2", "a3"), "the reported order is another")
     line.go("x", "a")
-    wait_until(lambda: line.is_told("c1", "a2", "b2", "a3"), "they are told something else")
+    wait_until(lambda: line.is_order("c1", "a2", "b2", "a3"), "the reported order is another")
     line.go(*"bcab")
     assert line.served == ["a1", "b1", "c1", "a2", "b2", "a3"]
     line.queue.give_back("a")
@@ -334,7 +336,7 @@ def test_who_has_fewest_places_is_next() -> None:
     for client in "aaabbc":
         line.queue.take(client=client)
     line.join("a4", "b3", "c2", "d1")
-    wait_until(lambda: line.is_told("d1", "c2", "b3", "a4"), "they are told something else")
+    wait_until(lambda: line.is_order("d1", "c2", "b3", "a4"), "the reported order is another")
     line.go(*"aaa")
     assert line.served == ["d1", "a4", "c2"]  # each has one by now, and a's turn was before c's
     line.go("b")
@@ -372,7 +374,7 @@ def test_who_tells_its_client_something_delays_nobody() -> None:
     line.queue.take(client="x")
     line.join("a1", on_position=stall)
     line.join("b1", "b2")
-    assert reached.is_set() and line.told["b1"][0] == 2
+    assert reached.is_set() and line.positions["b1"][0] == 2
     line.go("x", "b")
     assert line.served == ["b1", "b2"]
     line.queue.give_back("b")
@@ -387,13 +389,28 @@ def test_who_makes_room_is_not_passed_over() -> None:
     line.queue.take(client="x")
     made: list[str] = []
 
-    def make_room() -> None:
+    def make_room(lacking: Callable[[], bool]) -> None:
         if len(made) == 1:  # not before it waits
             line.queue.give_back("x")
         made.append("room")
 
     line.join("a1", make_room=make_room)
     wait_until(lambda: line.served == ["a1"], "it does not get the place that it made")
+
+
+def test_who_makes_room_learns_whether_a_place_is_still_lacking() -> None:
+    line = Line(1)
+    line.queue.take(client="x")
+    found: list[bool] = []
+
+    def make_room(lacking: Callable[[], bool]) -> None:
+        if found:  # not before it waits
+            line.queue.give_back("x")
+        found.append(lacking())
+
+    line.join("a1", make_room=make_room)
+    wait_until(lambda: line.served == ["a1"], "it does not get the place")
+    assert found == [True, False]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -413,7 +430,7 @@ def test_no_place_is_lost_or_there_twice(seed: int) -> None:
 
         for _ in range(100):
             client = rng.choice("aaab")
-            patient, waiter = rng.random() < 0.2, Told(sometimes_fail, lambda: rng.random() < 0.05)
+            patient, waiter = rng.random() < 0.2, CallbackWaiter(sometimes_fail, lambda: rng.random() < 0.05)
             try:
                 queue.take(client=client, patient=patient, waiter=waiter)
             except (QueueFull, WaitedTooLong, Cancelled, RuntimeError) as error:

@@ -254,6 +254,18 @@ def test_tokens_are_for_the_open_page_only(keys: str) -> None:
     assert answer.status_code == 401 and "needs an API key" in body(answer)["error"]["message"]
 
 
+@pytest.mark.parametrize("path", ["/api/v1/statex", "/api/v1/state/", "/api/v1/state/x", "/api/v1/nowhere"])
+def test_a_token_tells_nothing_of_what_is_not_for_the_page(keys: str, path: str) -> None:
+    browser = client(API_KEYS_FILE=keys, PAGE="open")
+    token = {"X-Page-Token": config_of(browser.get("/"))["page_token"]}
+    assert browser.get("/api/v1/state", headers=token).status_code == 200
+    assert (
+        browser.get(path, headers=token).status_code
+        == browser.get("/api/v1/generate", headers=token).status_code
+        == 401
+    )
+
+
 # Guessing
 
 
@@ -284,7 +296,7 @@ def test_readyz_is_no_way_to_guess(keys: str) -> None:
     assert asking.get("/v1/models", headers={"Authorization": f"Bearer {ANN}"}).status_code == 429
 
 
-# What strangers are told
+# What strangers learn
 
 
 def test_names_of_models_that_are_not_public(keys: str) -> None:
@@ -296,17 +308,17 @@ def test_names_of_models_that_are_not_public(keys: str) -> None:
     ready = body(asking.get("/readyz", headers={"Authorization": f"Bearer {ANN}"}))
     assert set(ready["models"]) == {PUBLIC, PRIVATE} and ready["others"] == 0
     assert ready["models"][PUBLIC]["message"] == "prepared in /home/somebody"
-    for key, told in ((ANN, True), ("the long secret of eve", False), (BOB, False)):
+    for key, known in ((ANN, True), ("the long secret of eve", False), (BOB, False)):
         headers = {"Authorization": f"Bearer {key}"}
         for answer in (
             asking.post("/v1/completions", json={"model": "nope", "prompt": "x"}, headers=headers),
             asking.get("/v1/models/nope", headers=headers),
         ):
-            assert answer.status_code == 404 and (PRIVATE in answer.text) == told
+            assert answer.status_code == 404 and (PRIVATE in answer.text) == known
     assert (PUBLIC in answer.text) is False  # bob may use none
 
 
-def test_without_keys_the_open_page_is_told_of_all_models() -> None:
+def test_without_keys_the_open_page_lists_all_models() -> None:
     browser = client()
     token = config_of(browser.get("/"))["page_token"]
     assert set(body(browser.get("/readyz"))["models"]) == {PUBLIC}
@@ -314,10 +326,10 @@ def test_without_keys_the_open_page_is_told_of_all_models() -> None:
 
 
 def test_tracebacks_can_be_cut_down() -> None:
-    for told in (True, False):
-        answer = client(TRACEBACKS=told).post("/api/v1/generate", json={"inputs": 5})
+    for traced in (True, False):
+        answer = client(TRACEBACKS=traced).post("/api/v1/generate", json={"inputs": 5})
         lines = body(answer)["traceback"].splitlines()
-        assert lines[-1].startswith("errors.InvalidParameter: ") and (len(lines) > 1) == told
+        assert lines[-1].startswith("errors.InvalidParameter: ") and (len(lines) > 1) == traced
 
 
 @pytest.mark.parametrize(
@@ -436,23 +448,23 @@ def test_what_changes_nothing_is_left_to_the_browser(headers: dict[str, str]) ->
 # At start
 
 
-def test_who_may_use_what_is_told_at_start(caplog: pytest.LogCaptureFixture, keys: str) -> None:
-    def told(hosts: list[str], **settings: Any) -> list[tuple[int, str]]:
+def test_who_may_use_what_is_logged_at_start(caplog: pytest.LogCaptureFixture, keys: str) -> None:
+    def logged(hosts: list[str], **settings: Any) -> list[tuple[int, str]]:
         caplog.clear()
         with caplog.at_level(logging.INFO):
             start(client(**settings).application, hosts)
         return [(record.levelno, record.getMessage()) for record in caplog.records if record.name == "petals_chat"]
 
     open_to_all = (logging.INFO, "the APIs are open to everybody; so is the page")
-    assert told(["127.0.0.1", "::1", "localhost"]) == [open_to_all]
-    first, (level, words) = told(["127.0.0.1", "0.0.0.0"])
+    assert logged(["127.0.0.1", "::1", "localhost"]) == [open_to_all]
+    first, (level, words) = logged(["127.0.0.1", "0.0.0.0"])
     assert first == open_to_all and level == logging.WARNING
     assert "0.0.0.0" in words and "127.0.0.1" not in words and "without API_KEYS" in words
-    assert told(["0.0.0.0"], API_KEYS_FILE=keys) == [
+    assert logged(["0.0.0.0"], API_KEYS_FILE=keys) == [
         (logging.INFO, "the APIs need one of 3 API keys; so does the page")
     ]
-    told_open = told([], API_KEYS_FILE=keys, PAGE="open")
-    assert told_open == [(logging.INFO, "the APIs need one of 3 API keys; the page is open to everybody")]
+    logged_open = logged([], API_KEYS_FILE=keys, PAGE="open")
+    assert logged_open == [(logging.INFO, "the APIs need one of 3 API keys; the page is open to everybody")]
 
 
 def test_warnings_of_keys(caplog: pytest.LogCaptureFixture, keys: str) -> None:

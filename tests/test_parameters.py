@@ -242,7 +242,7 @@ def test_all_stop_sequences() -> None:
 
 @pytest.mark.parametrize("value", [["a secret"], {"a secret": "a secret"}, "a secret", True, [["a secret"]]], ids=short)
 @pytest.mark.parametrize("name", [*WHOLE_NUMBERS, *NUMBERS, *TEXTS, "do_sample"])
-def test_values_are_not_told(name: str, value: Any) -> None:
+def test_values_are_not_quoted(name: str, value: Any) -> None:
     """Messages are logged; texts are not, unless that is wanted."""
     try:
         parse(**{name: value})

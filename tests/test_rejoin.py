@@ -114,14 +114,14 @@ def test_a_session_goes_on(
     assert threading.active_count() <= threads
 
 
-def test_what_is_told_meanwhile(
+def test_what_is_reported_meanwhile(
     own_app: LiveApp, local: LocalSwarm, own_model: SwarmModel, expected_text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """/readyz tells that the swarm is lost; a request that comes meanwhile waits, and is answered."""
-    start, go_on = local.swarm._start, threading.Event()
+    """/readyz reports that the swarm is lost; a request that comes meanwhile waits, and is answered."""
+    start, released = local.swarm._start, threading.Event()
 
     def start_late() -> Any:
-        assert go_on.wait(READY_TIMEOUT)
+        assert released.wait(READY_TIMEOUT)
         return start()
 
     def state() -> tuple[int, str]:
@@ -132,10 +132,10 @@ def test_what_is_told_meanwhile(
     monkeypatch.setattr(local.swarm, "_start", start_late)
     with ThreadPoolExecutor(1) as pool, rejoined(local.swarm, own_model):
         kill_p2pd(local.swarm)
-        wait_until(lambda: state() == (503, "rejoining"), "the loss was not told")
+        wait_until(lambda: state() == (503, "rejoining"), "the loss was not reported")
         answer = pool.submit(generated, own_app)
         assert state() == (503, "rejoining")
-        go_on.set()
+        released.set()
         assert answer.result(READY_TIMEOUT) == (200, {"ok": True, "outputs": expected_text})
     wait_until(lambda: state() == (200, "ready"), "not ready again", READY_TIMEOUT)
     body = call(own_app.url, "/readyz")[2]

@@ -449,7 +449,7 @@ class StalledClient:
     def stopped(self) -> bool:
         return False
 
-    def go_on(self) -> None:
+    def handle_pending(self) -> None:
         raise AssertionError("it waits for nothing")
 
     def abandon(self) -> None:
@@ -537,12 +537,12 @@ def test_route_position_and_prefill(live_app: LiveApp, model: SwarmModel) -> Non
         assert {span["peer_id"] for span in route} == {view.peer_id for view in model.state.servers()}
         length = len(model.tokenizer.encode(prompt))
         progress = swarm_news(replies, "prefill")
-        assert progress and all(told["total"] == length and told["processed"] < length for told in progress)
+        assert progress and all(news["total"] == length and news["processed"] < length for news in progress)
         answer = [reply for reply in replies if "outputs" in reply]
         assert [reply["position"] for reply in answer] == [length + n for n in range(1, 6)]
         assert replies.index(answer[0]) > max(n for n, reply in enumerate(replies) if "swarm" in reply)
         ask_for_answer(ws, 2, inputs="")
-        assert swarm_news(receive_all(ws), "route") == [route]  # told anew with each answer
+        assert swarm_news(receive_all(ws), "route") == [route]  # reported again with each answer
         lose(ws)
     with websocket(live_app.websocket_url) as ws:
         assert resume(ws, session_id, 0, swarm_updates=True) == {"ok": True, "answers": 2, "responses": 2}
@@ -573,7 +573,7 @@ def kill_last(app: LiveApp, chaos: Chaos, session_id: str) -> None:
     chaos.serving(app.service.sessions.find(session_id).session)[-1].process.kill()
 
 
-def test_lost_servers_are_told(restless: tuple[LiveApp, Chaos]) -> None:
+def test_lost_servers_are_reported(restless: tuple[LiveApp, Chaos]) -> None:
     app, chaos = restless
     chaos.all_back()
     whole = generated(app, inputs=PROMPT, max_new_tokens=300)

@@ -220,7 +220,7 @@ def test_the_app_may_be_started_before_its_swarm(tiny_bloom: Path, tmp_path: Pat
         peers = ",".join(port_holder.initial_peers)
         with running(GUNICORN, tmp_path / "log", **environment(tiny_bloom, INITIAL_PEERS=peers)) as program:
             program.wait_ready("/healthz")
-            wait_until(lambda: state(program, tiny_bloom) == "blocks_missing", "blocks_missing was not told", 60)
+            wait_until(lambda: state(program, tiny_bloom) == "blocks_missing", "blocks_missing was not reported", 60)
             server = LocalServer(tiny_server(tiny_bloom, "0:4"), port_holder.initial_peers)
             try:
                 program.wait_ready()

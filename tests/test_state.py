@@ -1,4 +1,4 @@
-"""GET /api/v1/state: the swarm as it is, to whom it may be told."""
+"""GET /api/v1/state: the swarm as it is, and who may see it."""
 
 import dataclasses
 import json
@@ -86,7 +86,7 @@ def keyed(live_app: LiveApp, grown: Path, tmp_path_factory: pytest.TempPathFacto
         yield live
 
 
-def test_who_is_told_what(keyed: LiveApp, grown: Path) -> None:
+def test_who_sees_what(keyed: LiveApp, grown: Path) -> None:
     for headers in ({}, {"Authorization": "Bearer wrong"}, {"X-Page-Token": "wrong"}):
         status, _, body = call(keyed.url, "/api/v1/state", headers=headers)
         assert (status, body["error"]["code"]) == (401, "invalid_api_key")

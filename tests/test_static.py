@@ -25,7 +25,7 @@ def test_compressed(client: FlaskClient, encodings: str) -> None:
     assert "Content-Encoding" not in plain.headers and zipped.headers["Content-Encoding"] == "gzip"
     assert gzip.decompress(zipped.data) == plain.data and len(zipped.data) < len(plain.data) / 2
     assert zipped.mimetype == plain.mimetype == "text/javascript"
-    # A proxy keeps both, and a browser that has one of them is not told that it is the other.
+    # A proxy keeps both, and a browser that has one of them does not learn that it is the other.
     assert "Accept-Encoding" in plain.headers["Vary"] and "Accept-Encoding" in zipped.headers["Vary"]
     assert plain.headers["ETag"] != zipped.headers["ETag"]
     again = client.get(SCRIPT, headers={"Accept-Encoding": encodings, "If-None-Match": zipped.headers["ETag"]})

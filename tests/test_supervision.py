@@ -287,9 +287,9 @@ def test_a_batcher_that_does_not_come_back_is_no_heartbeat(monkeypatch: pytest.M
         assert bool(heartbeat.value) is beats
 
 
-@pytest.mark.parametrize(("deaths", "lived", "told"), [(None, 3.0, "1"), ("1", 3.0, "2"), ("5", 60.0, "0")])
+@pytest.mark.parametrize(("deaths", "lived", "passed_on"), [(None, 3.0, "1"), ("1", 3.0, "2"), ("5", 60.0, "0")])
 def test_a_server_that_dies_early_counts_its_deaths(
-    monkeypatch: pytest.MonkeyPatch, deaths: str | None, lived: float, told: str
+    monkeypatch: pytest.MonkeyPatch, deaths: str | None, lived: float, passed_on: str
 ) -> None:
     environments: list[dict[str, str]] = []
     monkeypatch.delenv(restart.EARLY_DEATHS, raising=False)
@@ -299,7 +299,7 @@ def test_a_server_that_dies_early_counts_its_deaths(
     monkeypatch.setattr(supervision, "backoff", lambda deaths: 0.0)
     monkeypatch.setattr(supervision, "replace_process", lambda **environment: environments.append(environment))
     restart.start_again(threading.Event())
-    assert environments == [{restart.EARLY_DEATHS: told}]
+    assert environments == [{restart.EARLY_DEATHS: passed_on}]
     stopped = threading.Event()
     stopped.set()
     restart.start_again(stopped)

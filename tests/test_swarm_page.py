@@ -131,7 +131,7 @@ def test_servers_come_and_go_in_place(page: Page, swarm: LocalSwarm, lonely: Pat
     expect(page.locator("#announcer")).to_contain_text("tiny-bloom-of-page: 1 server left.")
 
 
-def test_an_app_that_cannot_be_reached_is_told(page: Page) -> None:
+def test_an_app_that_cannot_be_reached_is_reported(page: Page) -> None:
     freshness = page.locator("#freshness")
     expect(freshness).to_contain_text("Updated")
     page.route(STATE, lambda route: route.abort())
@@ -188,6 +188,15 @@ def test_accessible_and_no_wider_than_the_window(page: Page, scheme: str, width:
     page.emulate_media(color_scheme="dark" if scheme == "dark" else "light", reduced_motion="reduce")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert axe_violations(page) == []
+
+
+def test_a_long_name_in_the_note_is_broken(page: Page) -> None:
+    page.set_viewport_size({"width": 360, "height": 760})
+    width = page.evaluate("""() => {
+      document.getElementById("join-note").textContent = "SWARM_HOST_MADDRS=/ip4/0.0.0.0/tcp/31330;";
+      return document.documentElement.scrollWidth;
+    }""")
+    assert width <= 360
 
 
 def test_the_chat_is_a_link_away(page: Page, watching_app: LiveApp) -> None:

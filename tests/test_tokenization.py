@@ -181,7 +181,7 @@ class SlowBackend:
     """A tokenizer that waits, and counts how many do."""
 
     def __init__(self) -> None:
-        self.go_on = threading.Event()
+        self.released = threading.Event()
         self.lock = threading.Lock()
         self.working = self.most = 0
         self.texts: list[str] = []
@@ -191,7 +191,7 @@ class SlowBackend:
             self.working += 1
             self.most = max(self.most, self.working)
             self.texts += texts
-        assert self.go_on.wait(LONG_ENOUGH)
+        assert self.released.wait(LONG_ENOUGH)
         with self.lock:
             self.working -= 1
         return [TOKENIZER.backend_tokenizer.encode("a")] * len(texts)
@@ -210,12 +210,12 @@ def test_only_so_many_long_texts_at_a_time(slow: SlowBackend, monkeypatch: pytes
         answers = [users.submit(TEXTS.encode, "x" * (SMALL + 1)) for _ in range(16)]
         while slow.working < 2:
             assert not any(answer.done() for answer in answers)
-        slow.go_on.set()
+        slow.released.set()
         assert [answer.result(LONG_ENOUGH) for answer in answers] == [TOKENIZER.encode("a")] * 16
     assert slow.most == 2
 
 
-def test_who_waits_too_long_is_told(slow: SlowBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_waits_too_long_is_refused(slow: SlowBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     """And does not leave work behind; short texts do not wait."""
     monkeypatch.setattr(tokenization, "PATIENCE", 0.05)
     with ThreadPoolExecutor(1) as workers, ThreadPoolExecutor(1) as user:
@@ -225,7 +225,7 @@ def test_who_waits_too_long_is_told(slow: SlowBackend, monkeypatch: pytest.Monke
             assert not first.done()
         with pytest.raises(TokenizerBusy, match="no turn within"):
             TEXTS.encode("y" * (SMALL + 1))
-        slow.go_on.set()
+        slow.released.set()
         assert TEXTS.encode("z") == first.result(LONG_ENOUGH)
     assert [text[0] for text in slow.texts] == ["x", "z"]
 

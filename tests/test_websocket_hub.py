@@ -50,7 +50,7 @@ def frame(payload: bytes = b"", opcode: int = TEXT, *, fin: bool = True, masked:
 
 
 class Peer:
-    """A connection, seen from its client, and what the server's side is told of it."""
+    """A connection, seen from its client, and what the server side notices of it."""
 
     def __init__(self, hub: Hub, address: str = "a", *, tcp: bool = False, leftover: bytes = b"") -> None:
         self.sock, ours = tcp_pair() if tcp else socket.socketpair()
@@ -403,7 +403,7 @@ def test_looking_ahead(peer: Peer) -> None:
     wait_until(look, "what is behind was not read")
     assert seen == [str(i) for i in range(1, count) if i != 20]
     assert websocket.ahead == (count - 2, sum(map(len, seen)))
-    websocket.look_anew()
+    websocket.reset_lookahead()
     assert websocket.ahead == (0, 0) and websocket.look() == "1"
     websocket.done()
     assert [peer.take() for _ in range(count - 2)] == seen
@@ -562,6 +562,61 @@ def test_places_go_to_who_has_fewer(hub: Hub) -> None:
         Peer(hub, "newest")
     assert len(hub) == count
     for peer in (*mine, *others, newcomer, again):
+        peer.leave()
+
+
+def test_who_is_put_to_use_keeps_its_place(hub: Hub) -> None:
+    """Also if it was to give way to one whose connection is still being taken over."""
+    mine = [Peer(hub, "many") for _ in range(8)]
+    theirs, ours = tcp_pair()
+
+    def take() -> tuple[socket.socket, bytes]:
+        mine[0].websocket.engaged = True
+        return ours, b""
+
+    newcomer = hub.adopt(take, "new")
+    assert mine[1].close_code() == 1013
+    assert newcomer.connected and all(peer.websocket.connected for peer in (mine[0], *mine[2:]))
+    newcomer.abandon()
+    newcomer.finish()
+    theirs.close()
+    for peer in mine:
+        peer.leave()
+
+
+def test_newcomers_displace_one_each(hub: Hub) -> None:
+    mine = [Peer(hub, "many") for _ in range(8)]
+    pairs, newcomers = [tcp_pair(), tcp_pair()], []
+
+    def take_after_another() -> tuple[socket.socket, bytes]:
+        newcomers.append(hub.adopt(lambda: (pairs[1][1], b""), "other"))
+        return pairs[0][1], b""
+
+    newcomers.append(hub.adopt(take_after_another, "new"))
+    assert [peer.close_code() for peer in mine[:2]] == [1013, 1013]
+    assert all(websocket.connected for websocket in (*newcomers, *(peer.websocket for peer in mine[2:])))
+    for newcomer, (theirs, _) in zip(newcomers, pairs, strict=True):
+        newcomer.abandon()
+        newcomer.finish()
+        theirs.close()
+    for peer in mine:
+        peer.leave()
+
+
+def test_newcomer_goes_if_nobody_can_give_way_any_more(hub: Hub) -> None:
+    mine = [Peer(hub, "many") for _ in range(8)]
+    theirs, ours = tcp_pair()
+
+    def take() -> tuple[socket.socket, bytes]:
+        for peer in mine:
+            peer.websocket.engaged = True
+        return ours, b""
+
+    newcomer = hub.adopt(take, "new")
+    assert newcomer.close_code == 1013 and all(peer.websocket.connected for peer in mine)
+    newcomer.finish()
+    theirs.close()
+    for peer in mine:
         peer.leave()
 
 

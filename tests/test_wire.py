@@ -23,7 +23,7 @@ from hivemind.dht.protocol import DHTProtocol
 from hivemind.dht.routing import DHTID
 from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.moe.client.remote_expert_worker import RemoteExpertWorker
-from hivemind.p2p import PeerID
+from hivemind.p2p import P2P, PeerID
 from hivemind.proto import dht_pb2, runtime_pb2
 from hivemind.utils.timed_storage import get_dht_time
 from hypothesis import HealthCheck, given, settings
@@ -34,6 +34,7 @@ from petals.data_structures import RemoteModuleInfo, RemoteSpanInfo, ServerInfo,
 from petals.utils.dht import compute_spans, declare_active_modules
 from transformers import BloomForCausalLM
 
+from swarm import compat
 from swarm.client import routing as state_module
 from swarm.client.cheapest_route import cheapest_route
 from swarm.client.membership import Swarm
@@ -336,6 +337,72 @@ def test_an_evil_client_harms_nobody(
     assert handlers == {
         child.pid for server in swarm.servers for child in psutil.Process(server.process.pid).children()
     }
+
+
+class Stream:
+    """A stream to hivemind's handler of streams, without p2pd: what is read and written, and whether it is closed."""
+
+    def __init__(self) -> None:
+        self.reader, self.written, self.closed = asyncio.StreamReader(), b"", asyncio.Event()
+        self.wrote = asyncio.Event()
+
+    def write(self, data: bytes) -> None:
+        self.written += data
+        self.wrote.set()
+
+    async def drain(self) -> None:
+        await asyncio.sleep(0)
+
+    def close(self) -> None:
+        self.closed.set()
+
+    async def refuse(self) -> "asyncio.Task[None]":
+        """Send a request, which is refused."""
+        handlers = []
+
+        async def add(name: str, handler: Any, balanced: bool) -> None:
+            handlers.append(handler)
+
+        async def refuse(requests: Any, context: Any) -> Any:
+            async for _ in requests:
+                raise Malformed("not like this")
+                yield
+
+        host: Any = SimpleNamespace(peer_id=PeerID(b"\0\1a"), add_binary_stream_handler=add)
+        await P2P._add_protobuf_stream_handler(host, "refuse", refuse, runtime_pb2.ExpertRequest)
+        self.reader.feed_data(framed(b""))
+        info = SimpleNamespace(peer_id=PeerID(b"\0\1b"))
+        task = asyncio.create_task(handlers[0](info, self.reader, self))
+        await asyncio.wait_for(self.wrote.wait(), 10)
+        return task
+
+
+def test_who_is_refused_closes_the_stream() -> None:
+    """p2pd may lose what comes right before an end, so that a refusal would be one without a reason."""
+
+    async def scenario() -> None:
+        stream = Stream()
+        serving = await stream.refuse()
+        assert b"not like this" in stream.written
+        for _ in range(100):  # whatever the handler still does without being asked
+            await asyncio.sleep(0)
+        assert not stream.closed.is_set(), "the reason may be on its way"
+        stream.reader.feed_eof()
+        await asyncio.wait_for(serving, 10)
+        assert stream.closed.is_set()
+
+    asyncio.run(scenario())
+
+
+def test_who_is_refused_has_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "REFUSAL_TIME", 0.01)
+
+    async def scenario() -> None:
+        stream = Stream()
+        await asyncio.wait_for(await stream.refuse(), 10)
+        assert stream.closed.is_set()
+
+    asyncio.run(scenario())
 
 
 def test_waiting_for_attention_cache_is_bounded(uids: list[str]) -> None:

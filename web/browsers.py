@@ -49,7 +49,7 @@ def check_host(request: "Request", settings: "Settings") -> None:
         fine = "." not in name or not is_local(request.environ.get("SERVER_NAME", ""))
     if fine:
         return
-    raise HostNotAllowed(f"this app does not go by the name {name!r}: ALLOWED_HOSTS={name} lets it")
+    raise HostNotAllowed(f"this app does not answer to the name {name!r}; to allow it, set ALLOWED_HOSTS={name}")
 
 
 def is_local(host: str) -> bool:
@@ -122,7 +122,7 @@ def check_origin(request: "Request", settings: "Settings") -> None:
         return
     origin = request.headers.get("Origin")
     if origin is None or not try_match_any_pattern(origin, _patterns(settings.CORS_ORIGINS), caseSensitive=False):
-        raise OriginNotAllowed(f"pages of {origin or 'other sites'} may not use this app: CORS_ORIGINS names who may")
+        raise OriginNotAllowed(f"pages of {origin or 'other sites'} may not use this app; CORS_ORIGINS can allow them")
 
 
 @functools.lru_cache(maxsize=8)  # there is one setting

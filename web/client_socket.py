@@ -64,5 +64,5 @@ def take_socket(environ: Mapping[str, Any]) -> tuple[socket.socket, bytes]:
         return detach()
     sock = client_socket(environ)
     if sock is None:
-        raise ApiError("this server does not hand its connections over: use gunicorn or flask run")
+        raise ApiError("this WSGI server cannot serve WebSockets: use gunicorn or flask run")
     return sock, b""

@@ -1,5 +1,6 @@
 """Doors: what holds for all paths of a part of the app. Each part names its own, and the app puts them together."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +10,9 @@ Failure = Callable[[BaseException], tuple[dict[str, Any], int]]  # the body that
 
 @dataclass(frozen=True)
 class Door:
-    """The paths of one part of the app. A path belongs to the door that has the longest beginning of it."""
+    """The paths of one part of the app. A path belongs to the door that names it, or the longest beginning of it."""
 
-    prefixes: tuple[str, ...]
+    paths: tuple[str, ...]  # one that ends with a slash stands for all that begin with it, another for itself
     for_programs: bool = True  # failures are reported as JSON; people get pages
     cross_origin: bool = True  # other sites' pages may use it, within CORS_ORIGINS
     needs_key: bool = False  # if there are any API keys
@@ -26,10 +27,10 @@ class Doors:
     """All doors of an app."""
 
     def __init__(self, *doors: Door) -> None:
-        """:raises ValueError: if two doors have the same prefix"""
-        found = sorted(((prefix, door) for door in doors for prefix in door.prefixes), key=lambda pair: -len(pair[0]))
+        """:raises ValueError: if two doors have the same path"""
+        found = sorted(((path, door) for door in doors for path in door.paths), key=lambda pair: -len(pair[0]))
         if len(dict(found)) < len(found):
-            raise ValueError("two doors have the same prefix")
+            raise ValueError("two doors have the same path")
         self._by_length: Sequence[tuple[str, Door]] = found
 
     def __iter__(self) -> Iterator[Door]:
@@ -40,7 +41,12 @@ class Doors:
 
         :raises LookupError: if no door has a beginning of it
         """
-        for prefix, door in self._by_length:
-            if path.startswith(prefix):
+        for own, door in self._by_length:
+            if path == own or (own.endswith("/") and path.startswith(own)):
                 return door
         raise LookupError(f"{path} belongs to no door")
+
+    def cross_origin_paths(self) -> str:
+        """Return a regular expression of the paths that other sites' pages may use."""
+        doors = (door for door in self if door.cross_origin)
+        return "|".join(re.escape(path) + ("" if path.endswith("/") else "$") for door in doors for path in door.paths)

@@ -28,10 +28,9 @@ HTTP_CODES = {400: "invalid_parameter", 404: "not_found", 405: "method_not_allow
 def install(app: Flask, doors: Doors, cors_origins: Sequence[str]) -> None:
     """Install these hooks for all requests of an app."""
     app.extensions["petals_chat_doors"] = doors
-    paths = "|".join(prefix.strip("/") for door in doors if door.cross_origin for prefix in door.prefixes)
     CORS(
         app,
-        resources={rf"/({paths}).*": {"origins": list(cors_origins)}},
+        resources={rf"({doors.cross_origin_paths()})": {"origins": list(cors_origins)}},
         expose_headers=["X-Request-Id", "Retry-After"],
     )
     app.before_request(begin_request)

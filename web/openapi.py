@@ -18,7 +18,7 @@ from errors import ROOT
 from web.doors import Door
 
 blueprint = Blueprint("api_docs", __name__)
-DOORS = (Door(("/openapi.json",)), Door(("/docs",), for_programs=False, cross_origin=False))
+DOORS = (Door(("/openapi.json",)), Door(("/docs", "/docs/"), for_programs=False, cross_origin=False))
 
 View = TypeVar("View", bound=Callable[..., Any])
 WEBSOCKET_API = ROOT / "docs" / "websocket-api.md"

@@ -56,7 +56,7 @@ class Client(Protocol):
     def stopped(self) -> bool:
         """Read what the client has sent; return whether it wants the running answer to end. Does not wait."""
 
-    def go_on(self) -> None:
+    def handle_pending(self) -> None:
         """Handle what the client sent while another thread computed an answer. Does not wait."""
 
     def abandon(self) -> None:
@@ -140,12 +140,12 @@ class ReplyStream(Waiter):
         with self._lock:
             if self.resumable:
                 self._responses.append((response, position))
-            self._tell_news()
+            self._send_news()
             self._send_response(response, position)
 
     def _send_response(self, response: dict[str, Any], position: int) -> None:
         if self._client is not None:
-            self._deliver(told(self._client, response, position))
+            self._deliver(with_position(self._client, response, position))
 
     def position(self, place: int) -> None:
         """Report the place in the queue to a client that asked for queue updates."""
@@ -155,7 +155,7 @@ class ReplyStream(Waiter):
                 # The waiter at the head of the queue reports this, and must not be held up.
                 self._client.offer({"ok": True, "queue": {"position": place}})
 
-    def _tell_news(self) -> None:
+    def _send_news(self) -> None:
         if self._computing and self._client is not None and self._client.swarm_updates:
             for news in self._watch.news():
                 self._deliver({"ok": True, "swarm": news})
@@ -182,7 +182,7 @@ class ReplyStream(Waiter):
         :raises Cancelled: if the running answer should end
         """
         with self._lock:
-            self._tell_news()
+            self._send_news()
             if (client := self._client) is not None:
                 if client.stopped():
                     raise Cancelled("the client has stopped the answer")
@@ -209,7 +209,7 @@ class ReplyStream(Waiter):
         :param received: how many responses to its last request the client has already
         :param answers: how many requests it has sent; the last one may have been lost with the connection. Then nothing
             is sent, for it would be the answer to another request. None: as many as were begun
-        :returns: whether an answer is running; then ``go_on`` is called when it has ended, or is another client's
+        :returns: whether an answer is running; ``handle_pending`` is called when it has ended, or is another client's
         :raises InvalidParameter: if there are fewer responses, or more requests
         :raises SessionNotFound: if the session has ended
         """
@@ -219,9 +219,9 @@ class ReplyStream(Waiter):
             if answers is not None and answers > self._answers:
                 received = len(self._responses)
             if answers is not None and answers < self._answers:
-                raise InvalidParameter(f"answers={answers}, but {self._answers} were begun")
+                raise InvalidParameter(f"answers={answers} is too low: the session has begun {self._answers}")
             if received > len(self._responses):
-                raise InvalidParameter(f"received={received}, but there are {len(self._responses)} responses")
+                raise InvalidParameter(f"received={received} is too high: there are {len(self._responses)} responses")
             self._service.sessions.attach(self.session_id)
             before, self._client = self._client, client
             self._release()
@@ -238,7 +238,7 @@ class ReplyStream(Waiter):
         """Yield the messages for a client that reconnects."""
         yield {"ok": True, "answers": self._answers, "responses": len(self._responses)}
         for response, position in self._responses[received:]:
-            yield told(client, response, position)
+            yield with_position(client, response, position)
         if self._place is not None and client.queue_updates:
             yield {"ok": True, "queue": {"position": self._place}}
         self._watch.restart()
@@ -251,7 +251,7 @@ class ReplyStream(Waiter):
         held = self._held
         if held is not None and not (self._running and self._client is held):
             self._held = None
-            held.go_on()
+            held.handle_pending()
 
     def _take_over(self) -> None:
         """Acquire the lock; if its holder is stuck sending to a client that takes no data, abandon that connection."""
@@ -259,7 +259,7 @@ class ReplyStream(Waiter):
             if (stalled := self._client) is not None:
                 stalled.abandon()
             if not self._lock.acquire(timeout=self._service.settings.SEND_TIMEOUT):
-                raise TimedOut(f"session {self.session_id} is busy with another connection")
+                raise TimedOut(f"session {self.session_id} is busy with another connection; try again")
 
     def leave(self, client: Client) -> None:
         """Handle the end of a connection: close the session, or keep it for a while if the client may come back."""
@@ -301,7 +301,7 @@ class ReplyStreams:
         """
         stream = self._streams.get(session_id)
         if stream is None:
-            raise SessionNotFound(f"the session {session_id} is not resumable")
+            raise SessionNotFound(f"session {session_id} cannot be resumed: it was opened without resumable")
         return stream
 
     def discard(self, session_id: str) -> None:
@@ -309,6 +309,6 @@ class ReplyStreams:
         self._streams.pop(session_id, None)
 
 
-def told(client: Client, response: dict[str, Any], position: int) -> dict[str, Any]:
+def with_position(client: Client, response: dict[str, Any], position: int) -> dict[str, Any]:
     """Return a response, with the position if the client asked for swarm updates."""
     return {**response, "position": position} if client.swarm_updates and response["ok"] else response

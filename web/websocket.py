@@ -158,7 +158,7 @@ class WebSocket:
             self._seen_size -= size
             self._size -= size
 
-    def look_anew(self) -> None:
+    def reset_lookahead(self) -> None:
         """Let ``look`` begin with the first message again."""
         with self.changed:
             self._seen = self._seen_size = 0
@@ -220,6 +220,14 @@ class WebSocket:
         """End the connection, with a closing frame if it can be sent within a moment."""
         with self.changed:
             self._close(code, CloseConnection(code, reason))
+
+    def close_idle(self, code: int, reason: str) -> bool:
+        """End the connection if that loses nothing; return whether it did."""
+        with self.changed:
+            if not self.idle:
+                return False
+            self._close(code, CloseConnection(code, reason))
+            return True
 
     def abandon(self) -> None:
         """Break the connection off; wake the threads that wait to send on it."""

@@ -74,7 +74,7 @@ class WebSocketClient(Waiter):
         """Send a message, or the next one in its place if the client takes no data. Does not wait."""
         self.websocket.offer(json.dumps(message))
 
-    def go_on(self) -> None:
+    def handle_pending(self) -> None:
         """Handle what the client has sent meanwhile, when a thread is free. Does not wait."""
         self.websocket.done()
 

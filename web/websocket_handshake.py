@@ -11,7 +11,7 @@ VERSION = "13"
 
 
 class BadHandshake(Exception):
-    """A request that does not begin a WebSocket."""
+    """A request that is not a valid WebSocket handshake."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -27,10 +27,10 @@ def accept_handshake(environ: Mapping[str, Any]) -> bytes:
     :raises BadHandshake: with the status of the refusal
     """
     if environ.get("REQUEST_METHOD") != "GET":
-        raise BadHandshake(400, "a WebSocket begins with GET")
+        raise BadHandshake(400, "a WebSocket handshake must be a GET request")
     connection = [token.strip().lower() for token in environ.get("HTTP_CONNECTION", "").split(",")]
     if environ.get("HTTP_UPGRADE", "").lower() != "websocket" or "upgrade" not in connection:
-        raise BadHandshake(426, "this is a WebSocket API: the request must ask for an upgrade to it")
+        raise BadHandshake(426, "this is a WebSocket API: connect with a WebSocket client")
     if environ.get("HTTP_SEC_WEBSOCKET_VERSION") != VERSION:
         raise BadHandshake(426, f"the WebSocket version must be {VERSION}")
     key = environ.get("HTTP_SEC_WEBSOCKET_KEY", "").strip()

@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 TOTAL_BYTES = 67_108_864
 # How often timers are looked at; none of them is that exact.
 TICK = 1.0  # seconds
+# What a client is told whose place another one gets.
+GIVES_WAY = "others need the place of this connection, which has opened no session"
 
 
 class NoRoom(Exception):
@@ -63,6 +65,8 @@ class Hub:
             displaced = None
             if len(self._websockets) + self._coming >= self.limits.max_websockets:
                 displaced = self._displaced(address)
+                if displaced is None:
+                    raise NoRoom(self._full)
             self._coming += 1
         try:
             sock, leftover = take()  # which may wait
@@ -77,10 +81,20 @@ class Hub:
             self._websockets[websocket] = None
             self._start()
         if displaced is not None:
-            displaced.close(TRY_AGAIN_LATER, "others need the place of this connection, which has no session")
+            self._displace(displaced, websocket)
         return websocket
 
-    def _displaced(self, address: str) -> WebSocket:
+    def _displace(self, displaced: WebSocket | None, newcomer: WebSocket) -> None:
+        """Close the one that goes; if it was put to use since it was found, another; if there is none, the newcomer."""
+        while displaced is not None and not displaced.close_idle(TRY_AGAIN_LATER, GIVES_WAY):
+            with self._lock:
+                if sum(websocket.connected for websocket in self._websockets) <= self.limits.max_websockets:
+                    return
+                displaced = self._displaced(newcomer.address)
+        if displaced is None:
+            newcomer.close(TRY_AGAIN_LATER, self._full)
+
+    def _displaced(self, address: str) -> WebSocket | None:
         """Under the lock: find the one that goes for a newcomer; it keeps its place for the moment that this takes.
 
         It is the oldest idle one of the address that has most of them: the newcomer's own, or one that has more
@@ -89,9 +103,13 @@ class Hub:
         idle = [websocket for websocket in self._websockets if websocket.idle]
         counts = collections.Counter(websocket.address for websocket in self._websockets)
         fair = [w for w in idle if w.address == address or counts[w.address] > counts[address] + 1]
-        if not fair or len(self._websockets) + self._coming >= 2 * self.limits.max_websockets:
-            raise NoRoom(f"all {self.limits.max_websockets} places for WebSockets are taken")
-        return max(fair, key=lambda websocket: counts[websocket.address])  # the first of them
+        if len(self._websockets) + self._coming >= 2 * self.limits.max_websockets:
+            return None
+        return max(fair, key=lambda websocket: counts[websocket.address], default=None)  # the first of them
+
+    @property
+    def _full(self) -> str:
+        return f"all {self.limits.max_websockets} places for WebSockets are taken"
 
     def shut_down(self) -> None:
         """Close all that are idle, and the others when they are; take no new ones."""
@@ -221,7 +239,7 @@ class Hub:
                 held[websocket.address] += websocket.held if websocket.connected else 0
             address, _ = held.most_common(1)[0]
             largest = max((w for w in websockets if w.address == address and w.connected), key=lambda w: w.held)
-            largest.close(TRY_AGAIN_LATER, "the server holds too much that is not answered yet")
+            largest.close(TRY_AGAIN_LATER, "too much unhandled data: wait for answers before sending more")
 
     def _tick(self) -> None:
         now = time.monotonic()

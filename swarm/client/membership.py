@@ -12,9 +12,10 @@ from hivemind.dht.routing import DHTID
 from petals.constants import PUBLIC_INITIAL_PEERS
 
 from swarm.background import Loop
-from swarm.client.node import DHT_TIMEOUT, Node, identity_file, make_identity, with_port
+from swarm.client.node import DHT_TIMEOUT, Node, make_identity, with_port
 from swarm.client.routing import SwarmState
 from swarm.errors import SwarmUnreachable
+from swarm.key_file import key_file
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ class Swarm:
         host_maddrs = self._bound if self._failures < SAME_PORT_TRIES and self._bound else self._host_maddrs
         # p2pd refuses to start if none of the peers it is given answers.
         known = [] if self._failures % 2 else list(self._known)
-        with identity_file(self._identity) as path:
+        with key_file(self._identity) as path:
             node = Node(
                 f"cannot listen on {', '.join(host_maddrs)}",
                 self._closing.is_set,
@@ -155,11 +156,14 @@ class Swarm:
         node.kill()
 
     def _enter(self, node: Node) -> None:
-        if self._closing.is_set():
+        with self._lock:
+            closing = self._closing.is_set()  # `close` takes the node away after it has said so, under this lock
+            if not closing:
+                self._node = node
+            states = list(self._states)
+        if closing:
             node.kill()
             return
-        with self._lock:
-            self._node, states = node, list(self._states)
         for state in states:
             state.connect(node.dht, node.p2p)
         self._failures = 0
@@ -170,10 +174,17 @@ class Swarm:
         with self._lock:
             self._states.add(state)
             node = self._node
-        if node is None:
-            state.disconnect()
-        elif state.manager.dht is not node.dht:
-            state.connect(node.dht, node.p2p)
+        if node is not None and state.manager.dht is node.dht:
+            return
+        while True:
+            if node is None:
+                state.disconnect()
+            else:
+                state.connect(node.dht, node.p2p)
+            with self._lock:
+                if self._node is node:
+                    return
+                node = self._node  # the loop may have told the state of it already, and this undone that
 
     def forget(self, state: SwarmState) -> None:
         """Undo ``follow``."""

@@ -4,8 +4,7 @@ import asyncio
 import contextlib
 import multiprocessing.connection
 import re
-import tempfile
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -145,16 +144,6 @@ def make_identity() -> bytes:
     key = Ed25519PrivateKey.generate()
     data = key.private_bytes_raw() + key.public_key().public_bytes_raw()
     return crypto_pb2.PrivateKey(key_type=crypto_pb2.KeyType.Ed25519, data=data).SerializeToString()
-
-
-@contextlib.contextmanager
-def identity_file(identity: bytes) -> Iterator[Path]:
-    """Keep a private key in a file that only its owner can read, while p2pd starts."""
-    with tempfile.TemporaryDirectory(prefix="petals-chat-") as directory:
-        path = Path(directory, "identity")
-        path.touch(mode=0o600)
-        path.write_bytes(identity)
-        yield path
 
 
 def with_port(maddr: str, bound: Sequence[str]) -> str:

@@ -44,6 +44,8 @@ CALL_TIMEOUT = 60.0  # seconds
 LIFE_PERIOD = 0.25  # seconds
 # hivemind's locks between processes are held only while it writes to a pipe.
 LOCK_TIMEOUT = 1.0  # seconds
+# How long a peer that was refused may take to read why.
+REFUSAL_TIME = 5.0  # seconds
 
 
 def _restore_hivemind_names() -> None:
@@ -248,7 +250,12 @@ def _close_connections_that_fail() -> None:
 
 
 def _send_messages_whole() -> None:
-    """Write each message at once; hivemind writes three pieces, each a system call and a packet that wakes p2pd."""
+    """Write each message at once; hivemind writes three pieces, each a system call and a packet that wakes p2pd.
+
+    After a refusal, hivemind closes the stream at once. p2pd then closes both of its directions, and may take the end
+    of the one for a failure of the other: it resets the stream, and what the other p2pd has not read is lost. So the
+    stream stays open until the one who was refused closes it, for hivemind then cancels this task, but not for long.
+    """
     from hivemind.p2p import P2P
     from hivemind.proto.p2pd_pb2 import RPCError
 
@@ -257,6 +264,8 @@ def _send_messages_whole() -> None:
         marker = P2P.ERROR_MARKER if isinstance(protobuf, RPCError) else P2P.MESSAGE_MARKER
         writer.write(b"".join((marker, len(data).to_bytes(P2P.HEADER_LEN, P2P.BYTEORDER), data)))
         await writer.drain()
+        if marker == P2P.ERROR_MARKER:
+            await asyncio.sleep(REFUSAL_TIME)
 
     P2P.send_protobuf = staticmethod(send_protobuf)
 
@@ -288,7 +297,7 @@ def use_server_parts(
     petals.server.server.load_pretrained_block = load_block
 
 
-def probe_nobody() -> None:
+def disable_reachability_probes() -> None:
     """Stop petals' servers from probing the reachability of others: in a private swarm nobody asks.
 
     For this, petals starts a second p2pd of 60 MB in every server.

@@ -1,13 +1,13 @@
-"""Continuous batching: steps of different sessions that wait at the same time are computed as one batch.
+"""Continuous batching: compute the waiting steps of different sessions as one batch.
 
-A server's handlers are processes of their own, which take requests from the network; the ``Batcher`` is a thread of the
-process that computes. Each handler has a channel to it, a pair of connected sockets. What has arrived when a batch ends
-makes the next one (Yu et al., "Orca", OSDI 2022), at once or, if others are known to be on their way back, with them. A
-session that is alone never waits. Prompts are cut into chunks, so that others' decoding goes on between them (Agrawal
+A server's handlers are separate processes, which take requests from the network; the ``Batcher`` is a thread of the
+computing process. A channel, a pair of connected sockets, connects each handler to it. The steps that have arrived when
+a batch ends make the next one (Yu et al., "Orca", OSDI 2022): at once, or together with others that are expected back
+soon. A lone session never waits. Prompts are cut into chunks, so that others' decoding continues between them (Agrawal
 et al., "Sarathi-Serve", OSDI 2024).
 
-What one session sends is that session's affair alone: a message that cannot be processed is answered to it, a step that
-cannot be computed fails by itself, and a handler that does not read is left behind.
+A session's errors affect that session alone: an error in a message is reported to its sender, a step that cannot be
+computed fails by itself, and a handler that does not read is dropped.
 """
 
 import contextlib
@@ -46,27 +46,27 @@ from swarm.server.steps import Piece, Session, Step, StepKind
 
 log = logging.getLogger(__name__)
 
-# Tokens of prompts in one batch, alone and beside sessions that decode. A CPU computes 100 rows as efficiently as more,
-# so that of many prompts the first are not kept waiting for the last; beside decoding sessions it takes pieces that
-# delay those by a few steps' time only. A GPU needs more rows to be busy.
+# Prompt tokens in one batch, alone and beside sessions that decode. A CPU computes 100 rows as efficiently as more, so
+# a small batch keeps the first of many prompts from waiting for the last; beside decoding sessions, the pieces delay
+# those by the time of a few steps only. A GPU needs more rows to be busy.
 CPU_PREFILL, CPU_MIXED = 192, 64
 GPU_PREFILL, GPU_MIXED = 2048, 512
-# A step that has taken part with this many tokens lets other long ones go first: it is as much as this project's
-# clients send at a time, so that among them it is first come, first served.
+# After this many tokens, a step yields to other long ones. This project's clients send that many at a time, so among
+# them it is first come, first served.
 TURN_TOKENS = 512
-# A handler reads whatever it is sent at once; one that takes nothing for this long is stopped or hangs.
+# A handler reads its replies at once; one that reads nothing for this long is stopped or hangs.
 SEND_TIMEOUT = 10.0  # seconds
-# For how many batches' time waiting for others pays. By counting passes over the weights it would be 1; with client and
-# server on the same two cores, 2 gave 16 sessions 1.3 times the speed of 1: clients are faster while nobody computes.
+# For the time of how many batches it pays to wait for others. Counting passes over the weights gives 1; with client and
+# server on the same two cores, 2 gave 16 sessions 1.3 times the speed of 1: clients are faster while nothing computes.
 PATIENCE = 2.0
-# A session is late when it takes this many times as long as the last time.
+# A session is late after this many times its last turnaround.
 LATENESS = 1.25
 
 
 class Batcher(threading.Thread):
     """Computes the steps that handlers send, in batches.
 
-    Without it nobody is served: nothing that a session sends, and nothing that becomes of a handler, ends it.
+    The server depends on it, so neither a session's messages nor the end of a handler stop it.
     """
 
     def __init__(
@@ -77,11 +77,11 @@ class Batcher(threading.Thread):
         threads: int | None = None,
         send_timeout: float = SEND_TIMEOUT,
     ) -> None:
-        """Make a batcher; it computes once it is started.
+        """Make a batcher; start it to compute.
 
-        :param num_channels: how many handlers there are
-        :param threads: of PyTorch's operators; default: as they are
-        :param send_timeout: seconds after which a handler that reads nothing is given up
+        :param num_channels: number of handlers
+        :param threads: of PyTorch's operators; default: unchanged
+        :param send_timeout: seconds after which a handler that reads nothing is dropped
         """
         super().__init__(name="batcher", daemon=True)
         self.blocks = blocks
@@ -95,18 +95,18 @@ class Batcher(threading.Thread):
         self._handler_ends = [theirs for _, theirs in pairs]
         self._wake, self._woken = socket.socketpair()
         self._selector = selectors.DefaultSelector()
-        self._sessions: dict[tuple[BatcherChannel, int], Session] = {}  # by their channels and their numbers there
-        self._refused: dict[tuple[BatcherChannel, int], str] = {}  # sessions that could not be opened, and why
-        # Waiting steps by the blocks that they need. Whoever was served goes to the end.
+        self._sessions: dict[tuple[BatcherChannel, int], Session] = {}  # by channel and number there
+        self._refused: dict[tuple[BatcherChannel, int], str] = {}  # sessions that failed to open, and why
+        # Waiting steps, by the blocks that they need. The blocks served last are at the end.
         self._queues: dict[tuple[int, int], list[Step]] = {}
-        self._away: dict[Session, float] = {}  # sessions that are expected back, and when
-        self._patience = 0.0  # until when waiting for them pays
-        self.batches: Any = multiprocessing.Value(ctypes.c_uint64)  # computed so far; handlers tell it
-        self.busy_since: float | None = None  # when it last stopped waiting for messages; None while it waits
-        self.lost: str | None = None  # which handler it has given up, and why
+        self._away: dict[Session, float] = {}  # when each absent session is expected back
+        self._patience = 0.0  # until when it pays to wait for them
+        self.batches: Any = multiprocessing.Value(ctypes.c_uint64)  # computed so far; handlers report it
+        self.busy_since: float | None = None  # since when it has not waited for messages; None while it waits
+        self.lost: str | None = None  # why it dropped a handler, if it did
 
-    def handler_line(self, index: int) -> HandlerChannel:
-        """Return the other end of a channel, for a handler that is not forked yet."""
+    def handler_channel(self, index: int) -> HandlerChannel:
+        """Return the handler's end of a channel; fork the handler after that."""
         mine = self._handler_ends[index]
         others = [*(channel.connection for channel in self._channels), *self._handler_ends]
         return HandlerChannel(mine, self.blocks.dtype, [other for other in others if other is not mine])
@@ -117,7 +117,7 @@ class Batcher(threading.Thread):
         if self._threads is not None:
             set_threads(self._threads)
         for connection in self._handler_ends:
-            connection.close()  # the handlers have theirs: this process sees when they are gone
+            connection.close()  # the handlers have copies; without ours we notice their end
         self._selector.register(self._woken, selectors.EVENT_READ)
         for channel in self._channels:
             self._selector.register(channel.connection, selectors.EVENT_READ, channel)
@@ -127,19 +127,19 @@ class Batcher(threading.Thread):
                 if self._queues and not self._time_to_wait():
                     self._compute_next()
         except Exception:
-            log.exception("the batcher fails; all sessions of this server are lost")
+            log.exception("the batcher has failed; all sessions of this server are lost")
         finally:
             self._selector.close()
             for channel in self._channels:
                 channel.close()
 
     def stop(self) -> None:
-        """End the thread after the batch that it computes. Does not wait."""
+        """End the thread after the current batch. Does not wait."""
         with contextlib.suppress(OSError):
             self._wake.send(b"\0")
 
     def _wait_for_messages(self) -> bool:
-        """Wait until there is something to do, and read and send what can be; return whether to go on."""
+        """Wait for something to do; read and send without blocking. Return whether to continue."""
         self.busy_since = None
         events = self._selector.select(timeout=self._time_to_select())
         self.busy_since = time.monotonic()
@@ -153,14 +153,14 @@ class Batcher(threading.Thread):
                     self._watch(channel)
                 if mask & selectors.EVENT_READ:
                     for message in channel.receive():
-                        if channel in self._channels:  # a reply to an earlier message may have shown that it is gone
+                        if channel in self._channels:  # a reply to an earlier message may have failed
                             self._process(channel, message)
-            except Exception as error:  # it is gone, or what it sends cannot be understood from here on
+            except Exception as error:  # the handler is gone, or the rest of its stream is unreadable
                 self._lose(channel, error)
         return True
 
     def _time_to_select(self) -> float | None:
-        """Return for how many seconds to wait for messages; None: until there is one."""
+        """Return how many seconds to wait for messages; None: until one comes."""
         times = [channel.taken + self._send_timeout for channel in self._channels if channel.unsent]
         if not times:
             return self._time_to_wait()
@@ -169,7 +169,7 @@ class Batcher(threading.Thread):
         return until_given_up if patience is None else min(patience, until_given_up)
 
     def _watch(self, channel: BatcherChannel) -> None:
-        """Look for messages of a channel, and for room if something waits to be sent."""
+        """Watch a channel for messages, and for room if bytes wait to be sent."""
         events = selectors.EVENT_READ | (selectors.EVENT_WRITE if channel.unsent else 0)
         if self._selector.get_key(channel.connection).events != events:
             self._selector.modify(channel.connection, events, channel)
@@ -180,13 +180,13 @@ class Batcher(threading.Thread):
                 self._lose(channel, TimeoutError(f"it has read nothing for {self._send_timeout:g} s"))
 
     def _lose(self, channel: BatcherChannel, error: Exception) -> None:
-        """Give up a handler, and with it its sessions."""
+        """Drop a handler and its sessions."""
         if channel not in self._channels:
             return
         reason = f"{type(error).__name__}: {error}"
         numbers = [number for owner, number in self._sessions if owner is channel]
-        if numbers or not isinstance(error, EOFError):  # else it has ended in order
-            log.warning("a handler is lost, and with it %d sessions: %s", len(numbers), reason)
+        if numbers or not isinstance(error, EOFError):  # else it has ended normally
+            log.warning("a handler is lost, with %d sessions: %s", len(numbers), reason)
         self._selector.unregister(channel.connection)
         self._channels.remove(channel)
         channel.close()
@@ -196,12 +196,12 @@ class Batcher(threading.Thread):
         self.lost = reason
 
     def _process(self, channel: BatcherChannel, message: Any) -> None:
-        """Do what a message says. What goes wrong is told to its session.
+        """Process a message. Errors are reported to its session.
 
-        :raises TypeError: if it is no message
+        :raises TypeError: if it is not a message
         """
         if not isinstance(message, Message):
-            raise TypeError(f"{type(message).__name__} is no message")
+            raise TypeError(f"{type(message).__name__} is not a message")
         try:
             if isinstance(message, StepRequest):
                 self._enqueue(channel, message)
@@ -211,7 +211,7 @@ class Batcher(threading.Thread):
                 self._close(channel, message.session)
         except Exception as error:
             if not isinstance(error, ValueError):
-                log.exception("a message of a session cannot be processed")
+                log.exception("cannot process a message of a session")
             if isinstance(message, StepRequest):
                 self._reply(channel, Reply(message.session, error=f"{type(error).__name__}: {error}"))
 
@@ -221,19 +221,18 @@ class Batcher(threading.Thread):
             with self._memory_cache.use_cache(message.handle) as (cache,):
                 check_opening(message, cache, len(self.blocks.blocks))
             self._sessions[key] = Session(*key, cache, message.first, message.last)
-        except CacheIsGone as error:  # the client has hung up meanwhile: nobody sends steps any more
+        except CacheIsGone as error:  # the client has hung up: no steps will come
             self._refused[key] = str(error)
         except Exception as error:
             self._refused[key] = f"{type(error).__name__}: {error}"
             raise
 
     def _time_to_wait(self) -> float | None:
-        """Return for how many seconds to wait for messages before the next batch; None: until there is one.
+        """Return how many seconds to wait for messages before the next batch; None: until one comes.
 
-        When a batch ends some of the other sessions wait already, while those that were in it are just reading their
-        answers. A batch of all takes hardly longer than one of a few, so it pays to wait for those that are known to
-        come back soon, and never for one that was late the last time.
-        A session that is alone has nobody to wait for.
+        When a batch ends, some of the other sessions wait already, while its own are just reading their answers. A
+        batch of all takes hardly longer than one of a few, so it pays to wait for sessions that usually come back soon,
+        but never for one that was late the last time. A lone session does not wait.
         """
         if not self._queues:
             return None
@@ -268,13 +267,13 @@ class Batcher(threading.Thread):
             self._away.pop(session, None)
             for blocks, steps in list(self._queues.items()):
                 self._requeue(blocks, [step for step in steps if step.session is not session])
-        with self._memory_cache.use_cache():  # frees what it had
+        with self._memory_cache.use_cache():  # frees the session's cache
             pass
         if not self._sessions:
-            return_free_memory()  # of all the sessions that were here
+            return_free_memory()  # of all earlier sessions
 
     def _requeue(self, blocks: tuple[int, int], steps: list[Step]) -> None:
-        """Let steps wait, behind those for other blocks."""
+        """Let steps wait behind those for other blocks."""
         self._queues.pop(blocks, None)
         if steps:
             self._queues[blocks] = steps
@@ -286,7 +285,7 @@ class Batcher(threading.Thread):
         failed = self._compute_or_isolate(batch, blocks)
         served = [piece.step for piece in batch if piece.step not in failed]
         answered = [step for step in served if not step.left]
-        # Who has had a turn lets others go first. Before the replies: a channel that is lost takes its steps with it.
+        # Steps that have had a turn yield to others. Requeue before replying: a lost channel takes its steps with it.
         late = [step for step in served if step.left and step.turn >= TURN_TOKENS]
         for step in late:
             step.turn = 0
@@ -299,9 +298,9 @@ class Batcher(threading.Thread):
         self._expect_back([step.session for step in answered], time.monotonic() - started)
 
     def _compute_or_isolate(self, batch: Sequence[Piece], blocks: tuple[int, int]) -> dict[Step, str]:
-        """Compute a batch, or, if that fails, each step of it by itself; return which failed then, and why.
+        """Compute a batch, or, if that fails, each of its steps alone; return which of those failed, and why.
 
-        What the failed batch has written to the caches is written once more, with the same values.
+        This rewrites what the failed batch has written to the caches, with the same values.
         """
         try:
             if self._threads is not None:
@@ -309,10 +308,10 @@ class Batcher(threading.Thread):
             compute_batch(self.blocks, batch, *blocks)
             with self.batches.get_lock():
                 self.batches.value += 1
-        except Exception as error:  # out of memory, for one; whose step fails alone is told, the others go on
+        except Exception as error:  # such as out of memory; only a step that fails alone is reported
             log.exception("a batch of %d steps failed", len(batch))
             if self.blocks.device.type == "cuda":
-                torch.cuda.synchronize(self.blocks.device)  # raises if nothing will be computed any more: start again
+                torch.cuda.synchronize(self.blocks.device)  # raises if the device is unusable: restart
             if len(batch) == 1:
                 return {batch[0].step: f"{type(error).__name__}: {error}"}
             failed: dict[Step, str] = {}
@@ -322,7 +321,7 @@ class Batcher(threading.Thread):
         return {}
 
     def _expect_back(self, sessions: Sequence[Session], duration: float) -> None:
-        """Note that these were answered, after a batch of ``duration`` seconds."""
+        """Note that these sessions were answered, after a batch of ``duration`` seconds."""
         now = time.monotonic()
         self._patience = now + PATIENCE * duration
         for session in sessions:
@@ -332,7 +331,7 @@ class Batcher(threading.Thread):
 
     def _reply(self, channel: BatcherChannel, reply: Reply) -> None:
         if channel not in self._channels:
-            return  # lost meanwhile
+            return  # lost by now
         try:
             channel.send(reply)
             self._watch(channel)
@@ -341,13 +340,13 @@ class Batcher(threading.Thread):
 
 
 def next_batch(steps: Sequence[Step], prefill_tokens: int, mixed_tokens: int) -> list[Piece]:
-    """Return what the next batch computes of the steps.
+    """Return the pieces of the steps that the next batch computes.
 
-    Those that decode or verify take part as a whole, up to a bounded number of tokens, the oldest first. Prompts, and
-    other steps of more tokens than a prompt may bring beside them, share a bounded number of tokens, the oldest first.
+    Steps that decode or verify take part whole, oldest first, up to ``prefill_tokens``. Prompts, and other steps of
+    more than ``mixed_tokens``, share a budget of tokens, oldest first.
 
-    :param prefill_tokens: that number, if none decodes or verifies, and the number of tokens of those that do
-    :param mixed_tokens: that number beside steps that decode or verify
+    :param prefill_tokens: that budget if no step decodes or verifies, and the limit of those that do
+    :param mixed_tokens: that budget beside steps that decode or verify
     """
     batch: list[Piece] = []
     others: list[Step] = []
@@ -359,7 +358,7 @@ def next_batch(steps: Sequence[Step], prefill_tokens: int, mixed_tokens: int) ->
             batch.append(Piece(step, step.left, 0, step.rows))
             room -= step.size
         else:
-            room = 0  # who comes later does not overtake it
+            room = 0  # later steps do not overtake it
     tokens = mixed_tokens if batch else prefill_tokens
     for step in others:
         if tokens > 0:

@@ -1,8 +1,8 @@
-"""Transformer blocks computed for many sequences at once, each with its own length and its own attention cache.
+"""Compute transformer blocks for many sequences at once, each with its own length and attention cache.
 
-The tokens of a batch stand one after the other in one matrix, so that every matrix product serves all sequences: one
-reading of the weights, which is what decoding waits for, makes a token for each of them. Only attention is computed per
-sequence, over keys and values that are written and read where they are; nothing is padded and nothing is copied.
+The tokens of a batch are concatenated in one matrix, so that every matrix product serves all sequences: one read of the
+weights, which bounds the speed of decoding, makes a token for each sequence. Only attention is computed per sequence,
+over keys and values written and read in place; nothing is padded or copied.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,13 +19,13 @@ from torch import nn
 from swarm.families.attention import Scoring, attention, causal_mask
 from swarm.server import kernels
 
-# Parts of this many tokens are computed by a loop as well: PyTorch takes longer for each part, and less for each token.
+# Parts of up to this many tokens use a loop, too: PyTorch takes longer for each part, and less for each token.
 SHORT = 32
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one sequence adds to a batch: some tokens that follow each other."""
+    """What one sequence adds to a batch: consecutive tokens."""
 
     cache: torch.Tensor  # the sequence's: [blocks, max length, 2, key/value heads, head size]; keys, then values
     start: int  # position of the first token
@@ -33,10 +33,10 @@ class Part:
     prompts: Sequence[torch.Tensor | None] | None = None  # deep prompts to add before each block: [tokens, hidden size]
 
     def __post_init__(self) -> None:
-        # The kernels write to addresses: nothing but this keeps them inside of the cache. And one position that is no
-        # integer would make all of a batch floats.
+        # The kernels write to raw addresses: only this check keeps them inside the cache. And one position that is
+        # not an integer would turn all positions of the batch into floats.
         if not (type(self.start) is type(self.length) is int):
-            raise ValueError(f"{self.length!r} tokens from position {self.start!r} are not told by integers")
+            raise ValueError(f"length {self.length!r} and position {self.start!r} must be integers")
         if not (0 <= self.start and 1 <= self.length and self.start + self.length <= self.cache.shape[1]):
             raise ValueError(f"tokens {self.start}-{self.start + self.length} do not fit {self.cache.shape[1]}")
 
@@ -46,7 +46,7 @@ class Part:
 
 
 class Batch:
-    """The parts of one batch, prepared for all blocks. Their tokens follow each other in the order of the parts."""
+    """The parts of one batch, prepared for all blocks. Tokens are in the order of the parts."""
 
     def __init__(
         self,
@@ -57,9 +57,9 @@ class Batch:
     ) -> None:
         """Prepare a batch.
 
-        :param first: the block that the caches begin with
+        :param first: first block of the caches
         :param mask: see ``RaggedBlocks.mask``
-        :param attention: computes short parts, if they come first; None: all parts are computed by PyTorch
+        :param attention: computes short parts that come first; None: PyTorch computes all parts
         """
         self._first = first
         self.positions = np.concatenate([np.arange(part.start, part.start + part.length) for part in parts])  # [tokens]
@@ -78,7 +78,7 @@ class Batch:
         self._others = others
         self._sizes = [part.length for part in others]
         self._mask = mask
-        # One call makes the views for all blocks: a call for each block and sequence would cost more than attention.
+        # Make the views for all blocks in one call: one per block and sequence would cost more than attention.
         slots = [part.cache[:, part.start : part.start + part.length].unbind(0) for part in others]
         self._slots = list(zip(*slots, strict=True))
         self._views: dict[int | None, list[_View]] = {}  # by the layers' window
@@ -103,8 +103,8 @@ class Batch:
     def _attend_by_torch(
         self, index: int, queries: torch.Tensor, new: torch.Tensor, scoring: Scoring
     ) -> list[torch.Tensor]:
-        """Compute part by part. Query heads that share a key/value head are computed as further queries of it, which
-        needs no copy of it."""
+        """Compute part by part. Query heads that share a key/value head become further queries of it, so that it need
+        not be copied."""
         torch._foreach_copy_(self._slots[index], new.split(self._sizes))
         if scoring.window not in self._views:
             self._views[scoring.window] = [self._view(part, scoring.window) for part in self._others]
@@ -132,17 +132,17 @@ class _View:
 
 
 class RaggedBlocks:
-    """The blocks of a server's span. Subclasses know the families' mathematics, see ``swarm.server.families``."""
+    """The blocks of a server's span. Subclasses implement the model families, see ``swarm.server.families``."""
 
     block_type: type[nn.Module]  # petals' class of the family's blocks
 
     @classmethod
     def accepts(cls, blocks: Sequence[nn.Module], config: Any) -> bool:
-        """Whether these blocks, of the family's type, are computed as this class computes them."""
+        """Whether this class can compute these blocks, which are of the family's type."""
         raise NotImplementedError
 
     def __init__(self, blocks: Sequence[Any], config: Any, dtype: torch.dtype, max_length: int) -> None:
-        """Prepare the blocks. Petals can go on using them: the weights are shared.
+        """Prepare the blocks. Petals can still use them: the weights are shared.
 
         :param max_length: of a sequence, tokens
         """
@@ -160,12 +160,12 @@ class RaggedBlocks:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Compute something of each kind, so that kernels are compiled and memory is there before anybody waits."""
+        """Compute each kind of batch once, to compile kernels and allocate memory before requests come."""
         length = min(SHORT + 1, self.max_length)
         caches = self.cache_descriptor(len(self.blocks), 2, length).make_zeros().unbind(1)
         hidden = torch.zeros(length, self.config.hidden_size, dtype=self.dtype, device=self.device)
         self.forward(hidden, [Part(caches[0], 0, length)], 0, len(self.blocks))
-        for rows in (1, 2):  # kernels are compiled again for several rows, whose memory is not contiguous
+        for rows in (1, 2):  # several rows are not contiguous in memory: kernels are compiled again for them
             self.forward(hidden[:rows], [Part(cache, 0, 1) for cache in caches[:rows]], 0, len(self.blocks))
 
     def cache_descriptor(self, num_blocks: int, batch_size: int, max_length: int) -> TensorDescriptor:
@@ -179,7 +179,7 @@ class RaggedBlocks:
     def forward(self, hidden: torch.Tensor, parts: Sequence[Part], first: int, last: int) -> torch.Tensor:
         """Compute blocks [first, last) of the span, numbered from 0.
 
-        :param hidden: [tokens, hidden size], the parts' tokens one after the other
+        :param hidden: [tokens, hidden size], the parts' tokens, concatenated
         :returns: the same shape; the caches hold the keys and values of the new tokens
         """
         batch = Batch(parts, first, self.mask, self._attention)
@@ -207,7 +207,7 @@ class RaggedBlocks:
         return mask.repeat(self.group, 1)
 
     def context(self, batch: Batch) -> Any:
-        """Return what all blocks need to know of a batch."""
+        """Return data of a batch that all blocks share."""
         raise NotImplementedError
 
     def compute(self, number: int, hidden: torch.Tensor, batch: Batch, context: Any) -> torch.Tensor:
@@ -221,7 +221,7 @@ def head_size(config: Any) -> int:
 
 
 def add_prompts(hidden: torch.Tensor, parts: Sequence[Part], index: int) -> None:
-    """Add the deep prompts of block ``index`` to the first tokens of the parts that have some, in place."""
+    """Add the deep prompts of block ``index`` to the first tokens of each part that has some, in place."""
     offset = 0
     for part in parts:
         if part.prompts is not None and (prompt := part.prompts[index]) is not None:

@@ -1,4 +1,4 @@
-"""Attention cache that two threads use: petals' runtime and the batcher."""
+"""Attention cache shared by two threads: petals' runtime and the batcher."""
 
 import contextlib
 import logging
@@ -15,36 +15,36 @@ log = logging.getLogger(__name__)
 
 
 class CacheIsGone(KeyError):
-    """Attention cache was given back before it was used."""
+    """The attention cache was freed before it was used."""
 
 
 class SharedMemoryCache(MemoryCache):
-    """Petals' account of attention cache, used by its own runtime and by the batcher, which are two threads."""
+    """Petals' attention cache, made safe for two threads: its own runtime and the batcher."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._lock_tensors = threading.Lock()
-        self._failures: dict[int, str] = {}  # why there is no tensor for a handle that is not given back yet
+        self._failures: dict[int, str] = {}  # why a handle that is still held has no tensor
 
     @contextlib.contextmanager
     def use_cache(self, *handles: int) -> Iterator[Sequence[torch.Tensor]]:
-        """Return the tensors of these handles; with no handle, only allocate and free what was asked for.
+        """Return the tensors of these handles; without handles, only process requests to allocate and free.
 
-        :raises CacheIsGone: if one was given back meanwhile
-        :raises MemoryError: if there was no memory for one
+        :raises CacheIsGone: if one was freed meanwhile
+        :raises MemoryError: if one could not be allocated
         """
         with self._lock_tensors:
             while self._pipe_recv.poll():
                 try:
                     self._follow(*self._pipe_recv.recv())
-                except Exception:  # sent by a handler that died over it; whoever asks now may have what is there
-                    log.exception("a request for attention cache cannot be read")
+                except Exception:  # its handler died while sending; continue with what is there
+                    log.exception("cannot read a request for attention cache")
                     break
             tensors = tuple(map(self._find, handles))
         yield tensors
 
     def _follow(self, handles: Sequence[int], descriptors: Sequence[Any] | None) -> None:
-        """Allocate what a session has asked for, or free what it gives back. If that fails, it is that session's."""
+        """Allocate or free a session's cache. A failure to allocate is kept for that session."""
         if descriptors is None:
             for handle in handles:
                 self._failures.pop(handle, None)
@@ -53,8 +53,8 @@ class SharedMemoryCache(MemoryCache):
         for handle, descriptor in zip(handles, descriptors, strict=True):
             try:
                 self._allocated_tensors[handle] = descriptor.make_zeros()
-            except Exception as error:  # PyTorch has no type of its own for memory that a CPU does not have
-                log.exception("no attention cache could be made")
+            except Exception as error:  # on a CPU, PyTorch has no error type for lack of memory
+                log.exception("cannot allocate attention cache")
                 self._failures[handle] = f"{type(error).__name__}: {error}"
 
     def _find(self, handle: int) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """The channel between a handler and the batcher: its messages, and both ends.
 
-Handlers are processes of their own, which take requests from the network; the batcher is a thread of the process that
-computes. A channel is a pair of connected sockets, over which each message goes as its length and its pickle.
+Handlers are separate processes, which take requests from the network; the batcher is a thread of the computing process.
+A channel is a pair of connected sockets. Each message is sent as its length and its pickle.
 """
 
 import asyncio
@@ -25,10 +25,10 @@ import torch
 
 log = logging.getLogger(__name__)
 
-# What may wait for a handler beside one reply of any length. Its sessions wait for one reply each, which it asked for.
+# How much may wait for a handler beside one reply of any length. Each of its sessions waits for one reply at most.
 SEND_BUFFER = 2**26  # bytes
-# A long reply does not fit into a socket at once. A handler that reads makes room within a fraction of the pause; with
-# one that reads slowly, the batcher goes on after the limit, and sends the rest later.
+# A long reply does not fit into a socket's buffer. A handler that reads makes room within a fraction of the pause; if
+# it reads slowly, the batcher continues after the limit, and sends the rest later.
 SEND_PAUSE, SEND_LIMIT = 0.01, 0.1  # seconds
 HEADER = struct.Struct("!I")  # length of a message in bytes
 READ_SIZE = 2**18  # bytes read at a time; a step of decoding is some kilobytes
@@ -36,7 +36,7 @@ READ_SIZE = 2**18  # bytes read at a time; a step of decoding is some kilobytes
 
 @dataclass(frozen=True)
 class Opening:
-    """Open a session: from now on it may send steps."""
+    """Open a session, so that it may send steps."""
 
     session: int  # its number on this channel
     handle: int  # of its attention cache
@@ -53,19 +53,19 @@ class StepRequest:
     shape: tuple[int, int, int]  # of the hidden states: [sequences, tokens, hidden size]
     hidden: bytes
     prompts: Sequence[torch.Tensor | None] | None = None  # deep prompts of each block: [sequences, tokens, hidden size]
-    hypotheses: Sequence[int] | None = None  # beam search: which sequence each of the sequences goes on from
+    hypotheses: Sequence[int] | None = None  # beam search: which sequence each sequence continues
 
 
 @dataclass(frozen=True)
 class Closing:
-    """Forget a session, and what it waits for."""
+    """Drop a session and its waiting steps."""
 
     session: int
 
 
 @dataclass(frozen=True)
 class Reply:
-    """The outputs of a step, or why there are none."""
+    """The outputs of a step, or its error."""
 
     session: int
     hidden: bytes = b""
@@ -76,7 +76,7 @@ Message = Opening | StepRequest | Closing  # what a handler sends
 
 
 def pack(message: Message | Reply) -> bytes:
-    """Return a message as it goes over a channel."""
+    """Return the bytes of a message on a channel."""
     body = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
     return HEADER.pack(len(body)) + body
 
@@ -87,20 +87,20 @@ def to_bytes(tensor: torch.Tensor) -> bytes:
 
 
 def from_bytes(data: bytes, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
-    """Return a tensor of its own memory with these values."""
+    """Return a new tensor with these values."""
     return torch.frombuffer(bytearray(data), dtype=dtype).view(*shape)
 
 
 class HandlerChannel:
-    """A handler's end of its channel. For the handler's event loop.
+    """A handler's end of its channel, for the handler's event loop.
 
-    Whoever waits is answered, whatever happens: once the channel is broken, at once and for good.
+    Every call returns or raises: when the channel breaks, waiting and later calls fail at once.
     """
 
     def __init__(self, connection: socket.socket, dtype: torch.dtype, inherited: Sequence[socket.socket] = ()) -> None:
         """Make an end.
 
-        :param inherited: other ends, which a handler's process has because it was forked, and closes
+        :param inherited: other ends, which a forked handler inherits and closes
         """
         self.dtype = dtype
         self.on_break: Callable[[], None] | None = None  # called once, when the channel is broken
@@ -114,16 +114,16 @@ class HandlerChannel:
         self._reading: asyncio.Task[None] | None = None
 
     async def connect(self) -> None:
-        """Begin; once, in the handler's process."""
+        """Connect to the event loop, once. Call it in the handler's process."""
         if self._writer is None:
             if os.getpid() != self._pid:
                 for connection in self._inherited:
-                    connection.close()  # as long as somebody has one open, the other side does not see an end
+                    connection.close()  # while any copy is open, the other side sees no end
             reader, self._writer = await asyncio.open_connection(sock=self._connection)
             self._reading = asyncio.create_task(self._read(reader))
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
-        reason = "the handler ends"
+        reason = "the handler is ending"
         try:
             while True:
                 size = HEADER.unpack(await reader.readexactly(HEADER.size))[0]
@@ -134,7 +134,7 @@ class HandlerChannel:
         except (asyncio.IncompleteReadError, ConnectionError):
             reason = "the process that computes is gone"
         except Exception as error:
-            log.exception("a reply of the batcher cannot be read")
+            log.exception("cannot read a reply of the batcher")
             reason = f"a reply of the process that computes cannot be read: {type(error).__name__}: {error}"
         finally:
             self._break(reason)
@@ -191,7 +191,7 @@ class HandlerChannel:
             if self._waiting.get(session) is future:
                 del self._waiting[session]
             if not future.cancelled() and future.done():
-                future.exception()  # is told already, or nobody is there to be told
+                future.exception()  # reported already, or the caller has gone; either way, do not log it
         if reply.error is not None:
             raise RuntimeError(reply.error)
         return from_bytes(reply.hidden, hidden.dtype, shape)
@@ -199,7 +199,7 @@ class HandlerChannel:
     async def close(self, session: int) -> None:
         """Close a session."""
         self._waiting.pop(session, None)
-        with contextlib.suppress(ConnectionError, RuntimeError):  # the batcher is gone, and the session with it
+        with contextlib.suppress(ConnectionError, RuntimeError):  # the batcher is gone, and with it the session
             await self._send(Closing(session))
 
 
@@ -209,8 +209,8 @@ class BatcherChannel:
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
         connection.setblocking(False)
-        self.taken = 0.0  # when the handler took something the last time, or there was nothing; time.monotonic()
-        self.unsent = 0  # bytes that wait for the handler
+        self.taken = 0.0  # time.monotonic() when the handler last read something, or nothing waited
+        self.unsent = 0  # bytes waiting for the handler
         self._received = bytearray()
         self._sending: deque[memoryview] = deque()
         self._room = select.poll()
@@ -225,7 +225,7 @@ class BatcherChannel:
             while True:
                 data = self.connection.recv(READ_SIZE)
                 if not data:
-                    raise EOFError("it has closed its line")
+                    raise EOFError("it has closed its channel")
                 self._received += data
                 if len(data) < READ_SIZE:
                     break
@@ -238,9 +238,9 @@ class BatcherChannel:
             yield message
 
     def send(self, reply: Reply) -> None:
-        """Send a reply, or let it wait until the handler has room for it: ``flush`` sends what waits.
+        """Send a reply; what the handler has no room for waits until ``flush``.
 
-        :raises OSError: if the handler is gone, or has left too much waiting
+        :raises OSError: if the handler is gone, or too many bytes wait for it
         """
         if self.unsent > SEND_BUFFER:
             raise OSError(f"it has not read {self.unsent} bytes of replies")
@@ -254,7 +254,7 @@ class BatcherChannel:
             self.flush()
 
     def flush(self) -> None:
-        """Send what waits, for as long as the handler reads it.
+        """Send what waits, while the handler reads it.
 
         :raises OSError: if the handler is gone
         """
@@ -273,7 +273,7 @@ class BatcherChannel:
                 self._sending.popleft()
 
     def close(self) -> None:
-        """End the channel, also for those who have inherited it."""
+        """Close the channel, also in processes that have inherited it."""
         with contextlib.suppress(OSError):  # the other end is closed already
             self.connection.shutdown(socket.SHUT_RDWR)
         self.connection.close()

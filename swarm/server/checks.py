@@ -1,4 +1,4 @@
-"""What the batcher refuses before it gets into a batch, where it would be the failure of all sessions in it."""
+"""Check messages before they enter a batch, where a bad one would fail all of its sessions."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,31 +11,31 @@ from swarm.server.channel import Opening, StepRequest
 
 
 def is_number(value: Any, low: int, high: int) -> bool:
-    """Whether a value is an integer of [low, high); a float or a truth value is none."""
+    """Whether a value is an integer of [low, high); a float or a bool is not."""
     return type(value) is int and low <= value < high
 
 
 def check_opening(opening: Opening, cache: torch.Tensor, num_blocks: int) -> None:
     """Refuse a session that cannot be computed.
 
-    :raises ValueError: telling why
+    :raises ValueError: says why
     """
     first, last = opening.first, opening.last
     if not (is_number(first, 0, num_blocks) and is_number(last, first + 1, num_blocks + 1)):
         raise ValueError(f"there are no blocks [{first}, {last}) among {num_blocks}")
     if cache.shape[0] != last - first or not cache.shape[1]:
-        raise ValueError(f"attention cache of shape {list(cache.shape)} is none for {last - first} blocks")
+        raise ValueError(f"attention cache of shape {list(cache.shape)} does not fit {last - first} blocks")
 
 
 def check_step(request: StepRequest, cache_shape: Sequence[int], hidden_size: int) -> None:
-    """Refuse a step that does not fit its session. Handlers check more kindly; here it would be others' failure.
+    """Refuse a step that does not fit its session: it would fail others too. Handlers give better messages.
 
     :param cache_shape: of the session's attention cache, see ``RaggedBlocks.cache_descriptor``
-    :raises ValueError: telling what does not fit
+    :raises ValueError: says what does not fit
     """
     blocks, rows, max_length = cache_shape[:3]
     if len(request.shape) != 3 or not all(type(size) is int for size in request.shape):
-        raise ValueError(f"hidden states of shape {request.shape} are none")
+        raise ValueError(f"hidden states of shape {request.shape} are not [sequences, tokens, hidden size]")
     sequences, tokens, size = request.shape
     if sequences not in (1, rows) or tokens < 1 or size != hidden_size:
         raise ValueError(f"hidden states of shape {list(request.shape)} are not [{rows}, tokens, {hidden_size}]")

@@ -9,14 +9,14 @@ import torch
 from swarm.server.blocks import Part, RaggedBlocks
 from swarm.server.steps import Piece, Step
 
-# Batches of more tokens are bound by computation.
+# Larger batches are bound by computation, not by memory.
 DECODING_ROWS = 32
 
 
 def threads_for(batch: Sequence[Piece], threads: int) -> int:
     """Return how many of ``threads`` threads should compute a batch.
 
-    Decoding is bound by memory, which one core less hardly slows, while the handlers, connections and clients of
+    Decoding is bound by memory, so it is hardly slower on one core less, while the handlers, connections and clients of
     several sessions need a core as well.
     """
     decoding = len(batch) > 1 and sum(piece.size for piece in batch) <= DECODING_ROWS
@@ -24,14 +24,14 @@ def threads_for(batch: Sequence[Piece], threads: int) -> int:
 
 
 def compute_batch(blocks: RaggedBlocks, batch: Sequence[Piece], first: int, last: int) -> None:
-    """Compute the pieces of a batch by blocks [first, last) of the span. Their steps and caches hold the results."""
+    """Compute the pieces of a batch by blocks [first, last) of the span. Store results in their steps and caches."""
     parts: list[Part] = []
     inputs: list[torch.Tensor] = []
     for piece in batch:
         step = piece.step
         if step.hypotheses is not None:
             reorder_cache(step.session.cache[:, :, : step.start], step.hypotheses)
-            step.hypotheses = None  # once more would be another order
+            step.hypotheses = None  # a retry must not reorder it again
         rows = slice(piece.row, piece.row + piece.rows)
         start, end = step.done, step.done + piece.tokens
         for row, cache in enumerate(step.session.cache[:, rows].unbind(1), piece.row):
@@ -45,14 +45,14 @@ def compute_batch(blocks: RaggedBlocks, batch: Sequence[Piece], first: int, last
 
 
 def remaining_prompts(step: Step, row: int, device: torch.device) -> list[torch.Tensor | None] | None:
-    """Return what is left of a sequence's deep prompts."""
+    """Return the rest of a sequence's deep prompts."""
     if step.prompts is None:
         return None
     return [None if prompt is None else prompt[row, step.done :].to(device) for prompt in step.prompts]
 
 
 def reorder_cache(cache: torch.Tensor, hypotheses: Sequence[int]) -> None:
-    """Let each sequence go on from the past of another, in place.
+    """Let each sequence continue from the past of another, in place.
 
     :param cache: [blocks, sequences, tokens, ...]
     """
@@ -60,14 +60,14 @@ def reorder_cache(cache: torch.Tensor, hypotheses: Sequence[int]) -> None:
 
 
 def store_output(piece: Piece, output: torch.Tensor) -> None:
-    """Store a piece's output in its step, and how far the step is now.
+    """Store a piece's output in its step, and update the step's progress.
 
     :param output: [sequences times tokens, hidden size]
     """
     step = piece.step
     start, end = step.done, step.done + piece.tokens
     step.hidden[piece.row : piece.row + piece.rows, start:end] = output.view(piece.rows, piece.tokens, -1)
-    if step.rows < step.session.rows:  # one sequence stands for all of the session
+    if step.rows < step.session.rows:  # one sequence stands for all of the session's
         new = step.session.cache[:, :, step.start + start : step.start + end]
         new[:, 1:] = new[:, :1]
     step.turn += piece.size

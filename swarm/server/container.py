@@ -1,4 +1,4 @@
-"""Petals' container of blocks, which tells what it is made of, and that with a batcher beside petals' own runtime."""
+"""Petals' container of blocks, able to list its parts; and one with a batcher beside petals' own runtime."""
 
 import logging
 import os
@@ -20,26 +20,26 @@ from swarm.supervision import Part
 
 log = logging.getLogger(__name__)
 
-# Petals' own clients train with sequences of up to 2048 tokens, or with more than one in a request if they are shorter.
+# Petals' own clients train with sequences of up to 2048 tokens, or several shorter ones in a request.
 TRAINING_TOKENS = 2048  # of one forward or backward pass
-# Clients wait this long for a step, see session.py: a batcher that has been computing for longer is of no use to them.
+# Clients wait this long for a step, see session.py; a batch that takes longer is useless to them.
 STEP_LIMIT = 120.0  # seconds
-# Petals' own path needs this module, with or without an adapter; batches do not. It takes half a second to load.
+# Petals' own path needs this module, with or without an adapter; batching does not. It takes half a second to load.
 ADAPTERS = "petals.utils.peft"
 
 
 class WatchedContainer(ModuleContainer):
-    """Petals' container of blocks, which tells what it is made of."""
+    """Petals' container of blocks, able to list its parts."""
 
-    current: "WatchedContainer | None" = None  # this process's
-    closing = False  # its parts may end
+    current: "WatchedContainer | None" = None  # of this process
+    closing = False  # whether its parts may end
 
     def run(self) -> None:
         WatchedContainer.current = self
         super().run()
 
     def parts(self) -> Iterator[Part]:
-        """Yield what has been started of it."""
+        """Yield the parts that have been started."""
         if self.closing:
             return
         yield Part("the announcer", self.dht_announcer.is_alive)
@@ -52,8 +52,8 @@ class WatchedContainer(ModuleContainer):
                 yield Part(f"petals' pool {pool.name}", pool.is_alive)
 
     def is_healthy(self) -> bool:
-        """Petals asks every few minutes. The watcher looks all the time, and does not load the blocks into this process
-        once more, as petals would: the locks that a dead part held are held for ever."""
+        """Return True to petals, which checks every few minutes. The watcher checks all the time; petals would reload
+        the blocks into this process, where locks that a dead part held are never released."""
         return True
 
     def shutdown(self) -> None:
@@ -62,7 +62,7 @@ class WatchedContainer(ModuleContainer):
 
 
 class BatchingContainer(WatchedContainer):
-    """A container of blocks with a batcher beside petals' own runtime, if the blocks are of a known family."""
+    """A container of blocks. If they are of a known family, it has a batcher beside petals' own runtime."""
 
     batcher: Batcher | None = None
 
@@ -76,7 +76,7 @@ class BatchingContainer(WatchedContainer):
         inference_max_length: int,
         **options: Any,
     ) -> None:
-        """Make a container of loaded blocks, which announces them and begins. The parameters are petals', but for one.
+        """Make a container of loaded blocks, announce them and run. Parameters are petals', except one.
 
         :param threads: of PyTorch's operators
         """
@@ -90,20 +90,20 @@ class BatchingContainer(WatchedContainer):
         else:
             blocks.warm_up()
             freeze_collector()
-            hardware.return_free_memory()  # the weights were there twice while they were put in order
+            hardware.return_free_memory()  # packing held the weights twice
             self.batcher = Batcher(blocks, first.memory_cache, options["num_handlers"], threads)
-        # Announces the blocks, and then runs.
+        # Announces the blocks, then runs.
         super().__init__(dht, dht_prefix, module_backends, inference_max_length=inference_max_length, **options)
 
     def run(self) -> None:
         WatchedContainer.current = self
         for index, handler in enumerate(self.conn_handlers):
             if self.batcher is not None:
-                handler.line = self.batcher.handler_line(index)
-                handler.line.on_break = end_handler
+                handler.channel = self.batcher.handler_channel(index)
+                handler.channel.on_break = end_handler
                 handler.cache_descriptor = self.batcher.blocks.cache_descriptor
                 handler.batches = self.batcher.batches
-            handler.run_in_background()  # forks: the batcher begins after that
+            handler.run_in_background()  # forks, so start the batcher after that
         if self.batcher is not None:
             self.batcher.start()
         self.runtime.run()
@@ -113,10 +113,10 @@ class BatchingContainer(WatchedContainer):
         if self.closing or batcher is None or batcher.ident is None:
             yield from super().parts()
             return
-        yield Part("the batcher", batcher.is_alive)  # first, because the handlers end with it
-        yield Part("the batcher, which does not come back,", lambda: time_in_batch(batcher) < 2 * STEP_LIMIT)
+        yield Part("the batcher", batcher.is_alive)  # first: the handlers end with it
+        yield Part("the batcher, which hangs,", lambda: time_in_batch(batcher) < 2 * STEP_LIMIT)
         yield from super().parts()
-        yield Part("a handler's line", lambda: batcher.lost is None)  # last, because it ends with its handler
+        yield Part("a handler's channel", lambda: batcher.lost is None)  # last: it ends with its handler
 
     def shutdown(self) -> None:
         super().shutdown()
@@ -126,7 +126,7 @@ class BatchingContainer(WatchedContainer):
 
 
 def batching_container(threads: int) -> type[BatchingContainer]:
-    """Return a class of containers for petals, which gives them no argument of ours.
+    """Return a container class for petals, which passes no arguments of ours.
 
     :param threads: of PyTorch's operators
     """
@@ -139,12 +139,12 @@ def batching_container(threads: int) -> type[BatchingContainer]:
 
 
 def time_in_batch(batcher: Batcher) -> float:
-    """Return for how many seconds a batcher has not looked for messages."""
+    """Return for how many seconds the batcher has not waited for messages."""
     since = batcher.busy_since
     return time.monotonic() - since if since is not None else 0.0
 
 
 def end_handler() -> None:
-    """End a handler that has lost the batcher. At once, so that its clients see what they know: a lost server."""
-    log.error("this handler has lost the batcher, and ends")
+    """End a handler that has lost the batcher, at once: its clients know how to handle a lost server."""
+    log.error("this handler has lost the batcher; ending")
     os._exit(1)

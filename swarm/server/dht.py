@@ -1,4 +1,4 @@
-"""A server's DHT: a process of hivemind's, which is not waited for without a limit, and its ``p2pd``."""
+"""A server's DHT, a hivemind process that is waited for within a limit; and its ``p2pd``."""
 
 from typing import Any
 
@@ -7,17 +7,17 @@ from swarm.compat import await_dht
 import hivemind
 import psutil
 
-# The DHT answers within milliseconds in a local network and within seconds over the internet. One that has failed to
-# several times in a row is as good as dead.
+# The DHT answers within milliseconds in a local network and within seconds over the internet. After several timeouts
+# in a row it counts as dead.
 DHT_TIMEOUT, DHT_FAILURES = 30.0, 3  # seconds, times
-# Joining takes seconds; hivemind's own limits end it within this, unless its process has died.
+# Joining takes seconds; hivemind's own limits end it within this time, unless its process has died.
 JOIN_TIMEOUT = 120.0  # seconds
 
 
 class PatientDHT(hivemind.DHT):
-    """A DHT whose process is not waited for without a limit."""
+    """A DHT with a limit on every wait for its process."""
 
-    unanswered = 0  # calls in a row
+    unanswered = 0  # calls in a row that timed out
 
     def wait_until_ready(self, timeout: float | None = None) -> None:
         """Wait until the process has joined the swarm.
@@ -31,7 +31,7 @@ class PatientDHT(hivemind.DHT):
         """Run a coroutine in the DHT's process.
 
         :raises ConnectionError: if the process ends meanwhile
-        :raises TimeoutError: if it is not done in time
+        :raises TimeoutError: if it takes too long
         """
         future = super().run_coroutine(coro, return_future=True)
         if return_future:
@@ -39,7 +39,7 @@ class PatientDHT(hivemind.DHT):
         try:
             result = await_dht(self, future, DHT_TIMEOUT)
         except TimeoutError:
-            self.unanswered += not future.done()  # else the coroutine itself has raised it
+            self.unanswered += not future.done()  # else the coroutine itself raised it
             raise
         self.unanswered = 0
         return result
@@ -62,5 +62,5 @@ def find_daemon(pid: int) -> psutil.Process:
 def is_running(process: psutil.Process) -> bool:
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:  # since a moment ago
+    except psutil.NoSuchProcess:  # it has just ended
         return False

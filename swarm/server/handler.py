@@ -1,7 +1,7 @@
-"""How a server of this project takes requests: petals' handler, whose inference sessions are computed in batches.
+"""Take requests as petals' handler does, and compute inference sessions in batches.
 
-What it speaks is petals' ``rpc_inference``, and beyond that two things, which the first answer of a session tells of in
-its metadata. ``rewind``: a step may carry ``start_from_position``, as of petals 2.3; the session forgets what follows.
+The handler speaks petals' ``rpc_inference``, with two additions, which the first response of a session reports in its
+metadata. ``rewind``: a step may carry ``start_from_position``, as of petals 2.3; the session drops what follows.
 ``spread``: hidden states of one sequence stand for all sequences of the session; they are computed once.
 """
 
@@ -10,7 +10,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator
-from typing import Any, AsyncIterator  # noqa: UP035  hivemind knows streams by this type only
+from typing import Any, AsyncIterator  # noqa: UP035  hivemind recognises streams by this type only
 
 import swarm.compat  # noqa: F401
 
@@ -29,29 +29,29 @@ from swarm.wire.packing import read_metadata
 from swarm.wire.requests import SessionRequest, check_call, read_arguments, read_session, read_step, split_uids
 from swarm.wire.text import Malformed
 
-# What the first answer of a session says of the server; see the module's docstring.
+# Sent with a session's first response; see the module's docstring.
 ABILITIES = MSGPackSerializer.dumps({"rewind": True, "spread": True})
-# A server pushes a step when it has answered its own, so that one is waited for and one may be on its way.
+# A server pushes a step once it has answered its own, so one is waited for and one may be on its way.
 MAX_PUSHED = 4
 
 
 class TransformerConnectionHandler(petals_handler.TransformerConnectionHandler):
-    """Petals' handler, which tells more. The class keeps its name because the name is part of the wire protocol."""
+    """Petals' handler, which reports more. Its name is part of the wire protocol, so it stays."""
 
-    # Shared, because each handler is a process of its own.
+    # Shared memory, because each handler is a separate process.
     inference_tokens: Any  # tokens received for inference
-    heartbeat: Any  # time.monotonic() of the computing process, as it last told
-    # To the batcher; None if this server's blocks are computed by petals alone. Set before the process begins.
-    line: HandlerChannel | None = None
+    heartbeat: Any  # last time.monotonic() of the computing process
+    # To the batcher; None if petals alone computes this server's blocks. Set before the process starts.
+    channel: HandlerChannel | None = None
     cache_descriptor: Any  # see RaggedBlocks
     batches: Any  # batches computed
 
     async def add_p2p_handlers(self, *args: Any, **kwargs: Any) -> None:
         hidden_size = next(iter(self.module_backends.values())).outputs_schema[0].shape[-1]
-        # A step may bring all the tokens of a session, and deep prompts besides.
+        # A step may hold all the tokens of a session, and deep prompts.
         limit_messages(MAX_MESSAGE + 4 * hidden_size * self.inference_max_length)
-        if self.line is not None:
-            await self.line.connect()
+        if self.channel is not None:
+            await self.channel.connect()
         await super().add_p2p_handlers(*args, **kwargs)
 
     async def rpc_inference(
@@ -62,19 +62,19 @@ class TransformerConnectionHandler(petals_handler.TransformerConnectionHandler):
             request = await asyncio.wait_for(anext(requests), self.step_timeout)
             session = read_session(request, self.inference_max_length)
             responses: Any
-            if self.line is not None and not session.adapter and self._follow_each_other(request.uid):
-                responses = self._serve_session(self.line, request, session, requests, context)
+            if self.channel is not None and not session.adapter and self._follow_each_other(request.uid):
+                responses = self._serve_session(self.channel, request, session, requests, context)
             else:
                 request.metadata = MSGPackSerializer.dumps(
                     {**read_metadata(request.metadata), "alloc_timeout": session.alloc_timeout}
                 )
                 responses = super().rpc_inference(achain(as_aiter(request), requests), context)
-            async with contextlib.aclosing(responses):  # at once when the client is gone, not when it is collected
+            async with contextlib.aclosing(responses):  # once the client is gone, not at garbage collection
                 async for response in responses:
                     yield response
 
     def _follow_each_other(self, uids: str) -> bool:
-        """Whether blocks are served here one after the other, as a session of any sane client needs them."""
+        """Whether these are consecutive blocks of this server, as any sane client's session needs."""
         return f"{CHAIN_DELIMITER}{uids}{CHAIN_DELIMITER}" in CHAIN_DELIMITER.join(["", *self.module_backends, ""])
 
     def _check_uids(self, uids: str) -> tuple[str, ...]:
@@ -82,7 +82,7 @@ class TransformerConnectionHandler(petals_handler.TransformerConnectionHandler):
 
     async def _serve_session(
         self,
-        line: HandlerChannel,
+        channel: HandlerChannel,
         request: runtime_pb2.ExpertRequest,
         wanted: SessionRequest,
         requests: AsyncIterator[runtime_pb2.ExpertRequest],
@@ -96,20 +96,20 @@ class TransformerConnectionHandler(petals_handler.TransformerConnectionHandler):
         try:
             descriptor = self.cache_descriptor(len(uids), wanted.batch_size, wanted.max_length)
             async with memory_cache.allocate_cache(descriptor, timeout=wanted.alloc_timeout) as (handle,):
-                session = await line.open(handle, first, first + len(uids))
+                session = await channel.open(handle, first, first + len(uids))
                 steps: Any = self._iterate_inference_steps(request, requests, wanted.session_id, uids, context)
-                responses: Any = self._compute_steps(line, session, steps, wanted, len(uids))
+                responses: Any = self._compute_steps(channel, session, steps, wanted, len(uids))
                 async with contextlib.aclosing(steps), contextlib.aclosing(responses):
                     async for response in responses:
                         yield response
         finally:
             if session is not None:
-                await line.close(session)  # after its cache was given back, so that the memory is free at once
+                await channel.close(session)  # after its cache is freed, so that the memory is returned at once
             self._log_request("rpc_inference.close", uids, context)
 
     async def _compute_steps(
         self,
-        line: HandlerChannel,
+        channel: HandlerChannel,
         session: int,
         steps: AsyncIterator[tuple[runtime_pb2.ExpertRequest, dict[str, Any]]],
         wanted: SessionRequest,
@@ -122,12 +122,12 @@ class TransformerConnectionHandler(petals_handler.TransformerConnectionHandler):
                 request, metadata, wanted, position=position, num_blocks=num_blocks, hidden_size=schema.shape[-1]
             )
             hidden = step.hidden
-            if hidden.numel() > 0:  # a client may send no tokens, only to see whether there is room for the session
-                hidden = await line.step(
+            if hidden.numel() > 0:  # a client may send no tokens, to see whether the session has room
+                hidden = await channel.step(
                     session,
                     step.start,
-                    hidden.to(line.dtype),
-                    None if step.prompts is None else split_prompts(step.prompts.to(line.dtype)),
+                    hidden.to(channel.dtype),
+                    None if step.prompts is None else split_prompts(step.prompts.to(channel.dtype)),
                     step.hypotheses,
                 )
             position = step.start + hidden.shape[1]
@@ -180,24 +180,24 @@ class TransformerConnectionHandler(petals_handler.TransformerConnectionHandler):
     ) -> runtime_pb2.ExpertInfo:
         info = MSGPackSerializer.loads((await super().rpc_info(request, context)).serialized_info)
         info["inference_tokens"] = self.inference_tokens.value
-        # A handler answers even if the process that computes is stopped or hangs: a waiting client must learn of it.
+        # A handler answers even if the computing process is stopped or hangs, and waiting clients must learn of that.
         info["silent_for"] = time.monotonic() - self.heartbeat.value
-        info["rewind"] = info["batching"] = self.line is not None
-        if self.line is not None:
+        info["rewind"] = info["batching"] = self.channel is not None
+        if self.channel is not None:
             info["inference_batches"] = self.batches.value
         return runtime_pb2.ExpertInfo(serialized_info=MSGPackSerializer.dumps(info))
 
 
 class Pushes(asyncio.Queue):
-    """What other servers have sent to a session. More than a few are dropped: the client sends the same itself."""
+    """Steps that other servers have pushed to a session. Drop all but a few: the client sends them too."""
 
     def put_nowait(self, item: Any) -> None:
-        if item is None or self.qsize() < MAX_PUSHED:  # None is the end
+        if item is None or self.qsize() < MAX_PUSHED:  # None marks the end
             super().put_nowait(item)
 
 
 def shorten_malformed(record: logging.LogRecord) -> bool:
-    """Leave the traceback out of a record that tells of a request which cannot be used: its sender was told."""
+    """Drop the traceback from the record of a malformed request: its sender has got the error."""
     error = record.exc_info[1] if record.exc_info else None
     if isinstance(error, Malformed):
         record.msg, record.args, record.exc_info = "a request was refused: %s", (error,), None
@@ -209,7 +209,7 @@ for _name in ("hivemind.p2p.p2p_daemon", "petals.server.handler"):
 
 
 def split_prompts(prompts: torch.Tensor) -> list[torch.Tensor | None]:
-    """Return the deep prompts of each block, or None where it has none.
+    """Return the deep prompts of each block; None for a block without.
 
     :param prompts: [blocks, sequences, tokens, hidden size]
     """

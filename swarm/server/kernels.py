@@ -1,7 +1,7 @@
 """Compiled loops for decoding on a CPU, where calling a PyTorch operator costs more than its computation.
 
-Between two matrix products of a decoding step there are a dozen operators on some thousand numbers, and attention over
-each sequence's own keys and values. PyTorch takes ten to fifty microseconds for each, thirty times per token for each
+Between the matrix products of a decoding step are a dozen operators on a few thousand numbers, and attention over each
+sequence's own keys and values. PyTorch takes ten to fifty microseconds for each, thirty times per token for each
 sequence; these loops, compiled by Numba when a server starts, take one or two. They compute in float32 and round to
 bfloat16 where PyTorch does.
 """
@@ -19,7 +19,7 @@ from numba.extending import intrinsic, overload
 
 from swarm.families.attention import Scoring
 
-# float32: below this exp() is zero, and would leave the range of normal numbers.
+# float32: below this, exp() counts as zero; it would leave the range of normal numbers.
 LOWEST_EXPONENT = -87.0
 
 
@@ -216,18 +216,17 @@ def array(tensor: torch.Tensor) -> np.ndarray:
 
 
 class Attention:
-    """Attention of a few new tokens over caches that are read and written in place."""
+    """Attention of a few new tokens, reading and writing the caches in place."""
 
     def __init__(self, slopes: torch.Tensor | None, max_length: int, group: int) -> None:
         """Allocate the kernel's buffers.
 
-        :param slopes: [heads]; times the key's position, added to the head's scores; None: nothing is added
+        :param slopes: [heads]; multiplied by the key's position and added to the head's scores; None: nothing is added
         :param max_length: longest sequence, tokens
         :param group: query heads of each key/value head
         """
         self._slopes = None if slopes is None else slopes.float().numpy()
         self._scores = np.empty((group, max_length), np.float32)
-        self._sinks: dict[int, np.ndarray] = {}  # as float32, by the address of the weights
 
     def __call__(
         self,
@@ -237,12 +236,12 @@ class Attention:
         positions: np.ndarray,
         scoring: Scoring,
     ) -> torch.Tensor:
-        """Write the keys and values of the new tokens one by one, and let each attend to all that it sees.
+        """For each new token, write its key and value, and attend to all keys that it sees.
 
         :param queries: [tokens, key/value heads, query heads of each, head size]
         :param new: keys and values, [tokens, 2, key/value heads, head size]
         :param addresses: of each token's sequence's cache, [max length, 2, key/value heads, head size] contiguous
-        :param positions: of the tokens in their sequences; tokens of one sequence in order
+        :param positions: of the tokens in their sequences; tokens of a sequence are in order
         :returns: [tokens, heads times head size]
         """
         outputs = torch.empty(queries.shape, dtype=queries.dtype)
@@ -255,19 +254,11 @@ class Attention:
             np.float32(scoring.scale),
             scoring.window,
             None if scoring.softcap is None else np.float32(scoring.softcap),
-            self._float_sinks(scoring.sinks),
+            None if scoring.sinks is None else scoring.sinks.detach().float().numpy(),
             self._scores,
             array(outputs),
         )
         return outputs.view(len(outputs), -1)
-
-    def _float_sinks(self, sinks: torch.Tensor | None) -> np.ndarray | None:
-        if sinks is None:
-            return None
-        known = self._sinks.get(sinks.data_ptr())
-        if known is None:
-            known = self._sinks[sinks.data_ptr()] = sinks.detach().float().numpy()
-        return known
 
 
 def rotate(heads: torch.Tensor, count: int, cos: torch.Tensor, sin: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""How a server ends, and begins as it began: in the same process, with what it has to know of the time before."""
+"""End a server, or restart it in the same process with the state that it must keep."""
 
 import contextlib
 import logging
@@ -11,17 +11,17 @@ from swarm.process import kill_descendants
 
 log = logging.getLogger(__name__)
 
-# How long an orderly stop may take before everything below this process is killed.
+# How long an orderly stop may take before this process and all its descendants are killed.
 STOP_TIMEOUT = 10.0  # seconds
-# What this process tells the program that it begins again with: how many before it died early, one after the other.
+# Passed on across a restart: how many times in a row the server has died early.
 EARLY_DEATHS = "SWARM_SERVER_EARLY_DEATHS"
 STARTED = time.monotonic()
 
 
 def start_again(stop: threading.Event) -> None:
-    """Begin as this process began, but later and later if it died early again and again.
+    """Restart this process, with a growing delay if it keeps dying early.
 
-    Returns only if ``stop`` is set meanwhile.
+    Returns only if ``stop`` is set during the delay.
     """
     lived = time.monotonic() - STARTED
     deaths = 0 if lived > supervision.HEALTHY_AFTER else int(os.environ.get(EARLY_DEATHS, "0")) + 1
@@ -30,18 +30,18 @@ def start_again(stop: threading.Event) -> None:
     try:
         supervision.replace_process(**{EARLY_DEATHS: str(deaths)})
     except OSError:
-        log.exception("this server cannot begin anew, and ends")
+        log.exception("cannot restart this server; ending")
         die()
 
 
 def bury_children() -> None:
-    """Take note of the deaths of processes that this process had as another program: nobody else would, for good."""
-    with contextlib.suppress(ChildProcessError):  # there are no more
+    """Reap dead children of the program that this process ran before; otherwise they stay zombies."""
+    with contextlib.suppress(ChildProcessError):  # none is left
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
 
 
 def die() -> None:
-    """End this process and everything below it, now."""
+    """End this process and all its descendants, now."""
     kill_descendants()
     os._exit(1)

@@ -1,11 +1,11 @@
 """Serve blocks of a model to a swarm: ``python -m swarm.server MODEL [--initial-peers ...] [--blocks 0:10] ...``
 
 A real Petals server, built directly from petals' ``Server`` (its own command line asks the package index for newer
-versions first). It computes the steps of different sessions in batches, see ``swarm.server.batching``, and tells more
-of itself: its ``rpc_info`` carries ``inference_tokens``, the number of tokens that inference sessions have sent through
-it, and ``silent_for``, the seconds since its computing process was last seen alive.
+versions first). It computes the steps of different sessions in batches, see ``swarm.server.batching``. Its ``rpc_info``
+also reports ``inference_tokens``, the number of tokens that inference sessions have sent through it, and
+``silent_for``, the seconds since its computing process was last seen alive.
 
-A server of which a part has died is no server: it leaves the swarm at once and begins again, see ``swarm.supervision``.
+If a part of it dies, the server leaves the swarm at once and restarts, see ``swarm.supervision``.
 """
 
 import ctypes
@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from swarm.compat import probe_nobody, transformers5, use_server_parts
+from swarm.compat import disable_reachability_probes, transformers5, use_server_parts
 
 import psutil
 from petals.constants import PUBLIC_INITIAL_PEERS
@@ -46,18 +46,18 @@ from swarm.supervision import Part, Watcher
 
 log = logging.getLogger(__name__)
 
-# A private swarm is small: announcing often costs little, and a server that died is forgotten after two periods.
+# A private swarm is small: frequent announcements are cheap, and a dead server is forgotten after two periods.
 PRIVATE_UPDATE_PERIOD = 10.0  # seconds
 PUBLIC_UPDATE_PERIOD = 60.0  # seconds, petals' default
-SESSION_TIMEOUT = 12 * 3600.0  # seconds from the first step to the last: nobody uses one without a pause for this long
-# How long a server with a dead part may take to say that it goes: its users wait for it to come back.
+SESSION_TIMEOUT = 12 * 3600.0  # seconds from the first step to the last; no session is used for this long
+# How long a server with a dead part may take to announce that it leaves: its users wait for its restart.
 WITHDRAWAL_TIMEOUT = 1.0  # seconds
 
 
 def make_server(options: ServerOptions) -> Server:
-    """Build the server: joins or starts the swarm, but loads no blocks yet.
+    """Build the server: join or start the swarm, but load no blocks yet.
 
-    :raises ModelUnavailable: if the model's files cannot be had
+    :raises ModelUnavailable: if the model's files are not available
     """
     use_own_parts(options)
     cache_dir = options.cache_dir or weights.default_cache_dir()
@@ -66,7 +66,7 @@ def make_server(options: ServerOptions) -> Server:
     arguments = server_arguments(options, path)
     host_maddrs = listening_maddrs(options)
     if options.batching:
-        # The processes forked from here on share what is there already, for as long as nobody writes to it: and a
+        # Processes forked from now on share the existing objects until someone writes to them, and a garbage
         # collection writes to every object. Here that is 90 MB.
         freeze_collector()
     with identity_file(options) as identity_path:
@@ -80,7 +80,7 @@ def use_own_parts(options: ServerOptions) -> None:
     """Let petals make its server of this project's parts."""
     imports.postpone(ADAPTERS, transformers5.before_adapters)
     if not options.batching or options.quant != "none":
-        imports.load(ADAPTERS)  # with bitsandbytes, which quantises, and prints when it is imported
+        imports.load(ADAPTERS)  # imports bitsandbytes, which quantises, and prints on import
     TransformerConnectionHandler.inference_tokens = multiprocessing.Value(ctypes.c_uint64)
     TransformerConnectionHandler.heartbeat = multiprocessing.Value(ctypes.c_double, time.monotonic())
     container = batching_container(operator_threads(options)) if options.batching else WatchedContainer
@@ -90,7 +90,7 @@ def use_own_parts(options: ServerOptions) -> None:
 
 
 def server_arguments(options: ServerOptions, path: str) -> dict[str, Any]:
-    """Return what petals' ``Server`` is made with, but for where it listens and who it is.
+    """Return the arguments of petals' ``Server``, except its addresses and identity.
 
     :param path: of the model, see ``weights.locate``
     :raises ModelUnavailable: if the model's configuration does not say how many blocks it has
@@ -99,7 +99,7 @@ def server_arguments(options: ServerOptions, path: str) -> dict[str, Any]:
     device = options.device or hardware.pick_device()
     blocks = options.blocks
     if blocks is None and options.num_blocks is None and device == "cpu":
-        blocks = f"0:{block_count(options.model, path)}"  # petals cannot guess how many fit on a machine without GPU
+        blocks = f"0:{block_count(options.model, path)}"  # without a GPU, petals cannot guess how many fit
     return {
         "converted_model_name_or_path": path,
         "dht_prefix": options.dht_prefix or weights.dht_prefix(options.model),
@@ -114,7 +114,7 @@ def server_arguments(options: ServerOptions, path: str) -> dict[str, Any]:
         "attn_cache_tokens": options.attn_cache_tokens,
         "inference_max_length": options.inference_max_length,
         "num_handlers": options.num_handlers,
-        # Petals' speed test takes long and needs the internet; in a private swarm every server counts the same.
+        # Petals' speed test is slow and needs the internet; in a private swarm all servers count the same.
         "throughput": options.throughput or ("auto" if public else 1.0),
         "update_period": options.update_period or (PUBLIC_UPDATE_PERIOD if public else PRIVATE_UPDATE_PERIOD),
         "step_timeout": options.idle_timeout,
@@ -131,7 +131,7 @@ def is_public(options: ServerOptions) -> bool:
 
 
 def operator_threads(options: ServerOptions) -> int:
-    """Return how many threads PyTorch's operators may have."""
+    """Return how many threads PyTorch's operators may use."""
     return options.threads or hardware.cpu_count()
 
 
@@ -149,9 +149,9 @@ def block_count(model: str, path: str) -> int:
 
 
 def serve(server: Server, on_ready: Any) -> None:
-    """Serve until SIGTERM or SIGINT, then leave the swarm in order: announce that the blocks go, free what is held.
+    """Serve until SIGTERM or SIGINT, then leave the swarm: withdraw the blocks, free all resources.
 
-    If a part of the server dies, begin again, in this process.
+    If a part of the server dies, restart it in this process.
     """
     watcher = Watcher(functools.partial(server_parts, server, find_daemon(server.dht.pid)), beat)
 
@@ -171,8 +171,8 @@ def serve(server: Server, on_ready: Any) -> None:
         server.run()
     except Exception as error:
         if server.stop.is_set() or (WatchedContainer.current is None and EARLY_DEATHS not in os.environ):
-            raise  # it has never served: something is wrong with what it was told
-        log.exception("petals' server fails")
+            raise  # it has never served: its options must be wrong
+        log.exception("petals' server has failed")
         watcher.stop()
         begin_anew(server, f"petals' server ({type(error).__name__})")
     finally:
@@ -182,7 +182,7 @@ def serve(server: Server, on_ready: Any) -> None:
 
 
 def server_parts(server: Server, daemon: psutil.Process) -> Iterator[Part]:
-    """Yield what a server is made of at present.
+    """Yield the current parts of a server.
 
     :param daemon: its p2pd
     """
@@ -194,29 +194,29 @@ def server_parts(server: Server, daemon: psutil.Process) -> Iterator[Part]:
 
 
 def begin_anew(server: Server, part: str) -> None:
-    """Leave the swarm at once and begin as this process began. Returns only if the server is to stop.
+    """Leave the swarm at once and restart this process. Returns only if the server is to stop.
 
     :param part: what has died
     """
-    log.error("%s of this server has died; it leaves the swarm and begins anew", part)
+    log.error("%s of this server has died; leaving the swarm and restarting", part)
     if WatchedContainer.current is not None:
         announcer = WatchedContainer.current.dht_announcer
         leaving = threading.Thread(target=announcer.withdraw, name="withdraw", daemon=True)
         leaving.start()
-        leaving.join(WITHDRAWAL_TIMEOUT)  # it may never end: what is dead may be the DHT, or hold a lock of it
+        leaving.join(WITHDRAWAL_TIMEOUT)  # it may hang: the dead part may be the DHT, or may hold its lock
     kill_descendants()
     start_again(server.stop)
 
 
 def beat() -> None:
-    """Tell the handlers that this process runs, and computes what it is given."""
+    """Report to the handlers that this process runs and its batches finish."""
     batcher = getattr(WatchedContainer.current, "batcher", None)
     if batcher is None or time_in_batch(batcher) < STEP_LIMIT:
         TransformerConnectionHandler.heartbeat.value = time.monotonic()
 
 
 def report_ready(server: Server) -> None:
-    """Log, once the blocks are served, what another machine needs to join."""
+    """Once the blocks are served, log what other machines need to join."""
     while server.module_container is None or not server.module_container.ready.wait(timeout=1):
         if server.stop.wait(0.1):
             return
@@ -227,7 +227,7 @@ def report_ready(server: Server) -> None:
 
 
 def end_with_parent() -> None:
-    """Stop when standard input ends: the parent holds its other end, so that it ends however the parent does."""
+    """Stop when standard input ends: the parent holds its other end, which closes however the parent ends."""
 
     def watch() -> None:
         while os.read(0, 1024):
@@ -246,8 +246,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     logging.getLogger("hivemind.moe.server.runtime").addFilter(lambda record: not is_abandoned_step(record))
     logging.getLogger("hivemind.p2p.p2p_daemon").addFilter(shorten_refusal)
-    # Each thread that computes has helpers of its own. With more helpers in all than cores OpenMP puts them to sleep
-    # after each operator, and waking them takes as long as computing: so only one thread of a batching server has some.
+    # Each computing thread has its own helper threads. If there are more helpers than cores, OpenMP puts them to sleep
+    # after each operator, and waking them takes as long as computing; so only one thread of a batching server has some.
     set_threads(1 if options.batching else operator_threads(options))
     if options.end_with_parent:
         end_with_parent()
@@ -259,8 +259,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except Exception:
         if EARLY_DEATHS not in os.environ or options.end_with_parent:
-            raise  # a parent starts it again, and may know other peers by now
-        log.exception("this server could not begin anew")
+            raise  # a parent restarts it, and may know other peers by now
+        log.exception("the restart of this server failed; retrying")
         kill_descendants()
         start_again(threading.Event())
         return 1

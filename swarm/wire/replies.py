@@ -52,10 +52,10 @@ def read_abilities(metadata: bytes) -> Abilities:
 
     :raises Malformed: if the metadata cannot be read
     """
-    told = read_metadata(metadata)
-    rewind, spread = told.get("rewind", False), told.get("spread", False)
+    reported = read_metadata(metadata)
+    rewind, spread = reported.get("rewind", False), reported.get("spread", False)
     if type(rewind) is not bool or type(spread) is not bool:
-        raise Malformed(f"it reports abilities {quoted(told)}")
+        raise Malformed(f"it reports abilities {quoted(reported)}")
     return Abilities(rewind, spread)
 
 

@@ -72,7 +72,7 @@ class Socket:
         replies: list[dict[str, Any]] = []
         while not replies or (replies[-1]["ok"] and not replies[-1]["stop"]):
             reply = self.receive()
-            if "queue" not in reply:  # told to those who want to know
+            if "queue" not in reply:  # reported if asked for
                 replies.append(reply)
         return replies
 

@@ -1,4 +1,4 @@
-"""Those who wait, as tests need them."""
+"""Waiters for tests."""
 
 import threading
 from collections.abc import Callable
@@ -19,7 +19,7 @@ class Canceller(Until):
 
 
 class Ends(Waiter):
-    """Somebody who waits until something is so."""
+    """A waiter that waits until a condition holds."""
 
     def __init__(self, ended: Callable[[], bool]) -> None:
         self._is_over = ended
@@ -29,12 +29,12 @@ class Ends(Waiter):
             raise Cancelled("nobody waits any more")
 
 
-class Told(Ends):
-    """Somebody who passes on what place they are told, and may stop to wait."""
+class CallbackWaiter(Ends):
+    """A waiter that passes its place in the queue on, and may stop waiting."""
 
-    def __init__(self, tell: Callable[[int], None], ended: Callable[[], bool] = lambda: False) -> None:
+    def __init__(self, on_position: Callable[[int], None], ended: Callable[[], bool] = lambda: False) -> None:
         super().__init__(ended)
-        self._tell = tell
+        self._on_position = on_position
 
     def position(self, place: int) -> None:
-        self._tell(place)
+        self._on_position(place)

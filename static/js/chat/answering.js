@@ -24,7 +24,7 @@ export class Answering {
 
   /**
    * @param {Map<string, RunningAnswer>} running of each chat, by its id
-   * @param {object} page `view(id)` of a message; `refresh({failed})`, `begun()`, `ended(run)`, `words(run)`, `said(text)`,
+   * @param {object} page `view(id)` of a message; `refresh({failed})`, `begun(run)`, `ended(run)`, `words(run)`, `said(text)`,
    *   `position(tokens)` and `slow(view, run)`: what has changed; `pageToken`
    */
   constructor(running, chats, models, page) {
@@ -64,17 +64,16 @@ export class Answering {
     this.elsewhere = true;
     this.#page.refresh();
     const held = await lock(answer.id, signal); // at once, or when the other window has ended
-    const { chat } = conversation;
-    const messages = await this.#chats.stored(this.#chats.messages(chat.id), conversation.path);
-    if (signal.aborted || this.#chats.open !== conversation) {
+    const kept = await this.#chats.conversation(conversation.chat.id, conversation);
+    if (signal.aborted || this.#chats.open !== conversation || !kept) {
       held?.release();
       return;
     }
     this.elsewhere = false;
-    const now = messages.find(({ id }) => id === answer.id);
+    const now = kept.tree.get(answer.id);
     if (now?.state !== "running") {
       held?.release();
-      this.#chats.show((await this.#chats.chat(chat.id)) ?? chat, messages);
+      this.#chats.show(kept);
       return;
     }
     Object.assign(answer, now);
@@ -90,19 +89,20 @@ export class Answering {
 
   /** Write an answer of the open chat. */
   async write(answer, { point = null, held = null } = {}) {
-    const { chat, tree } = this.#chats.open;
+    const conversation = this.#chats.open;
+    const { chat, tree } = conversation;
     const model = this.#models.find(answer.model) ?? this.#models.find(chat.model);
-    const run = new RunningAnswer({ conversation: this.#chats.open, answer, session: this.#takeSession(model), model });
+    const run = new RunningAnswer({ conversation, answer, session: this.#takeSession(model), model });
     this.#running.set(chat.id, run);
-    this.#page.begun();
+    this.#page.begun(run);
     this.#page.refresh();
     // The answer, its question, and the answer that was wanting before that, if there was one: the others are kept.
     const latest = tree.pathTo(answer.id).slice(-3);
-    const kept = this.#chats.keep(run, latest).then(() => this.#chats.list());
+    const kept = this.#chats.keep(conversation, latest).then(() => this.#chats.list());
     held ??= await lock(answer.id, run.abort.signal);
     let error = null;
     try {
-      const options = { signal: run.abort.signal, position: run.conversation.position(answer.id), point };
+      const options = { signal: run.abort.signal, position: conversation.position(answer.id), point };
       for await (const message of run.session.answer(textOf(run), parametersOf(run), options)) this.#take(run, message);
     } catch (caught) {
       error = caught;
@@ -161,18 +161,20 @@ export class Answering {
   #keepNow(run) {
     clearTimeout(run.keepTimer);
     run.keepTimer = 0;
-    run.answer.point = { ...run.session.point, system: run.chat.system };
+    run.answer.point = { ...run.session.point, system: run.conversation.chat.system };
     this.#chats.keepMessage(run.answer);
   }
 
   async #finish(run, error) {
-    const { answer, chat, session } = run;
-    const isOpen = () => chat === this.#chats.open.chat;
+    const { answer, conversation, session } = run;
+    const { chat } = conversation;
+    const isOpen = () => conversation === this.#chats.open;
     clearTimeout(run.keepTimer);
     if (error instanceof TakenOver) {
       // What is kept of the answer is the other window's now.
       this.#running.delete(chat.id);
-      if (isOpen()) this.#chats.show(chat, await this.#chats.stored(this.#chats.messages(chat.id), run.tree));
+      const kept = await this.#chats.conversation(chat.id, conversation);
+      if (kept && isOpen()) this.#chats.show(kept);
       return;
     }
     const givenUp = run.stopping || run.abort.signal.aborted;
@@ -185,7 +187,7 @@ export class Answering {
       error: failed ? { code: error.code, words: whyItFailed(error) } : null,
       ...(error ? { stopSequence: null } : {}),
     });
-    await this.#chats.keep(run, [answer]);
+    await this.#chats.keep(conversation, [answer]);
     this.#running.delete(chat.id);
     if (isOpen() && chat.model === run.model.name) this.#session = session;
     else session.close();
@@ -195,13 +197,15 @@ export class Answering {
 }
 
 /** The conversation up to an answer, as its model reads it. */
-function textOf({ chat, tree, answer, model }) {
+function textOf({ conversation, answer, model }) {
+  const { chat, tree } = conversation;
   const path = tree.pathTo(answer.id);
   const start = Math.max(0, path.findIndex(({ id }) => id === chat.forgotten));
   return transcript(path.slice(start), model.chat, model.name, chat.system ?? undefined);
 }
 
-function parametersOf({ chat, tree, model, answer }) {
+function parametersOf({ conversation, answer, model }) {
+  const { chat, tree } = conversation;
   const [stop, ...others] = model.chat.stop;
   const { seed, ...settings } = samplingParameters(chat.settings);
   // Rounds of one token: the answer arrives token by token. Another answer to the same question is to be another one.

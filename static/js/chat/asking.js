@@ -8,7 +8,7 @@ export class Asking {
   #models;
   #page;
 
-  /** @param {object} page `clear()` of notices, `refresh()`, `follow()` the last message, `focus()` what is written, `view(id)` */
+  /** @param {object} page `refresh()`, `follow()` the last message, `focus()` what is written, `view(id)` */
   constructor(chats, answering, models, page) {
     this.#chats = chats;
     this.#answering = answering;
@@ -46,27 +46,21 @@ export class Asking {
 
   regenerate(id) {
     if (!this.possible) return;
-    this.#page.clear();
     const { tree } = this.#open;
     this.#answer(tree.get(tree.get(id).parent));
     this.#page.focus();
   }
 
-  /** Let the model write on where it ended or was cut off. */
+  /**
+   * Let the model write on where it ended or was cut off. What got no answer is asked again in its place: that is no branch
+   * worth keeping.
+   */
   proceed(id) {
-    if (!this.possible) return;
-    this.#write(this.#open.tree.get(id), {});
-  }
-
-  /** Ask again what got no answer: that is no branch worth keeping. */
-  again(answer) {
-    if (!this.possible) return;
-    this.#write(answer, { text: "", stats: noStats() });
-  }
-
-  #write(answer, fields) {
+    const answer = this.#open.tree.get(id);
+    if (!answer || !this.possible) return;
     // Another model has its own way to end an answer.
-    Object.assign(answer, { state: "running", stopSequence: null, model: this.#open.chat.model, error: null, ...fields });
+    Object.assign(answer, { state: "running", stopSequence: null, model: this.#open.chat.model, error: null });
+    if (!answer.text) answer.stats = noStats();
     this.#answering.write(answer);
     this.#page.focus();
   }
@@ -80,8 +74,7 @@ export class Asking {
       await run.ended;
     }
     const { parent, role, model } = before.tree.get(id) ?? {};
-    if (this.#open.chat !== before.chat || !role || (role === "user" && !this.possible)) return false;
-    this.#page.clear();
+    if (this.#open !== before || !role || (role === "user" && !this.possible)) return false;
     if (role === "user") {
       this.#ask(parent, text);
       return true;
@@ -99,23 +92,23 @@ export class Asking {
 
   async select(id) {
     if (this.#answering.run || this.#answering.elsewhere) return;
-    this.#page.clear();
     this.#open.tree.select(id);
     this.#page.refresh();
     this.#page.view(id).focusVersions();
     await this.#chats.keep(this.#open, []);
   }
 
-  async forget(answer, from) {
-    if (!this.possible) return;
+  /** Let the model read from a later question on, below which an answer may be wanting. */
+  async forget(id, from) {
+    const answer = this.#open.tree.get(id);
+    if (!answer || !this.possible) return;
     const { chat, path } = this.#open;
     // How long what is left of them is will be known with the next answer.
     for (const message of path) if (message.stats) message.stats.position = 0;
     chat.forgotten = from;
     await this.#chats.keep(this.#open, path);
-    this.#page.clear();
     this.#page.refresh();
     if (answer.text) this.#page.focus();
-    else this.again(answer);
+    else this.proceed(id);
   }
 }

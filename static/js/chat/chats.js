@@ -30,7 +30,7 @@ export class Chats {
   }
 
   async start() {
-    this.show(this.#blank());
+    this.show(new Conversation(this.#blank()));
     await this.stored(this.#store.purge(Date.now() - DELETED_FOR_MS));
     await this.#openFromAddress();
     await this.list();
@@ -55,7 +55,7 @@ export class Chats {
   }
 
   create({ replace = false } = {}) {
-    this.show(this.#blank());
+    this.show(new Conversation(this.#blank()));
     const address = location.pathname + location.search;
     if (replace) history.replaceState(null, "", address);
     else if (location.hash) history.pushState(null, "", address);
@@ -63,21 +63,34 @@ export class Chats {
     this.#page.focus();
   }
 
-  /** Show a chat; what is being written in another one goes on. */
-  show(chat, messages) {
-    this.open = new Conversation(chat, messages);
+  /** Show a conversation; what is being written in another one goes on. */
+  show(conversation) {
+    this.open = conversation;
     this.#page.show();
+  }
+
+  /**
+   * A chat's conversation: the one in which an answer is being written, or else what is kept of it.
+   *
+   * @returns {Promise<Conversation | null>} null: there is no such chat any more; `otherwise`: it cannot be read
+   */
+  async conversation(id, otherwise = null) {
+    const kept = await this.stored(this.#read(id), otherwise);
+    const found = this.#running.get(id)?.conversation ?? kept;
+    return found?.chat.deleted ? null : found;
+  }
+
+  async #read(id) {
+    const [chat, messages] = await Promise.all([this.#store.chat(id), this.#store.messages(id)]);
+    return chat ? new Conversation(chat, messages) : null;
   }
 
   async select(id) {
     const before = this.open;
     if (id === before.chat.id) return;
-    const [chat, messages] = await this.stored(Promise.all([this.#store.chat(id), this.messages(id)]), []);
-    if (this.open !== before) return; // something else was opened meanwhile
-    const run = this.#running.get(id);
-    const found = run?.chat ?? chat;
-    if (!found || found.deleted) return;
-    this.show(found, run?.tree ?? messages);
+    const found = await this.conversation(id);
+    if (!found || this.open !== before) return; // something else was opened meanwhile
+    this.show(found);
     this.setAddress();
     this.list();
   }
@@ -109,7 +122,7 @@ export class Chats {
 
   async #known(id) {
     if (id === this.open.chat.id) return this.open.chat;
-    return this.#running.get(id)?.chat ?? (await this.chat(id));
+    return this.#running.get(id)?.conversation.chat ?? (await this.stored(this.#store.chat(id)));
   }
 
   async rename(id, title) {
@@ -145,14 +158,6 @@ export class Chats {
     if (this.open.tree.size) await this.stored(this.#store.putChat(this.open.chat));
   }
 
-  chat(id) {
-    return this.stored(this.#store.chat(id));
-  }
-
-  messages(id) {
-    return this.#store.messages(id);
-  }
-
   search(text) {
     return this.#store.search(text);
   }
@@ -181,7 +186,7 @@ export class Chats {
 
   async export(id, format) {
     const chats = id ? [await this.#store.chat(id)] : await this.#store.chats();
-    const all = await Promise.all(chats.map(async (chat) => ({ chat, messages: await this.messages(chat.id) })));
+    const all = await Promise.all(chats.map(async (chat) => ({ chat, messages: await this.#store.messages(chat.id) })));
     const name = id ? chats[0].title.replace(/[^\p{L}\p{N} _-]+/gu, "").slice(0, TITLE_LENGTH).trim() || "chat" : "petals-chats";
     const { download, toJson, toMarkdown } = await import("./transfer.js");
     if (format === "md") download(`${name}.md`, "text/markdown", toMarkdown(all[0]));
@@ -209,13 +214,13 @@ export class Chats {
     await this.list();
     const shown = this.open;
     const { id, updated } = shown.chat;
-    const [chat, messages] = await this.stored(Promise.all([this.#store.chat(id), this.messages(id)]), []);
+    const kept = await this.conversation(id, shown);
     if (!shown.tree.size || this.#running.has(id) || this.open !== shown) return;
-    if (!chat || chat.deleted) {
+    if (!kept) {
       this.create({ replace: true });
       this.#toast.show("This chat was deleted in another window.");
-    } else if (chat.updated !== updated) {
-      this.show(chat, messages);
+    } else if (kept.chat.updated !== updated) {
+      this.show(kept);
     }
   }
 }

@@ -6,10 +6,10 @@ import { MessageTree } from "./tree.js";
 let lastCreated = 0;
 
 export class Conversation {
-  /** @param {object[] | MessageTree} messages */
+  /** @param {import("./tree.js").Message[]} messages */
   constructor(chat, messages = []) {
     this.chat = chat;
-    this.tree = messages instanceof MessageTree ? messages : new MessageTree(messages, chat.selected);
+    this.tree = new MessageTree(messages, chat.selected);
   }
 
   get path() {

@@ -1,7 +1,7 @@
 /** Wires the chats, the answers and the page together. */
 
 import { Announcer } from "../shared/announcer.js";
-import { $, isComposing, pageConfig } from "../shared/dom.js";
+import { $, isFreeEscape, pageConfig } from "../shared/dom.js";
 import { remember } from "../shared/web-storage.js";
 import { Answering } from "./answering.js";
 import { Asking } from "./asking.js";
@@ -51,7 +51,7 @@ class App {
     this.#settings = new Settings((settings, system) => this.#chats.change({ settings, system }));
     this.#models = new Models(config, {
       select: (name) => this.#selectModel(name),
-      told: () => (this.#models.ready ? this.#refreshStatus() : this.#showTokens()),
+      updated: () => (this.#models.ready ? this.#refreshStatus() : this.#showTokens()),
     });
     this.#chats = new Chats(store, running, new Toast(), {
       defaultModel,
@@ -63,7 +63,7 @@ class App {
     this.#answering = new Answering(running, this.#chats, this.#models, {
       pageToken,
       view: (id) => this.#list.get(id),
-      begun: () => this.#notices.clear(this.#chats.open),
+      begun: (run) => this.#notices.begun(run),
       refresh: () => this.#refresh(),
       words: ({ words }) => this.#composer.status(words),
       said: (text) => this.#announcer.append(text),
@@ -77,7 +77,6 @@ class App {
     });
     this.#asking = new Asking(this.#chats, this.#answering, this.#models, {
       view: (id) => this.#list.get(id),
-      clear: () => this.#notices.clear(this.#chats.open),
       refresh: () => this.#refresh(),
       follow: () => this.#list.follow(),
       focus: () => this.#composer.focus(),
@@ -86,8 +85,7 @@ class App {
     this.#notices = new Notices(this.#list, {
       pageToken,
       proceed: (id) => this.#asking.proceed(id),
-      again: (answer) => this.#asking.again(answer),
-      forget: (answer, from) => this.#asking.forget(answer, from),
+      forget: (id, from) => this.#asking.forget(id, from),
       newChat: () => this.#chats.create(),
     });
     document.addEventListener("keydown", (event) => this.#shortcut(event));
@@ -176,10 +174,8 @@ class App {
   #shortcut(event) {
     const { key } = event;
     const control = (event.ctrlKey || event.metaKey) && !event.altKey && !event.shiftKey;
-    if (key === "Escape") {
-      // Where it closes something, or ends a search or a composition, it does no more than that.
-      const busy = event.defaultPrevented || isComposing(event) || document.querySelector("dialog[open], :popover-open");
-      if (!busy && document.activeElement !== $("search")) this.#stop();
+    if (isFreeEscape(event)) {
+      this.#stop();
     } else if (control && key.toLowerCase() === "k") {
       event.preventDefault();
       closeDialogs();

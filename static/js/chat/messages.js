@@ -210,6 +210,8 @@ class AnswerView extends MessageView {
   #note = element("p", { className: "note" });
   #regenerate;
   #proceed;
+  #notice = null;
+  #actionsOfNotice = []; // of its buttons
   #metaTimer = 0;
 
   constructor(message, actions, grown) {
@@ -254,20 +256,30 @@ class AnswerView extends MessageView {
     this.#showEvents(stats.events ?? []);
   }
 
-  /** Say something below the answer, with buttons to do something about it: [label, action] each. */
+  /**
+   * Say something below the answer, with buttons to do something about it: [label, action or address] each. What is said
+   * already is not said again; its buttons then do the new actions.
+   */
   notice(words, ...buttons) {
+    this.#actionsOfNotice = buttons.map(([, action]) => action);
+    const key = JSON.stringify([words, buttons.map(([label]) => label)]);
+    if (this.#notice?.dataset.key === key) return;
     this.clearNotice();
-    const notice = element("div", { className: "notice", role: "alert" }, element("p", { textContent: words }));
-    for (const [label, action] of buttons) {
+    this.#notice = element("div", { className: "notice", role: "alert", data: { key } }, element("p", { textContent: words }));
+    buttons.forEach(([label, action], i) => {
       const isLink = typeof action === "string";
-      notice.append(isLink ? element("a", { href: action, textContent: label }) : textButton(label, action));
-    }
-    this.tools.before(notice);
+      const button = isLink
+        ? element("a", { href: action, textContent: label })
+        : textButton(label, () => this.#actionsOfNotice[i]());
+      this.#notice.append(button);
+    });
+    this.tools.before(this.#notice);
     this.grown();
   }
 
   clearNotice() {
-    this.article.querySelector(".notice")?.remove();
+    this.#notice?.remove();
+    this.#notice = null;
   }
 
   close() {

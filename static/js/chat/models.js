@@ -13,16 +13,16 @@ export class Models {
   #waiting = new AbortController();
   #picker;
 
-  /** @param {{select: (name: string) => void, told: () => void}} actions `told`: what the server says has changed */
-  constructor({ models, default_model: defaultModel, page_token: pageToken }, { select, told }) {
+  /** @param {{select: (name: string) => void, updated: () => void}} actions `updated`: the server reports new states */
+  constructor({ models, default_model: defaultModel, page_token: pageToken }, { select, updated }) {
     this.#all = models;
     this.#default = defaultModel;
     this.#pageToken = pageToken;
     this.#picker = new Picker(models, pageToken, {
       select,
-      told: (states) => {
+      updated: (states) => {
         this.#states = states;
-        told();
+        updated();
       },
     });
   }
@@ -47,10 +47,10 @@ export class Models {
   /**
    * Wait until a model can be asked, or another one is watched.
    *
-   * @param {(words: string, isDown: boolean, isNew: boolean) => void} told of each step; `isNew`: of another state
+   * @param {(words: string, isDown: boolean, isNew: boolean) => void} onStep called at each step; `isNew`: its state is another
    * @returns {Promise<boolean>} whether it is ready
    */
-  async watch(name, told) {
+  async watch(name, onStep) {
     this.#waiting.abort();
     this.#waiting = new AbortController();
     const { signal } = this.#waiting;
@@ -59,7 +59,7 @@ export class Models {
     let before = "loading";
     try {
       for await (const { state, words } of readiness(name, this.#pageToken, signal)) {
-        told(words, DOWN.has(state), state !== before);
+        onStep(words, DOWN.has(state), state !== before);
         before = state;
       }
     } catch (error) {

@@ -11,17 +11,17 @@ export class Picker {
   #pageToken;
   #rows = new Map();
   #timer = 0;
-  #told;
+  #updated;
 
   /**
    * @param {object[]} models of the page's configuration
-   * @param {{select: (name: string) => void, told: (states: Map<string, object>) => void}} actions `told`: what the server
-   *   says of its models
+   * @param {{select: (name: string) => void, updated: (states: Map<string, object>) => void}} actions `updated`: given what the server
+   *   reports of its models
    */
-  constructor(models, pageToken, { select, told }) {
+  constructor(models, pageToken, { select, updated }) {
     this.#models = models;
     this.#pageToken = pageToken;
-    this.#told = told;
+    this.#updated = updated;
     for (const model of models) $("models").append(this.#row(model, select));
     $("model-button").addEventListener("click", () => {
       $("picker").showModal();
@@ -42,7 +42,7 @@ export class Picker {
     try {
       const { models } = await fetchState(this.#pageToken);
       for (const state of models) this.#show(state);
-      this.#told(new Map(models.map((state) => [state.name, state])));
+      this.#updated(new Map(models.map((state) => [state.name, state])));
       setText($("picker-trouble"), "");
     } catch (error) {
       console.warn("The state of the models is not known.", error);

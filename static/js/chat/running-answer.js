@@ -1,4 +1,4 @@
-/** An answer that is being written, and what is told of it. Knows nothing of the page. */
+/** An answer that is being written, and what is reported of it. Knows nothing of the page. */
 
 import { blocks, serverName } from "../shared/words.js";
 
@@ -17,8 +17,7 @@ export class RunningAnswer {
   #lostAt = null;
 
   constructor({ conversation, answer, session, model }) {
-    const { chat, tree } = conversation;
-    Object.assign(this, { conversation, chat, tree, answer, session, model });
+    Object.assign(this, { conversation, answer, session, model });
     this.ended = new Promise((resolve) => (this.end = resolve));
     this.rate.tokens = answer.stats?.tokens ?? 0;
     answer.stats ??= { tokens: 0 };

@@ -121,7 +121,7 @@ export class ChatSession {
     return this.#socket?.stop() ?? false;
   }
 
-  /** The network has changed: the connection may be dead without anybody having been told. */
+  /** The network has changed: the connection may be dead without any event. */
   reconnect() {
     this.#socket?.drop();
   }

@@ -13,7 +13,7 @@ export class Settings {
   #changed;
   #fields = new Map(); // name to {input, reset}
 
-  /** @param {(settings: Record<string, number>, system: string | null) => void} changed told the new settings */
+  /** @param {(settings: Record<string, number>, system: string | null) => void} changed called with the new settings */
   constructor(changed) {
     this.#changed = changed;
     for (const input of document.querySelectorAll("#parameters input")) {

@@ -1,6 +1,6 @@
 /** The list of chats, and what can be done with them. */
 
-import { $, element, iconButton, isComposing, setText, textButton } from "../shared/dom.js";
+import { $, element, iconButton, isComposing, isFreeEscape, setText, textButton } from "../shared/dom.js";
 import { ago } from "../shared/words.js";
 
 const SEARCH_MS = 150; // after the last key: all messages are looked through
@@ -45,7 +45,7 @@ export class Sidebar {
     $("toggle-sidebar").addEventListener("click", () => this.#toggle());
     $("close-sidebar").addEventListener("click", () => this.close());
     $("backdrop").addEventListener("click", () => this.close());
-    document.addEventListener("keydown", (event) => event.key === "Escape" && this.close() && event.preventDefault());
+    document.addEventListener("keydown", (event) => isFreeEscape(event) && this.close() && event.preventDefault());
     this.#narrow.addEventListener("change", () => this.#setOpen(false));
     this.#setOpen(false);
   }

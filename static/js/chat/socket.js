@@ -58,7 +58,7 @@ export class InferenceSocket {
    * Connect and open a session that outlives the connection for a while.
    *
    * @param {{model: string, maxLength: number, pageToken: string}} options `maxLength` in tokens, prefix included
-   * @param {(message: object) => void} onUpdate told the place in the queue
+   * @param {(message: object) => void} onUpdate called with the place in the queue
    * @returns {Promise<{session_id: string, resume_timeout: number}>}
    * @throws {SocketError} then it is closed
    */

@@ -11,7 +11,7 @@
  * @property {"done" | "running" | "stopped" | "failed" | "refused" | "interrupted"} state of an answer; questions are done
  * @property {string} [model] who answered
  * @property {string | null} [stopSequence] the text that ended the answer, which stands in the model's context
- * @property {object} [stats] what is told below an answer
+ * @property {object} [stats] what is shown below an answer
  * @property {{code?: string, words: string} | null} [error] why an answer failed
  * @property {object | null} [point] where a running answer can be taken up again, see session.js
  */

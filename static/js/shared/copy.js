@@ -1,6 +1,6 @@
 /** A button that copies a text and says so. */
 
-const TOLD_MS = 2_000;
+const NOTICE_MS = 2_000;
 
 let announcer = null;
 
@@ -14,10 +14,10 @@ export function copyButton(getText, { label = "Copy", className = "quiet", name 
   Object.assign(button, { type: "button", className, textContent: label, ariaLabel: name });
   let timer = 0;
   button.addEventListener("click", async () => {
-    const told = (await copy(getText())) ? "Copied" : "Could not copy";
-    announce((button.textContent = told));
+    const outcome = (await copy(getText())) ? "Copied" : "Could not copy";
+    announce((button.textContent = outcome));
     clearTimeout(timer);
-    timer = setTimeout(() => announce("", (button.textContent = label)), TOLD_MS);
+    timer = setTimeout(() => announce("", (button.textContent = label)), NOTICE_MS);
   });
   return button;
 }

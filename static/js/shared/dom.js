@@ -46,6 +46,12 @@ export function isComposing(event) {
   return event.isComposing || event.keyCode === 229;
 }
 
+/** Whether a key is an Escape that closes or ends nothing yet: no dialog, menu, search or composition. */
+export function isFreeEscape(event) {
+  const taken = event.defaultPrevented || isComposing(event) || document.querySelector("dialog[open], :popover-open");
+  return event.key === "Escape" && !taken && !event.target.matches("[type=search]:not(:placeholder-shown)");
+}
+
 export function pageConfig() {
   return JSON.parse($("config").textContent);
 }

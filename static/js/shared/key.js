@@ -5,8 +5,6 @@ import { fetchState } from "./swarm-state.js";
 
 const PATH = "page/key";
 const LIMIT_MS = 10_000;
-const RELOAD = "This page is older than the server, which does not know it any more.";
-const UNKNOWN = "The server did not accept the key of this page.";
 
 /** The form of templates/key_form.html. */
 export class KeyForm {
@@ -38,11 +36,20 @@ export class KeyForm {
 let dialog = null;
 let then = null; // what to do once a key was accepted
 
-/** Ask for a key in a dialog over the chat. */
-function askForKey(action) {
-  then = action;
-  dialog ??= wire($("key-dialog"));
-  if (!dialog.open) dialog.showModal();
+/**
+ * Ask for a key in a dialog over the chat, if the server wants one: somebody may have signed in meanwhile.
+ *
+ * @param {() => void} action what to do once a key was accepted
+ */
+export async function askForKey(action) {
+  try {
+    await fetchState("");
+  } catch (error) {
+    if (error.status !== 401) return;
+    then = action;
+    dialog ??= wire($("key-dialog"));
+    if (!dialog.open) dialog.showModal();
+  }
 }
 
 function wire(node) {
@@ -52,24 +59,6 @@ function wire(node) {
   });
   $("key-later").addEventListener("click", () => node.close());
   return node;
-}
-
-/**
- * Say below an answer that the server did not know the page, and ask for a key if that is what it wants.
- *
- * @param {object} view of the answer @param {string} pageToken @param {() => void} again asks for the answer once more
- */
-export async function refused(view, pageToken, again) {
-  if (pageToken) {
-    view.notice(RELOAD, ["Load it again", () => location.reload()]);
-    return;
-  }
-  view.notice(UNKNOWN, ["Retry", again]);
-  try {
-    await fetchState(pageToken);
-  } catch (error) {
-    if (error.status === 401) askForKey(again); // else somebody has signed in meanwhile
-  }
 }
 
 /** @returns {Promise<string>} why it is not accepted; empty: it is */

@@ -13,7 +13,7 @@ const STATES = {
   rejoining: ["Joining again", "Connecting to the servers again"],
   unreachable: ["Unreachable", "The server cannot be reached"],
 };
-const PEER_END = 6; // characters by which a peer is told from others; all ids begin alike
+const PEER_END = 6; // characters that distinguish a peer; all ids begin alike
 
 /** A model's state for a list. */
 export function stateLabel(state) {
@@ -33,7 +33,7 @@ export function number(value) {
   return whole.format(value);
 }
 
-/** What is told below an answer. */
+/** What is shown below an answer. */
 export function describe({ tokens, perSecond, firstToken, stopped }) {
   const parts = [];
   if (tokens) parts.push(plural(tokens, "token"));

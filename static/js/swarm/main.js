@@ -1,4 +1,4 @@
-/** The page of the swarm: asks again and again, and shows what is told. */
+/** The page of the swarm: asks again and again, and shows what the app reports. */
 
 import { Announcer } from "../shared/announcer.js";
 import { $, pageConfig, setText } from "../shared/dom.js";
@@ -20,7 +20,7 @@ class SwarmPage {
   #joining;
   #announcer = new Announcer();
   #cards = new Map(); // by the model's name
-  #updated = null; // when the app last told something
+  #updated = null; // when the app last reported something
   #failures = 0; // in a row
   #waking = new AbortController();
 

@@ -196,7 +196,7 @@ const COLUMNS = [
   { name: "Blocks", text: (server) => range(server) },
   {
     name: "Throughput",
-    hint: "In requests per second, as the server announces it: in private swarms 1, unless it was told another",
+    hint: "In requests per second, as the server announces it: in private swarms 1, unless it was given another",
     text: ({ throughput }) => `${precise.format(throughput)} req/s`,
   },
   {
@@ -204,10 +204,10 @@ const COLUMNS = [
     hint: "Attention cache that is left on the server, in tokens of sessions",
     // Announced as keys and values of a token in a block.
     text: ({ cache_tokens_left: left, start, end }) =>
-      left === null ? "not told" : number(Math.floor(left / 2 / Math.max(end - start, 1))),
+      left === null ? "not reported" : number(Math.floor(left / 2 / Math.max(end - start, 1))),
   },
-  { name: "Precision", text: ({ torch_dtype: dtype }) => dtype ?? "not told" },
-  { name: "Version", hint: "Of petals", text: ({ version }) => version ?? "not told" },
+  { name: "Precision", text: ({ torch_dtype: dtype }) => dtype ?? "not reported" },
+  { name: "Version", hint: "Of petals", text: ({ version }) => version ?? "not reported" },
   { name: "Ping", hint: "There and back from this app, as measured with some of the servers", text: ({ ping }) => latency(ping) },
 ];
 

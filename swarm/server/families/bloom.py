@@ -1,4 +1,4 @@
-"""BLOOM in batches, see ``BloomBlocks``."""
+"""Batched computation of BLOOM, see ``BloomBlocks``."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +23,7 @@ class BloomBlocks(RaggedBlocks):
 
     @classmethod
     def accepts(cls, blocks: Sequence[nn.Module], config: Any) -> bool:
-        """Whether the weights are not split into slices."""
+        """Accept weights that are not split into slices."""
         return getattr(config, "pretraining_tp", 1) == 1
 
     def __init__(self, blocks: Sequence[Any], config: Any, dtype: torch.dtype, max_length: int) -> None:
@@ -42,7 +42,7 @@ class BloomBlocks(RaggedBlocks):
         self._alibi = build_alibi_tensor(ones, config.num_attention_heads, dtype)[None]  # [1, heads, 1, max length]
 
     def slopes(self) -> torch.Tensor:
-        # Those of position 1.
+        # The biases of position 1.
         return build_alibi_tensor(torch.ones(1, 2), self.config.num_attention_heads, torch.float32)[:, 0, 1]
 
     def mask(self, part: Part, window: int | None) -> torch.Tensor:
@@ -59,7 +59,7 @@ class BloomBlocks(RaggedBlocks):
         query_key_value, dense, up, down = self._projections[number]
         post_norm = block.apply_residual_connection_post_layernorm
         normed = block.input_layernorm(hidden)
-        # The checkpoints keep query, key and value of one head together.
+        # In the checkpoints, query, key and value of a head are adjacent.
         fused = query_key_value(normed).view(-1, self.kv_heads, 3, self.head_size)
         attended = batch.attend(number, fused[:, :, :1], fused[:, :, 1:].transpose(1, 2), self._scoring)
         hidden = dense(attended).add_(normed if post_norm else hidden)
