@@ -74,8 +74,7 @@ def load_blocks(path: Path, **options: Any) -> tuple[list[Any], Any]:
     config = AutoDistributedConfig.from_pretrained(str(path))
     config.update(options)
     blocks = [
-        load_block(str(path), i, config=config, torch_dtype=torch.float32)
-        for i in range(config.num_hidden_layers)
+        load_block(str(path), i, config=config, torch_dtype=torch.float32) for i in range(config.num_hidden_layers)
     ]
     return [convert_block(block, i, config, (CPU,), CPU, QuantType.NONE) for i, block in enumerate(blocks)], config
 

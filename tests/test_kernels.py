@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from swarm.client.head import Head
+from swarm.families.attention import Scoring
 from swarm.packed_linear import PackedLinear, can_pack, fuse
 from swarm.server import kernels
 
@@ -22,33 +23,60 @@ TOLERANCE: dict[torch.dtype, dict[str, Any]] = {
 DTYPES = list(TOLERANCE)
 
 
+HEADS, GROUP, SIZE = 2, 3, 16  # key/value heads, query heads of each, head size
+SCORINGS = {
+    "slopes": Scoring(SIZE**-0.5),
+    "plain": Scoring(0.3),
+    "everything": Scoring(0.3, window=5, softcap=0.7, sinks=torch.linspace(-1, 2, HEADS * GROUP)),
+}
+
+
+def expected_output(
+    query: torch.Tensor, cache: torch.Tensor, end: int, slopes: torch.Tensor | None, scoring: Scoring
+) -> torch.Tensor:
+    """Compute attention of one token by the book.
+
+    :param query: [key/value heads, query heads of each, head size], float32
+    :param cache: [tokens, 2, key/value heads, head size]
+    :param end: the token's position, plus one
+    """
+    keys, values = cache[:end].float().permute(1, 2, 0, 3)
+    scores = query @ keys.transpose(1, 2) * scoring.scale
+    if slopes is not None:
+        scores += slopes.view(HEADS, GROUP, 1) * torch.arange(end)
+    if scoring.softcap:
+        scores = torch.tanh(scores / scoring.softcap) * scoring.softcap
+    if scoring.window:
+        scores[..., : max(0, end - scoring.window)] = -torch.inf
+    if scoring.sinks is not None:
+        scores = torch.cat([scores, scoring.sinks.view(HEADS, GROUP, 1)], dim=-1)
+    return (scores.softmax(-1)[..., :end] @ values).flatten()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("lengths", [[1], [1, 1, 1], [1, 5, 1]])
-def test_attention(dtype: torch.dtype, lengths: list[int]) -> None:
+@pytest.mark.parametrize("kind", SCORINGS)
+@pytest.mark.parametrize("lengths", [[1], [1, 5, 1]])
+def test_attention(dtype: torch.dtype, lengths: list[int], kind: str) -> None:
     """Tokens of several sequences, some with more than one new token, each over its own cache."""
     torch.manual_seed(0)
-    kv_heads, group, size, starts = 2, 3, 16, [30, 0, 7][: len(lengths)]
-    caches = [torch.randn(64, 2, kv_heads, size).to(dtype) for _ in lengths]
+    scoring, starts = SCORINGS[kind], [30, 0, 7][: len(lengths)]
+    caches = [torch.randn(64, 2, HEADS, SIZE).to(dtype) for _ in lengths]
     before = [cache.clone() for cache in caches]
     tokens = sum(lengths)
-    projected = torch.randn(tokens, kv_heads * (group + 2), size).to(dtype)
-    queries = projected[:, : kv_heads * group].unflatten(1, (kv_heads, group))
-    new = projected[:, kv_heads * group :].unflatten(1, (2, kv_heads))
-    slopes = torch.rand(kv_heads * group) / 10
+    projected = torch.randn(tokens, HEADS * (GROUP + 2), SIZE).to(dtype)
+    queries = projected[:, : HEADS * GROUP].unflatten(1, (HEADS, GROUP))
+    new = projected[:, HEADS * GROUP :].unflatten(1, (2, HEADS))
+    slopes = torch.rand(HEADS * GROUP) / 10 if kind == "slopes" else None
     addresses = np.repeat([cache.data_ptr() for cache in caches], lengths)
     positions = np.concatenate([np.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)])
-    outputs = kernels.Attention(slopes, 64, group, size)(queries, new, addresses, positions)
+    outputs = kernels.Attention(slopes, 64, GROUP)(queries, new, addresses, positions, scoring)
     offset = 0
     for cache, old, start, length in zip(caches, before, starts, lengths, strict=True):
         assert torch.equal(cache[start : start + length], new[offset : offset + length])
         assert torch.equal(cache[:start], old[:start]) and torch.equal(cache[start + length :], old[start + length :])
         for i in range(length):
-            end = start + i + 1
-            keys, values = (cache[:end, kind].transpose(0, 1)[None].float() for kind in (0, 1))
-            bias = slopes.view(kv_heads, group, 1) * torch.arange(end)
-            query = queries[offset + i][None].float()
-            expected = F.scaled_dot_product_attention(query, keys, values, attn_mask=bias[None])
-            torch.testing.assert_close(outputs[offset + i].float(), expected.flatten(), **TOLERANCE[dtype])
+            expected = expected_output(queries[offset + i].float(), cache, start + i + 1, slopes, scoring)
+            torch.testing.assert_close(outputs[offset + i].float(), expected, **TOLERANCE[dtype])
         offset += length
 
 

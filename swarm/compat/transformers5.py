@@ -33,7 +33,7 @@ def before_adapters() -> None:
     """Restore what ``petals.utils.peft`` looks for while it is imported."""
     import peft.utils
 
-    peft.utils.COMMON_LAYERS_PATTERN = ADAPTER_LAYERS
+    peft.utils.COMMON_LAYERS_PATTERN = ADAPTER_LAYERS  # type: ignore[attr-defined]
 
 
 def get_file_from_repo(

@@ -40,7 +40,7 @@ def load_block(model: str, number: int, *, config: Any, torch_dtype: Any = "auto
     except RuntimeError as error:
         raise ValueError(f"block {number} of {model}: {error}") from error
     log.info("loaded block %d of %s", number, model)
-    return block.eval()  # type: ignore[no-any-return]
+    return block.eval()
 
 
 def converted(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

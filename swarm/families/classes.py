@@ -189,7 +189,7 @@ def register(model_type: str) -> type[Any]:
     config: Any = type(f"Distributed{stem}Config", (base_config, FamilyConfig), attributes)
     config.from_pretrained = classmethod(functools.partial(_read_config, base_config))
     use_classes(stem, base, causal, config, LlamaNames, LlamaCausalNames)
-    return config  # type: ignore[no-any-return]
+    return config
 
 
 def use_classes(

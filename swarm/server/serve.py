@@ -77,7 +77,7 @@ def make_server(options: ServerOptions) -> Server:
 
 
 def use_own_parts(options: ServerOptions) -> None:
-    """Let petals make its server of this project's parts."""
+    """Make petals build its server from this project's parts."""
     imports.postpone(ADAPTERS, transformers5.before_adapters)
     if not options.batching or options.quant != "none":
         imports.load(ADAPTERS)  # imports bitsandbytes, which quantises, and prints on import
@@ -85,8 +85,8 @@ def use_own_parts(options: ServerOptions) -> None:
     TransformerConnectionHandler.heartbeat = multiprocessing.Value(ctypes.c_double, time.monotonic())
     container = batching_container(operator_threads(options)) if options.batching else WatchedContainer
     use_server_parts(TransformerConnectionHandler, SharedMemoryCache, container, Announcer, PatientDHT, load_block)
-    if options.batching and not is_public(options):  # a stock server is left as it is, to compare with
-        probe_nobody()
+    if options.batching and not is_public(options):  # leave a stock server unchanged, for comparison
+        disable_reachability_probes()
 
 
 def server_arguments(options: ServerOptions, path: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from swarm.families.attention import Scoring, computing_attention
-from swarm.families.layers import Positions, SwarmLayer
+from swarm.families.layers import Positions
 from swarm.packed_linear import fuse
 from swarm.server.blocks import Batch, RaggedBlocks
 
@@ -20,8 +20,6 @@ Context = tuple[torch.Tensor, dict[str | None, tuple[torch.Tensor, torch.Tensor]
 class LayerBlocks(RaggedBlocks):
     """Transformers' own layers. They see a batch as one long sequence, each token with the position that it has in its
     own; only attention knows better."""
-
-    block_type = SwarmLayer
 
     @classmethod
     def accepts(cls, blocks: Sequence[Any], config: Any) -> bool:
@@ -55,4 +53,4 @@ class LayerBlocks(RaggedBlocks):
             return outputs.view(1, len(outputs), -1, self.head_size)
 
         with computing_attention(attention):
-            return block.compute(hidden[None], rotations[block.layer_type], positions)[0]  # type: ignore[no-any-return]
+            return block.compute(hidden[None], rotations[block.layer_type], positions)[0]
