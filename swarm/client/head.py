@@ -37,6 +37,9 @@ class Head:
     def __init__(self, model: Any) -> None:
         self._transformer = model.transformer  # petals gives all its model families BLOOM's attribute names
         self._lm_head = pack_head(model.lm_head, self._transformer.word_embeddings.weight)
+        # What some families do to the logits after the product: greedy answers do not change by it, but all others do.
+        self._scaling: float = getattr(model.config, "logits_scaling", None) or 1.0
+        self._softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
         self.device: torch.device = self._transformer.word_embeddings.weight.device
         self.vocab_size: int = self._transformer.word_embeddings.weight.shape[0]
         self._hidden_shape: torch.Size = self._transformer.word_embeddings.weight.shape[1:]
@@ -57,7 +60,12 @@ class Head:
         :returns: [n rows, vocabulary]
         """
         hidden = hidden.to(self.device, self._transformer.ln_f.weight.dtype)
-        return self._lm_head(self._transformer.ln_f(hidden)).float().cpu()
+        logits = self._lm_head(self._transformer.ln_f(hidden)).float()
+        if self._scaling != 1.0:
+            logits = logits / self._scaling
+        if self._softcap is not None:
+            logits = torch.tanh(logits / self._softcap) * self._softcap
+        return logits.cpu()
 
     def next_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the logits of one sequence's next token, computed together with those other threads wait for.
