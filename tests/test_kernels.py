@@ -146,7 +146,7 @@ def test_head_computes_together_for_all_who_wait() -> None:
         word_embeddings=embeddings, word_embeddings_layernorm=nn.Identity(), ln_f=nn.LayerNorm(8)
     )
     lm_head: Any = SimpleNamespace(weight=embeddings.weight, bias=None, use_chunked_forward=False)
-    head = Head(SimpleNamespace(transformer=transformer, lm_head=lm_head))
+    head = Head(SimpleNamespace(transformer=transformer, lm_head=lm_head, config=SimpleNamespace()))
     assert isinstance(head._lm_head, PackedLinear)
     hidden, results = torch.randn(8, 8), [torch.empty(0)] * 8
 
