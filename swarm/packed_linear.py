@@ -68,7 +68,9 @@ class PackedLinear(nn.Module):
         if self.packed is None:
             return F.linear(inputs, self.weight, self.bias)  # type: ignore[arg-type]
         if torch.is_grad_enabled() and inputs.requires_grad:
-            return _Product.apply(inputs, self.packed, self.bias)
+            # As rows: of more dimensions oneDNN returns a view, in which nobody may add something in place.
+            rows = _Product.apply(inputs.flatten(0, -2), self.packed, self.bias)
+            return rows.unflatten(0, inputs.shape[:-1])
         return _product(inputs, self.packed, self.bias)
 
 

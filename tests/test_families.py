@@ -9,18 +9,22 @@ import swarm.compat  # noqa: F401
 
 import pytest
 import torch
-from petals import AutoDistributedConfig
 from transformers import AutoModelForCausalLM
 
 from swarm.client.model import SwarmModel
-from swarm.families.adopt import adopt
-from swarm.families.checkpoint import load_block
 from swarm.local import LocalSwarm
-from swarm.server.blocks import Part, RaggedBlocks
 from swarm.server.families import make_ragged_blocks
 from swarm.server.families.layers import LayerBlocks
 from swarm.server.families.llama import FusedLayerBlocks
-from tests.support.families import VARIANTS, make_tiny_family
+from tests.support.families import (
+    VARIANTS,
+    as_petals_calls,
+    assert_close,
+    in_batches,
+    load_blocks,
+    make_tiny_family,
+    reference_states,
+)
 
 FUSED = {"llama", "llama3", "mistral", "qwen2", "qwen2-window", "qwen3"}
 
@@ -35,54 +39,6 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Any:
         return made[variant]
 
     return get
-
-
-def load_blocks(path: Path) -> tuple[Any, list[Any]]:
-    adopt(str(path))
-    config = AutoDistributedConfig.from_pretrained(str(path))
-    count = config.num_hidden_layers
-    return config, [load_block(str(path), i, config=config, torch_dtype=torch.float32) for i in range(count)]
-
-
-@torch.inference_mode()
-def reference_states(path: Path, tokens: int = 60) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return inputs of the first block and outputs of the last, [tokens, hidden size] each."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    seen: dict[str, torch.Tensor] = {}
-
-    def note_inputs(module: Any, args: Any, kwargs: Any) -> None:
-        seen["inputs"] = (args[0] if args else kwargs["hidden_states"])[0].clone()
-
-    model.model.layers[0].register_forward_pre_hook(note_inputs, with_kwargs=True)
-    model.model.norm.register_forward_pre_hook(lambda module, args: seen.update(outputs=args[0][0].clone()))
-    model(torch.randint(4, 400, (1, tokens), generator=torch.Generator().manual_seed(1)))
-    return seen["inputs"], seen["outputs"]
-
-
-@torch.inference_mode()
-def in_batches(blocks: RaggedBlocks, inputs: torch.Tensor) -> list[torch.Tensor]:
-    """Compute the inputs as two sequences that share batches, in steps of different sizes."""
-    caches = blocks.cache_descriptor(len(blocks.blocks), 2, 128).make_zeros().unbind(1)
-    batches: list[list[tuple[int, int, int]]] = [  # sequence, start, tokens
-        [(0, 0, 5), (1, 0, 40)],
-        [(0, 5, 1), (1, 40, 1)],
-        [(0, 6, 1), (1, 41, 9)],
-        [(0, 7, 40), (1, 50, 1)],
-        [(0, 47, 1), (1, 51, 9)],
-        [(0, 48, 12)],
-    ]
-    outputs: list[list[torch.Tensor]] = [[], []]
-    for batch in batches:
-        parts = [Part(caches[sequence], start, size) for sequence, start, size in batch]
-        hidden = torch.cat([inputs[start : start + size] for _, start, size in batch])
-        computed = blocks.forward(hidden, parts, 0, len(blocks.blocks))
-        for (sequence, _, _), rows in zip(batch, computed.split([size for *_, size in batch]), strict=True):
-            outputs[sequence].append(rows)
-    return [torch.cat(rows) for rows in outputs]
-
-
-def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=float(expected.abs().max()) * 2e-5)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -103,18 +59,6 @@ def test_blocks_equal_transformers(variant: str, checkpoints: Any) -> None:
     assert served is not None and isinstance(served, FusedLayerBlocks) == (variant in FUSED)
     for computed in in_batches(served, inputs):
         assert_close(computed, outputs)
-
-
-@torch.inference_mode()
-def as_petals_calls(blocks: Sequence[Any], inputs: torch.Tensor, steps: Sequence[tuple[int, int]]) -> torch.Tensor:
-    past: list[Any] = [None] * len(blocks)
-    outputs = []
-    for start, end in steps:
-        hidden = inputs[None, start:end]
-        for i, block in enumerate(blocks):
-            hidden, past[i] = block(hidden, layer_past=past[i], use_cache=True)
-        outputs.append(hidden[0])
-    return torch.cat(outputs)
 
 
 @pytest.fixture(scope="module")

@@ -25,14 +25,14 @@ DTYPES = list(TOLERANCE)
 
 HEADS, GROUP, SIZE = 2, 3, 16  # key/value heads, query heads of each, head size
 SCORINGS = {
-    "slopes": Scoring(SIZE**-0.5),
+    "biases": Scoring(SIZE**-0.5),
     "plain": Scoring(0.3),
     "everything": Scoring(0.3, window=5, softcap=0.7, sinks=torch.linspace(-1, 2, HEADS * GROUP)),
 }
 
 
 def expected_output(
-    query: torch.Tensor, cache: torch.Tensor, end: int, slopes: torch.Tensor | None, scoring: Scoring
+    query: torch.Tensor, cache: torch.Tensor, end: int, biases: torch.Tensor | None, scoring: Scoring
 ) -> torch.Tensor:
     """Compute attention of one token by the book.
 
@@ -42,8 +42,8 @@ def expected_output(
     """
     keys, values = cache[:end].float().permute(1, 2, 0, 3)
     scores = query @ keys.transpose(1, 2) * scoring.scale
-    if slopes is not None:
-        scores += slopes.view(HEADS, GROUP, 1) * torch.arange(end)
+    if biases is not None:
+        scores += biases.view(HEADS, GROUP, -1)[..., :end]
     if scoring.softcap:
         scores = torch.tanh(scores / scoring.softcap) * scoring.softcap
     if scoring.window:
@@ -66,16 +66,16 @@ def test_attention(dtype: torch.dtype, lengths: list[int], kind: str) -> None:
     projected = torch.randn(tokens, HEADS * (GROUP + 2), SIZE).to(dtype)
     queries = projected[:, : HEADS * GROUP].unflatten(1, (HEADS, GROUP))
     new = projected[:, HEADS * GROUP :].unflatten(1, (2, HEADS))
-    slopes = torch.rand(HEADS * GROUP) / 10 if kind == "slopes" else None
+    biases = torch.randn(HEADS * GROUP, 64) if kind == "biases" else None
     addresses = np.repeat([cache.data_ptr() for cache in caches], lengths)
     positions = np.concatenate([np.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)])
-    outputs = kernels.Attention(slopes, 64, GROUP)(queries, new, addresses, positions, scoring)
+    outputs = kernels.Attention(biases, 64, GROUP)(queries, new, addresses, positions, scoring)
     offset = 0
     for cache, old, start, length in zip(caches, before, starts, lengths, strict=True):
         assert torch.equal(cache[start : start + length], new[offset : offset + length])
         assert torch.equal(cache[:start], old[:start]) and torch.equal(cache[start + length :], old[start + length :])
         for i in range(length):
-            expected = expected_output(queries[offset + i].float(), cache, start + i + 1, slopes, scoring)
+            expected = expected_output(queries[offset + i].float(), cache, start + i + 1, biases, scoring)
             torch.testing.assert_close(outputs[offset + i].float(), expected, **TOLERANCE[dtype])
         offset += length
 

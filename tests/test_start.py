@@ -15,8 +15,8 @@ from transformers import AutoTokenizer, FalconForCausalLM
 from websockets.exceptions import ConnectionClosed
 
 from tests.support.client import call, websocket
+from tests.support.falcon import make_tiny_falcon
 from tests.support.processes import GUNICORN, ROOT, Program, running, survivors
-from tests.support.tiny import make_tiny_falcon
 from tests.test_session import wait_until
 
 PROMPT = "The quick brown fox"

@@ -1,7 +1,8 @@
 """Falcon as a block of petals: Transformers' own decoder layer, in all its variants.
 
-Petals' block is a copy of an older layer. It calls what is gone from Transformers, and it lacks Falcon-7B, whose queries
-share one key and value, and Falcon2-11B, which has one norm where 40B has two. The names of the weights are the same.
+Petals' block is a copy of an older layer. It calls what is gone from Transformers, and it cannot compute Falcon-7B,
+whose queries share one key and value, nor Falcon2-11B, which has one norm where 40B has two. The names of the weights
+are the same.
 """
 
 import math
@@ -29,8 +30,8 @@ def restore_falcon() -> None:
 def alibi_biases(config: Any, length: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Return what each head adds to its scores for each position of a key: [heads, length].
 
-    Unlike BLOOM's, these biases (ALiBi, https://arxiv.org/abs/2108.12409) are scaled as the products of queries and keys
-    are, and they do not quite grow linearly: the model was trained with what bfloat16 holds of them.
+    Unlike BLOOM's, these biases (ALiBi, https://arxiv.org/abs/2108.12409) are scaled as products of queries and keys
+    are, and they do not quite grow linearly: they are rounded to what bfloat16 can hold.
     """
     ones = torch.ones(1, length, dtype=torch.long, device=device)
     biases = build_alibi_tensor(ones, config.num_attention_heads, dtype)[:, 0]
@@ -53,7 +54,7 @@ class FalconBlock(FalconDecoderLayer):
         self.eval()  # petals leaves its blocks in training mode, where dropout would be computed
         self._positions: list[Positions] = []  # made late, and in a list: see ``SwarmLayer``
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, hidden_states: torch.Tensor, *args: Any, layer_past: Any = None, use_cache: bool = False, **options: Any
     ) -> tuple[Any, ...]:
         """Compute the block as petals wants it.

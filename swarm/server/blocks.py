@@ -156,7 +156,7 @@ class RaggedBlocks:
         self.head_size = head_size(config)
         self._attention: kernels.Attention | None = None
         if self.device.type == "cpu":
-            self._attention = kernels.Attention(self.slopes(), max_length, self.group)
+            self._attention = kernels.Attention(self.biases(), max_length, self.group)
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -189,8 +189,8 @@ class RaggedBlocks:
             hidden = self.compute(block, hidden, batch, context)
         return hidden
 
-    def slopes(self) -> torch.Tensor | None:
-        """Return what each head adds to its scores for each position of a key: [heads]; None: nothing."""
+    def biases(self) -> torch.Tensor | None:
+        """Return what each head adds to its scores for each position of a key: [heads, max length]; None: nothing."""
         return None
 
     def mask(self, part: Part, window: int | None) -> torch.Tensor | None:

@@ -108,7 +108,7 @@ def _attend(
     new: Any,
     addresses: Any,
     positions: Any,
-    slopes: Any,
+    biases: Any,
     scale: Any,
     window: Any,
     softcap: Any,
@@ -140,8 +140,8 @@ def _attend(
                     score = np.float32(0)
                     for d in range(size):
                         score += query[g, d] * value[d]
-                    if slopes is not None:
-                        score += slopes[head * group + g] * np.float32(j)
+                    if biases is not None:
+                        score += biases[head * group + g, j]
                     if softcap is not None:
                         score = softcap * np.tanh(score / softcap)
                     scores[g, j] = score
@@ -218,14 +218,14 @@ def array(tensor: torch.Tensor) -> np.ndarray:
 class Attention:
     """Attention of a few new tokens, reading and writing the caches in place."""
 
-    def __init__(self, slopes: torch.Tensor | None, max_length: int, group: int) -> None:
+    def __init__(self, biases: torch.Tensor | None, max_length: int, group: int) -> None:
         """Allocate the kernel's buffers.
 
-        :param slopes: [heads]; multiplied by the key's position and added to the head's scores; None: nothing is added
+        :param biases: [heads, max length]; what each head adds to the scores of keys by their position; None: nothing
         :param max_length: longest sequence, tokens
         :param group: query heads of each key/value head
         """
-        self._slopes = None if slopes is None else slopes.float().numpy()
+        self._biases = None if biases is None else biases.float().contiguous().numpy()
         self._scores = np.empty((group, max_length), np.float32)
 
     def __call__(
@@ -250,7 +250,7 @@ class Attention:
             array(new),
             addresses,
             positions,
-            self._slopes,
+            self._biases,
             np.float32(scoring.scale),
             scoring.window,
             None if scoring.softcap is None else np.float32(scoring.softcap),

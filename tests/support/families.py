@@ -1,12 +1,19 @@
-"""Tiny random checkpoints of every family, as current Transformers saves them."""
+"""Tiny random checkpoints of every family, as current Transformers saves them, and what their blocks compute."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import swarm.compat  # noqa: F401
+
 import torch
 import transformers
+from petals import AutoDistributedConfig
+from transformers import AutoModelForCausalLM
 
+from swarm.families.adopt import adopt
+from swarm.families.checkpoint import load_block
+from swarm.server.blocks import Part, RaggedBlocks
 from tests.support.tiny import alone, make_tokenizer
 
 LLAMA3 = {
@@ -74,7 +81,7 @@ VARIANTS: Mapping[str, tuple[str, dict[str, Any]]] = {
 
 @alone
 def make_tiny_family(directory: Path, variant: str, **options: Any) -> Path:
-    """Write a random checkpoint of one of ``VARIANTS``, of four layers, whose norms and sinks do something."""
+    """Write a random checkpoint of one of ``VARIANTS``, of four layers."""
     stem, settings = VARIANTS[variant]
     tokenizer = make_tokenizer()
     torch.manual_seed(0)
@@ -94,9 +101,76 @@ def make_tiny_family(directory: Path, variant: str, **options: Any) -> Path:
         **options,
     )
     model = getattr(transformers, f"{stem.removesuffix('Text')}ForCausalLM")(config)
+    return save_stirred(model, tokenizer, directory)
+
+
+def save_stirred(model: Any, tokenizer: Any, directory: Path) -> Path:
+    """Write a random checkpoint whose norms, biases and sinks do something: Transformers makes them ones and zeros."""
     for name, parameter in model.named_parameters():
-        if "norm" in name or "sinks" in name or name.endswith("bias"):
+        if any(part in name for part in ("norm", "ln_", "sinks")) or name.endswith("bias"):
             parameter.data.add_(torch.randn_like(parameter) * 0.3)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+def load_blocks(path: Path) -> tuple[Any, list[Any]]:
+    adopt(str(path))
+    config = AutoDistributedConfig.from_pretrained(str(path))
+    count = config.num_hidden_layers
+    return config, [load_block(str(path), i, config=config, torch_dtype=torch.float32) for i in range(count)]
+
+
+@torch.inference_mode()
+def reference_states(path: Path, tokens: int = 60) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return inputs of the first block and outputs of the last, [tokens, hidden size] each."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    seen: dict[str, torch.Tensor] = {}
+
+    def note_inputs(module: Any, args: Any, kwargs: Any) -> None:
+        seen["inputs"] = (args[0] if args else kwargs["hidden_states"])[0].clone()
+
+    base = model.base_model
+    first, norm = (base.h[0], base.ln_f) if hasattr(base, "h") else (base.layers[0], base.norm)
+    first.register_forward_pre_hook(note_inputs, with_kwargs=True)
+    norm.register_forward_pre_hook(lambda module, args: seen.update(outputs=args[0][0].clone()))
+    model(torch.randint(4, 400, (1, tokens), generator=torch.Generator().manual_seed(1)))
+    return seen["inputs"], seen["outputs"]
+
+
+@torch.inference_mode()
+def in_batches(blocks: RaggedBlocks, inputs: torch.Tensor) -> list[torch.Tensor]:
+    """Compute the inputs as two sequences that share batches, in steps of different sizes."""
+    caches = blocks.cache_descriptor(len(blocks.blocks), 2, 128).make_zeros().unbind(1)
+    batches: list[list[tuple[int, int, int]]] = [  # sequence, start, tokens
+        [(0, 0, 5), (1, 0, 40)],
+        [(0, 5, 1), (1, 40, 1)],
+        [(0, 6, 1), (1, 41, 9)],
+        [(0, 7, 40), (1, 50, 1)],
+        [(0, 47, 1), (1, 51, 9)],
+        [(0, 48, 12)],
+    ]
+    outputs: list[list[torch.Tensor]] = [[], []]
+    for batch in batches:
+        parts = [Part(caches[sequence], start, size) for sequence, start, size in batch]
+        hidden = torch.cat([inputs[start : start + size] for _, start, size in batch])
+        computed = blocks.forward(hidden, parts, 0, len(blocks.blocks))
+        for (sequence, _, _), rows in zip(batch, computed.split([size for *_, size in batch]), strict=True):
+            outputs[sequence].append(rows)
+    return [torch.cat(rows) for rows in outputs]
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=float(expected.abs().max()) * 2e-5)
+
+
+@torch.inference_mode()
+def as_petals_calls(blocks: Sequence[Any], inputs: torch.Tensor, steps: Sequence[tuple[int, int]]) -> torch.Tensor:
+    past: list[Any] = [None] * len(blocks)
+    outputs = []
+    for start, end in steps:
+        hidden = inputs[None, start:end]
+        for i, block in enumerate(blocks):
+            hidden, past[i] = block(hidden, layer_past=past[i], use_cache=True)
+        outputs.append(hidden[0])
+    return torch.cat(outputs)

@@ -10,8 +10,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
-    FalconConfig,
-    FalconForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PretrainedConfig,
@@ -90,18 +88,6 @@ def make_tiny_bloom(directory: Path, *, n_layer: int = 4, hidden_size: int = 64,
     model.transformer.save_pretrained(directory, safe_serialization=True)
     tokenizer.save_pretrained(directory)
     return directory
-
-
-def make_tiny_falcon(directory: Path) -> Path:
-    """Write a random Falcon checkpoint of the newer architecture, as Falcon-40B's and 180B's."""
-    options = {
-        "num_hidden_layers": 2,
-        "num_kv_heads": 2,
-        "new_decoder_architecture": True,
-        "alibi": False,
-        "bias": False,
-    }
-    return save_random(FalconForCausalLM, FalconConfig, directory, **options)
 
 
 def make_tiny_llama(directory: Path) -> Path:

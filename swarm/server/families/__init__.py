@@ -1,7 +1,7 @@
 """The model families as they are computed in batches.
 
-``BloomBlocks`` and the like compute petals' own classes; ``LayerBlocks`` computes any family of ``swarm.families`` by
-Transformers' layers, and ``FusedLayerBlocks`` does so faster for some.
+``BloomBlocks`` and ``FalconBlocks`` compute one family each; ``LayerBlocks`` computes any family of ``swarm.families``
+by Transformers' layers, and ``FusedLayerBlocks`` does so faster for some.
 """
 
 import logging
@@ -12,18 +12,20 @@ import swarm.compat  # noqa: F401
 
 import torch
 from torch import nn
+from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from swarm.families.layers import SwarmLayer
 from swarm.packed_linear import PackedLinear, separate
 from swarm.server.blocks import Part, RaggedBlocks
 from swarm.server.families.bloom import BloomBlocks
+from swarm.server.families.falcon import FalconBlocks
 from swarm.server.families.layers import LayerBlocks
 from swarm.server.families.llama import FusedLayerBlocks
 
 log = logging.getLogger(__name__)
 
-# Blocks of petals' own classes.
-FAMILIES: tuple[type[RaggedBlocks], ...] = (BloomBlocks,)
+# Those that are computed by a class of their own.
+FAMILIES: tuple[type[RaggedBlocks], ...] = (BloomBlocks, FalconBlocks)
 
 # How far fused blocks may be from Transformers' layers: rounding differs, and errors of mathematics are far larger.
 # Relative to the largest output. float32 differs by 1e-6 to 1e-5, bfloat16 by up to 1e-2.
@@ -118,4 +120,4 @@ def unmap_checkpoint(blocks: Sequence[nn.Module]) -> None:
 def has_plain_layers(block: nn.Module) -> bool:
     """Whether a block's linear layers are those that it was published with, neither quantised nor with an adapter."""
     kinds = {type(module) for module in block.modules()}
-    return not any(issubclass(kind, nn.Linear) and kind is not nn.Linear for kind in kinds)
+    return not any(issubclass(kind, nn.Linear) and kind not in (nn.Linear, FalconLinear) for kind in kinds)

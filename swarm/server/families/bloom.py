@@ -41,9 +41,9 @@ class BloomBlocks(RaggedBlocks):
         self._scoring = Scoring(self.head_size**-0.5)
         self._alibi = build_alibi_tensor(ones, config.num_attention_heads, dtype)[None]  # [1, heads, 1, max length]
 
-    def slopes(self) -> torch.Tensor:
-        # The biases of position 1.
-        return build_alibi_tensor(torch.ones(1, 2), self.config.num_attention_heads, torch.float32)[:, 0, 1]
+    def biases(self) -> torch.Tensor:
+        # In float32, as the kernel computes.
+        return build_alibi_tensor(torch.ones(1, self.max_length), self.config.num_attention_heads, torch.float32)[:, 0]
 
     def mask(self, part: Part, window: int | None) -> torch.Tensor:
         alibi = self._alibi[..., : part.start + part.length]

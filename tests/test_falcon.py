@@ -1,0 +1,92 @@
+"""Falcon in all its variants, against plain Transformers."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import swarm.compat  # noqa: F401
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from swarm.server.blocks import Part, RaggedBlocks
+from swarm.server.families import make_ragged_blocks
+from swarm.server.families.falcon import FalconBlocks
+from tests.support.falcon import FALCON_VARIANTS, make_tiny_falcon
+from tests.support.families import as_petals_calls, assert_close, in_batches, load_blocks, reference_states
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Make a checkpoint of a variant, once."""
+    made: dict[str, Path] = {}
+
+    def get(variant: str) -> Path:
+        if variant not in made:
+            made[variant] = make_tiny_falcon(tmp_path_factory.mktemp("falcon") / variant, variant)
+        return made[variant]
+
+    return get
+
+
+def ragged(blocks: list[Any], config: Any, max_length: int = 128) -> RaggedBlocks:
+    modules: Any = [SimpleNamespace(module_shards=[block]) for block in blocks]
+    ragged = make_ragged_blocks(modules, config, torch.float32, max_length)
+    assert isinstance(ragged, FalconBlocks)
+    return ragged
+
+
+@pytest.mark.parametrize("variant", FALCON_VARIANTS)
+def test_blocks_equal_transformers(variant: str, checkpoint: Callable[[str], Path]) -> None:
+    path = checkpoint(variant)
+    inputs, outputs = reference_states(path)
+    config, blocks = load_blocks(path)
+    assert_close(as_petals_calls(blocks, inputs, [(0, 60)]), outputs)
+    assert_close(as_petals_calls(blocks, inputs, [(0, 20), (20, 21), (21, 60)]), outputs)
+    batching = ragged(blocks, config)
+    for computed in in_batches(batching, inputs):
+        assert_close(computed, outputs)
+    batching._attention = None  # as on a GPU
+    for computed in in_batches(batching, inputs):
+        assert_close(computed, outputs)
+    # Petals goes on using the blocks, whose weights are packed now.
+    assert_close(as_petals_calls(blocks, inputs, [(0, 59), (59, 60)]), outputs)
+
+
+def test_alibi_is_rounded_to_bfloat16(checkpoint: Callable[[str], Path]) -> None:
+    """Its biases are what bfloat16 holds of them, which far positions show: 257 counts as 256."""
+    path = checkpoint("rw")
+    inputs, outputs = reference_states(path, 520)
+    config, blocks = load_blocks(path)
+    assert_close(as_petals_calls(blocks, inputs, [(0, 300), (300, 520)]), outputs)
+    batching = ragged(blocks, config, 520)
+    cache = batching.cache_descriptor(len(blocks), 1, 520).make_zeros()[:, 0]
+    with torch.inference_mode():
+        rows = [batching.forward(inputs[:500].clone(), [Part(cache, 0, 500)], 0, len(blocks))]
+        for start in range(500, 520):
+            rows.append(batching.forward(inputs[start : start + 1].clone(), [Part(cache, start, 1)], 0, len(blocks)))
+    assert_close(torch.cat(rows), outputs)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("variant", FALCON_VARIANTS)
+def test_gradients_equal_transformers(variant: str, packed: bool, checkpoint: Callable[[str], Path]) -> None:
+    """What ``rpc_backward`` computes, for a batch of two."""
+    path = checkpoint(variant)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval().requires_grad_(False).transformer
+    config, blocks = load_blocks(path)
+    if packed:
+        ragged(blocks, config)
+    generator = torch.Generator().manual_seed(2)
+    inputs = torch.randn(2, 30, config.hidden_size, generator=generator)
+    weights = torch.randn(2, 30, config.hidden_size, generator=generator)
+    expected, actual = inputs.clone().requires_grad_(), inputs.clone().requires_grad_()
+    (model(inputs_embeds=expected).last_hidden_state * weights).sum().backward()
+    hidden = actual
+    for block in blocks:
+        (hidden,) = block.requires_grad_(False)(hidden)
+    (model.ln_f(hidden) * weights).sum().backward()
+    assert expected.grad is not None and actual.grad is not None
+    assert_close(actual.grad, expected.grad)
