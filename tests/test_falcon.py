@@ -6,16 +6,23 @@ from types import SimpleNamespace
 from typing import Any
 
 import swarm.compat  # noqa: F401
+from swarm.compat import shared_dht
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from petals import AutoDistributedModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from swarm.client.model import SwarmModel
+from swarm.local import LocalSwarm
 from swarm.server.blocks import Part, RaggedBlocks
 from swarm.server.families import make_ragged_blocks
 from swarm.server.families.falcon import FalconBlocks
+from swarm.weights import dht_prefix
+from tests.conftest import greedy, load_model, tiny_server
 from tests.support.falcon import FALCON_VARIANTS, make_tiny_falcon
 from tests.support.families import as_petals_calls, assert_close, in_batches, load_blocks, reference_states
+from tests.test_session import PROMPTS, infos, run_greedy
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +97,53 @@ def test_gradients_equal_transformers(variant: str, packed: bool, checkpoint: Ca
     (model.ln_f(hidden) * weights).sum().backward()
     assert expected.grad is not None and actual.grad is not None
     assert_close(actual.grad, expected.grad)
+
+
+def assert_greedy(model: SwarmModel, path: Path) -> None:
+    """Compare 40 greedy tokens for each prompt with those of plain Transformers."""
+    reference, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    for prompt in PROMPTS:
+        token_ids = tokenizer.encode(prompt)
+        expected = greedy(reference, token_ids, 40)
+        with model.open_session(128) as session:
+            assert run_greedy(session, token_ids, len(expected)) == expected
+
+
+@pytest.mark.parametrize("variant", ["40b", "11b", "7b", "rw"])
+def test_batching_servers(variant: str, checkpoint: Callable[[str], Path]) -> None:
+    path = checkpoint(variant)
+    with LocalSwarm() as local:
+        for blocks in ("0:2", "2:4"):
+            local.start_server(tiny_server(path, blocks))
+        model = load_model(path, local)
+        assert [info["batching"] for info in infos(model)] == [True, True]
+        assert_greedy(model, path)
+        model.close()
+
+
+@pytest.mark.parametrize("variant", ["40b", "7b", "rw"])
+def test_petals_own_path(variant: str, checkpoint: Callable[[str], Path]) -> None:
+    """A server that batches, one that does not, and petals' own ways to train through both."""
+    path = checkpoint(variant)
+    reference = AutoModelForCausalLM.from_pretrained(path).transformer
+    token_ids = torch.randint(4, 400, (2, 9), generator=torch.Generator().manual_seed(3))
+
+    def passes(transformer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        embeddings = reference.word_embeddings(token_ids).detach().requires_grad_()
+        outputs = transformer(inputs_embeds=embeddings).last_hidden_state
+        (gradients,) = torch.autograd.grad(outputs.square().sum(), embeddings)
+        return outputs, gradients
+
+    with LocalSwarm() as local:
+        local.start_server(tiny_server(path, "0:2"))
+        local.start_server(tiny_server(path, "2:4", batching=False))
+        model = load_model(path, local)
+        assert [info["batching"] for info in infos(model)] == [True, False]
+        assert_greedy(model, path)
+        with shared_dht(local.swarm.dht):
+            trained = AutoDistributedModelForCausalLM.from_pretrained(
+                str(path), initial_peers=[], dht_prefix=dht_prefix(str(path)), torch_dtype=torch.float32
+            )
+        for ours, expected in zip(passes(trained.transformer), passes(reference), strict=True):
+            assert_close(ours, expected)
+        model.close()

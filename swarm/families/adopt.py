@@ -6,7 +6,7 @@ from transformers import AutoConfig
 
 from swarm.errors import ModelUnavailable
 from swarm.families import FAMILIES, PETALS_FAMILIES
-from swarm.families.classes import register, restore_bloom
+from swarm.families.classes import register, restore_clients
 from swarm.families.falcon import restore_falcon
 from swarm.families.petals_blocks import restore_blocks
 
@@ -20,8 +20,8 @@ def adopt(path: str) -> None:
     model_type = AutoConfig.from_pretrained(path).model_type
     if model_type in PETALS_FAMILIES:
         restore_blocks()
-        restore_bloom()
         restore_falcon()
+        restore_clients()
     elif model_type in FAMILIES:
         register(model_type)
     else:

@@ -21,6 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 from transformers.models.bloom.modeling_bloom import BloomForCausalLM, BloomModel
+from transformers.models.falcon.modeling_falcon import FalconForCausalLM, FalconModel
 from transformers.utils import ModelOutput
 
 from swarm.families.layers import SwarmLayer
@@ -161,11 +162,12 @@ class LlamaCausalNames(FamilyCausalLM):
         return self.model
 
 
-def restore_bloom() -> None:
-    """Replace petals' client classes of BLOOM, whose ``forward`` Transformers 5 does not accept."""
-    config: Any = auto_config._CLASS_MAPPING["bloom"].config
-    if not issubclass(auto_config._CLASS_MAPPING["bloom"].model, FamilyModel):
-        use_classes("Bloom", BloomModel, BloomForCausalLM, config, BloomNames, FamilyCausalLM)
+def restore_clients() -> None:
+    """Replace petals' client classes of BLOOM and Falcon, whose ``forward`` Transformers 5 does not accept."""
+    for stem, base, causal in (("Bloom", BloomModel, BloomForCausalLM), ("Falcon", FalconModel, FalconForCausalLM)):
+        known: Any = auto_config._CLASS_MAPPING[stem.lower()]
+        if not issubclass(known.model, FamilyModel):
+            use_classes(stem, base, causal, known.config, BloomNames, FamilyCausalLM)
 
 
 @functools.cache
