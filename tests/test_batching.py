@@ -1,6 +1,7 @@
 """Servers that batch: exact beside plain Transformers and stock servers, for this client and petals' own."""
 
 import asyncio
+import dataclasses
 import functools
 import gc
 import pickle
@@ -46,7 +47,7 @@ from swarm.server.families.llama import FusedLayerBlocks
 from swarm.server.steps import Session, Step, StepKind
 from swarm.wire.requests import check_inputs, check_room, rewound
 from tests.conftest import greedy, load_model, tiny_server
-from tests.support.tiny import make_tiny_bloom, make_tiny_falcon, make_tiny_llama
+from tests.support.tiny import make_tiny_bloom, make_tiny_llama
 from tests.test_session import PROMPTS, in_threads, infos, lose, run_greedy
 
 CPU = torch.device("cpu")
@@ -68,7 +69,7 @@ def stock_chain(tiny_bloom: Path) -> Iterator[SwarmModel]:
         model.close()
 
 
-def load_blocks(path: Path, **options: Any) -> tuple[list[Any], Any]:
+def load_blocks(path: Path, quant: QuantType = QuantType.NONE, **options: Any) -> tuple[list[Any], Any]:
     """Load blocks as petals' server does, with some options of their configuration changed."""
     adopt(str(path))
     config = AutoDistributedConfig.from_pretrained(str(path))
@@ -76,7 +77,7 @@ def load_blocks(path: Path, **options: Any) -> tuple[list[Any], Any]:
     blocks = [
         load_block(str(path), i, config=config, torch_dtype=torch.float32) for i in range(config.num_hidden_layers)
     ]
-    return [convert_block(block, i, config, (CPU,), CPU, QuantType.NONE) for i, block in enumerate(blocks)], config
+    return [convert_block(block, i, config, (CPU,), CPU, quant) for i, block in enumerate(blocks)], config
 
 
 def ragged(path: Path) -> tuple[RaggedBlocks, list[Any]]:
@@ -141,9 +142,18 @@ def test_packed_weights_are_not_kept_a_second_time(make: Callable[[Path], Path],
     assert str(path) not in maps.read_text()
 
 
-def test_other_families_are_left_to_petals(tmp_path: Path) -> None:
-    modules, config = load_blocks(make_tiny_falcon(tmp_path / "falcon"))
+def test_quantised_weights_are_left_to_petals(tiny_bloom: Path) -> None:
+    modules, config = load_blocks(tiny_bloom, QuantType.INT8)
     assert make_ragged_blocks(modules, config, torch.float32, 256) is None
+    hidden = torch.randn(7, 64)
+    with LocalSwarm() as local:
+        local.start_server(dataclasses.replace(tiny_server(tiny_bloom, "0:4"), quant="int8"))
+        model = load_model(tiny_bloom, local)
+        assert [info["batching"] for info in infos(model)] == [False]
+        with InferenceSession(model.state.manager, 16) as session, torch.inference_mode():
+            outputs = torch.cat([session.step(part) for part in hidden[None].split([4, 3], dim=1)], dim=1)
+        model.close()
+    torch.testing.assert_close(outputs[0], petals_outputs(modules, hidden), rtol=1e-4, atol=1e-4)
 
 
 def test_what_a_family_does_not_accept_is_computed_otherwise(tiny_bloom: Path, tiny_llama: Path) -> None:
