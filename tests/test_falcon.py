@@ -123,9 +123,10 @@ def test_batching_servers(variant: str, checkpoint: Callable[[str], Path]) -> No
 
 @pytest.mark.parametrize("variant", ["40b", "7b", "rw"])
 def test_petals_own_path(variant: str, checkpoint: Callable[[str], Path]) -> None:
-    """A server that batches, one that does not, and petals' own ways to train through both."""
+    """A server that batches, one that does not, and petals' own ways to generate and to train through both."""
     path = checkpoint(variant)
-    reference = AutoModelForCausalLM.from_pretrained(path).transformer
+    causal = AutoModelForCausalLM.from_pretrained(path)
+    reference = causal.transformer
     token_ids = torch.randint(4, 400, (2, 9), generator=torch.Generator().manual_seed(3))
 
     def passes(transformer: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -144,6 +145,8 @@ def test_petals_own_path(variant: str, checkpoint: Callable[[str], Path]) -> Non
             trained = AutoDistributedModelForCausalLM.from_pretrained(
                 str(path), initial_peers=[], dht_prefix=dht_prefix(str(path)), torch_dtype=torch.float32
             )
+        generated = trained.generate(token_ids[:1], max_new_tokens=20, do_sample=False)
+        assert generated[0, 9:].tolist() == greedy(causal, token_ids[0].tolist(), 20)
         for ours, expected in zip(passes(trained.transformer), passes(reference), strict=True):
             assert_close(ours, expected)
         model.close()

@@ -28,10 +28,11 @@ def load_block(model: str, number: int, *, config: Any, torch_dtype: Any = "auto
     :raises ValueError: if weights are missing, or there are some that are not known
     """
     if not issubclass(config.block_class, SwarmLayer):
-        return petals_loading.load_pretrained_block(model, number, config=config, torch_dtype=torch_dtype, **options)
+        block = petals_loading.load_pretrained_block(model, number, config=config, torch_dtype=torch_dtype, **options)
+        return block.eval()  # type: ignore[no-any-return]  # petals' blocks would compute dropout
     dtype = resolve_block_dtype(config, torch_dtype)
     with torch.device("meta"):
-        block: Any = config.block_class(config, number)
+        block = config.block_class(config, number)
     options["cache_dir"] = options.get("cache_dir") or DEFAULT_CACHE_DIR
     state = petals_loading._load_state_dict_from_repo(model, f"{config.block_prefix}.{number}.", **options)
     state = fuse_experts(state, block)

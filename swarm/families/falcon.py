@@ -51,7 +51,6 @@ class FalconBlock(FalconDecoderLayer):
         """
         config._attn_implementation = "sdpa"
         super().__init__(config, layer_idx)
-        self.eval()  # petals leaves its blocks in training mode, where dropout would be computed
         self._positions: list[Positions] = []  # made late, and in a list: see ``SwarmLayer``
 
     def forward(
