@@ -29,7 +29,7 @@ def load_block(model: str, number: int, *, config: Any, torch_dtype: Any = "auto
     """
     if not issubclass(config.block_class, SwarmLayer):
         block = petals_loading.load_pretrained_block(model, number, config=config, torch_dtype=torch_dtype, **options)
-        return block.eval()  # type: ignore[no-any-return]  # petals' blocks would compute dropout
+        return block.eval()  # petals leaves its blocks in training mode, where dropout would be computed
     dtype = resolve_block_dtype(config, torch_dtype)
     with torch.device("meta"):
         block = config.block_class(config, number)

@@ -12,6 +12,7 @@ from tests.support.tiny import alone, make_tokenizer
 
 NEWER = {"new_decoder_architecture": True, "num_kv_heads": 2}
 FIRST = {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}  # RW-1B, RW-7B
+DROPOUT = {"hidden_dropout": 0.5, "attention_dropout": 0.5}  # for training, not for us
 FALCON_VARIANTS: Mapping[str, dict[str, Any]] = {
     "40b": NEWER,
     "40b-biased": {**NEWER, "bias": True},
@@ -24,14 +25,14 @@ FALCON_VARIANTS: Mapping[str, dict[str, Any]] = {
     },
     "40b-alibi": {**NEWER, "alibi": True},
     "7b": {},
-    "7b-biased": {"bias": True},
+    "7b-biased": {"bias": True, **DROPOUT},
     "7b-linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
     "7b-alibi": {"alibi": True},
     "7b-sequential": {"parallel_attn": False},
     "rw": FIRST,
     "rw-unbiased": {**FIRST, "bias": False},
     "rw-12-heads": {**FIRST, "num_attention_heads": 12, "hidden_size": 96},
-    "rw-parallel": {**FIRST, "parallel_attn": True},
+    "rw-parallel": {**FIRST, "parallel_attn": True, **DROPOUT},
     "rw-rotary": {**FIRST, "alibi": False},
 }
 
