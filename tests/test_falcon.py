@@ -11,16 +11,18 @@ from swarm.compat import shared_dht
 import pytest
 import torch
 from petals import AutoDistributedModelForCausalLM
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, FalconConfig
 
 from swarm.client.model import SwarmModel
+from swarm.errors import ModelUnavailable
+from swarm.families.adopt import adopt
 from swarm.local import LocalSwarm
 from swarm.server.blocks import Part, RaggedBlocks
 from swarm.server.families import make_ragged_blocks
 from swarm.server.families.falcon import FalconBlocks
 from swarm.weights import dht_prefix
 from tests.conftest import greedy, load_model, tiny_server
-from tests.support.falcon import FALCON_VARIANTS, make_tiny_falcon
+from tests.support.falcon import FALCON_VARIANTS, NEWER, make_tiny_falcon
 from tests.support.families import as_petals_calls, assert_close, in_batches, load_blocks, reference_states
 from tests.test_session import PROMPTS, infos, run_greedy
 
@@ -99,6 +101,24 @@ def test_gradients_equal_transformers(variant: str, checkpoint: Callable[[str], 
     assert_close(gradients(through_blocks), expected)
     ragged(blocks, config)
     assert_close(gradients(through_blocks), expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({**NEWER, "parallel_attn": False}, "new_decoder_architecture without parallel_attn is not supported"),
+        ({**NEWER, "num_kv_heads": 3}, "num_attention_heads 4 is no multiple of num_kv_heads 3"),
+        (
+            {"num_ln_in_parallel_attn": 2},
+            "num_ln_in_parallel_attn 2 with new_decoder_architecture False is not supported",
+        ),
+        ({"multi_query": False, "num_kv_heads": 2}, "num_kv_heads 2 of 4 heads needs new_decoder_architecture"),
+    ],
+)
+def test_settings_that_transformers_cannot_compute(settings: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    FalconConfig(hidden_size=64, num_attention_heads=4, **settings).save_pretrained(tmp_path)
+    with pytest.raises(ModelUnavailable, match=f"{tmp_path}: {reason}"):
+        adopt(str(tmp_path))
 
 
 def assert_greedy(model: SwarmModel, path: Path) -> None:

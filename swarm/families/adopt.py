@@ -7,7 +7,7 @@ from transformers import AutoConfig
 from swarm.errors import ModelUnavailable
 from swarm.families import FAMILIES, PETALS_FAMILIES
 from swarm.families.classes import register, restore_clients
-from swarm.families.falcon import restore_falcon
+from swarm.families.falcon import check_falcon, restore_falcon
 from swarm.families.petals_blocks import restore_blocks
 
 
@@ -17,7 +17,10 @@ def adopt(path: str) -> None:
     :param path: what ``from_pretrained`` takes, see ``swarm.weights.locate``
     :raises ModelUnavailable: if the family, or something in the configuration, is not supported
     """
-    model_type = AutoConfig.from_pretrained(path).model_type
+    config = AutoConfig.from_pretrained(path)
+    model_type = config.model_type
+    for reason in check_falcon(config) if model_type == "falcon" else ():
+        raise ModelUnavailable(f"{path}: {reason}")
     if model_type in PETALS_FAMILIES:
         restore_blocks()
         restore_falcon()

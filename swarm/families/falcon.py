@@ -6,6 +6,7 @@ are the same.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import swarm.compat  # noqa: F401
@@ -25,6 +26,20 @@ from swarm.families.layers import Positions
 def restore_falcon() -> None:
     """Give petals' configuration of Falcon a block that works."""
     DistributedFalconConfig.block_class = FalconBlock
+
+
+def check_falcon(config: Any) -> Iterator[str]:
+    """Yield what is wrong with a Falcon's settings: Transformers would fail in the middle of a computation."""
+    newer, heads, kv_heads = config.new_decoder_architecture, config.num_attention_heads, config.num_kv_heads
+    norms = config.num_ln_in_parallel_attn
+    if newer and not config.parallel_attn:
+        yield "new_decoder_architecture without parallel_attn is not supported"
+    if config.parallel_attn and norms not in ((None, 1, 2) if newer else (None, 1)):
+        yield f"num_ln_in_parallel_attn {norms} with new_decoder_architecture {bool(newer)} is not supported"
+    if newer and heads % kv_heads:
+        yield f"num_attention_heads {heads} is no multiple of num_kv_heads {kv_heads}"
+    if not newer and not config.multi_query and kv_heads != heads:
+        yield f"num_kv_heads {kv_heads} of {heads} heads needs new_decoder_architecture"
 
 
 def alibi_biases(config: Any, length: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
