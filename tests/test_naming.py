@@ -1,10 +1,19 @@
 """How a model's blocks are named in the DHT, and that two models never share a name."""
 
 import json
+import os
+import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from huggingface_hub import constants
+from safetensors.numpy import load_file, save_file
 
+from swarm import weights
 from swarm.families.classes import register
 
 from petals import AutoDistributedConfig  # isort: skip  after swarm.compat
@@ -53,3 +62,101 @@ def test_names_of_hub_models(tmp_path: Path, model_type: str, name: str, prefix:
         name, cache_dir=tmp_path, local_files_only=True, dht_prefix="another-name"
     )
     assert named.dht_prefix == "another-name"
+
+
+def write_model(directory: Path, *, seed: int = 1, files: int = 1, config: dict[str, object] | None = None) -> Path:
+    """Write a configuration and random weights: of one tensor so large that it is not read as a whole."""
+    generator = np.random.default_rng(seed)
+    tensors = {f"layer.{number}": generator.random((9, 7), np.float32) for number in range(5)}
+    tensors["large"] = generator.random((256, 256), np.float32)
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps(config or {"model_type": "llama", "hidden_size": 64}))
+    names = list(tensors)
+    parts = [names[number::files] for number in range(files)]
+    files_of = {name: f"part-{number}.safetensors" for number, part in enumerate(parts) for name in part}
+    if files == 1:
+        save_file(tensors, directory / "model.safetensors")
+        return directory
+    for number, part in enumerate(parts):
+        save_file({name: tensors[name] for name in part}, directory / f"part-{number}.safetensors")
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files_of}))
+    return directory
+
+
+def test_copies_have_one_name(tmp_path: Path) -> None:
+    """Neither paths, times, and how the weights are divided into files matter, nor do tokens and training."""
+    model = write_model(tmp_path / "a" / "My.Model 2")
+    name = weights.dht_prefix(str(model))
+    assert name is not None and re.fullmatch(r"My-Model-2-[0-9a-f]{8}", name)
+    copy = shutil.copytree(model, tmp_path / "b" / "My.Model 2", copy_function=shutil.copyfile)
+    os.utime(copy / "model.safetensors", (0, 0))
+    (copy / "README.md").write_text("a copy")
+    divided = write_model(tmp_path / "c" / "My.Model 2", files=3)
+    (divided / "config.json").write_text(
+        json.dumps(
+            {
+                "hidden_size": 64,
+                "model_type": "llama",
+                "eos_token_id": [1, 2],
+                "torch_dtype": "bfloat16",
+                "transformers_version": "5.24.0",
+                "rope_scaling": None,
+            }
+        )
+    )
+    assert weights.dht_prefix(str(copy)) == weights.dht_prefix(str(divided)) == name
+
+
+def change_weight(model: Path, name: str, place: int) -> None:
+    tensors = load_file(model / "model.safetensors")
+    tensors[name].reshape(-1)[place] += 1
+    save_file(tensors, model / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: change_weight(model, "layer.3", 11),
+        lambda model: change_weight(model, "large", 0),
+        lambda model: change_weight(model, "large", 256 * 128),
+        lambda model: change_weight(model, "large", -1),
+        lambda model: (model / "config.json").write_text('{"model_type": "llama", "hidden_size": 64, "head_dim": 8}'),
+        lambda model: save_file(
+            {name.replace("layer.0", "layer.9"): it for name, it in load_file(model / "model.safetensors").items()},
+            model / "model.safetensors",
+        ),
+        lambda model: save_file(
+            {name: it.reshape(-1) for name, it in load_file(model / "model.safetensors").items()},
+            model / "model.safetensors",
+        ),
+    ],
+    ids=["small", "first", "middle", "last", "config", "name", "shape"],
+)
+def test_other_models_have_other_names(tmp_path: Path, change: Callable[[Path], object]) -> None:
+    model, other = write_model(tmp_path / "a" / "model"), write_model(tmp_path / "b" / "model")
+    assert weights.dht_prefix(str(model)) == weights.dht_prefix(str(other))
+    change(other)
+    assert weights.dht_prefix(str(model)) != weights.dht_prefix(str(other))
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+def test_names_of_pytorch_files(tmp_path: Path, new_format: bool) -> None:
+    places = [tmp_path / str(number) / "model" for number in range(3)]
+    for directory, value in zip(places[:2], (1.0, 2.0), strict=True):
+        directory.mkdir(parents=True)
+        (directory / "config.json").write_text('{"model_type": "llama"}')
+        state = {"a": torch.zeros(4), "b": torch.full((300_000,), value)}
+        torch.save(state, directory / "pytorch_model.bin", _use_new_zipfile_serialization=new_format)
+    shutil.copytree(places[0], places[2])
+    one, other, copy = (weights.dht_prefix(str(place)) for place in places)
+    assert one == copy != other
+
+
+def test_a_model_of_the_hub_is_known_by_its_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody downloads all of its weights only to name it; a copy in a directory may serve it all the same."""
+    model = write_model(tmp_path / "model")
+    put_into_hub_cache(tmp_path / "hub", "owner/name", {"model_type": "llama", "hidden_size": 64})
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    of_hub, of_directory = weights.fingerprint("owner/name"), weights.fingerprint(str(model))
+    assert of_hub.weights is None and of_directory.weights is not None
+    assert of_hub.difference(of_directory) is None
