@@ -63,6 +63,7 @@ def make_server(options: ServerOptions) -> Server:
     cache_dir = options.cache_dir or weights.default_cache_dir()
     path = weights.locate(options.model, cache_dir=cache_dir, progress=weights.Progress(log.info))
     adopt(path)
+    TransformerConnectionHandler.model = weights.fingerprint(path).known
     arguments = server_arguments(options, path)
     host_maddrs = listening_maddrs(options)
     if options.batching:

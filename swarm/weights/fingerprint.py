@@ -57,6 +57,11 @@ class Fingerprint:
     config: str
     weights: str | None = None  # None: not known. Who takes a model from the hub has only a part of its weights
 
+    @property
+    def known(self) -> dict[str, str]:
+        """The hashes by their names."""
+        return {"config": self.config} | ({} if self.weights is None else {"weights": self.weights})
+
     def difference(self, other: "Fingerprint") -> str | None:
         """Return what two models differ in, or None if they do not as far as both are known."""
         if self.config != other.config:
