@@ -153,6 +153,8 @@ def serve(server: Server, on_ready: Any) -> None:
     """Serve until SIGTERM or SIGINT, then leave the swarm: withdraw the blocks, free all resources.
 
     If a part of the server dies, restart it in this process.
+
+    :raises ModelUnavailable: if the blocks' weights do not fit
     """
     watcher = Watcher(functools.partial(server_parts, server, find_daemon(server.dht.pid)), beat)
 
@@ -170,6 +172,8 @@ def serve(server: Server, on_ready: Any) -> None:
     watcher.watch(functools.partial(begin_anew, server))
     try:
         server.run()
+    except ModelUnavailable:
+        raise  # it will not be better the next time
     except Exception as error:
         if server.stop.is_set() or (WatchedContainer.current is None and EARLY_DEATHS not in os.environ):
             raise  # it has never served: its options must be wrong
@@ -265,5 +269,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         kill_descendants()
         start_again(threading.Event())
         return 1
-    serve(server, report_ready)
+    try:
+        serve(server, report_ready)
+    except ModelUnavailable as error:
+        print(error, file=sys.stderr)
+        return 1
     return 0

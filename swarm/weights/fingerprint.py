@@ -25,16 +25,17 @@ from swarm.weights.checks import read_json, weight_files
 # what was once kept there for generating texts or for other tasks than language models.
 INERT_KEYS = frozenset(
     """
-    _name_or_path _commit_hash architectures auto_map author custom_pipelines dtype max_shard_size model_name name
-    torch_dtype transformers_version transformers.js_config unsloth_fixed unsloth_version
+    _attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash _name_or_path
+    architectures attn_implementation auto_map author cache_implementation custom_pipelines dtype max_shard_size
+    model_name name torch_dtype transformers_version transformers.js_config unsloth_fixed unsloth_version
 
     bos_token_id decoder_start_token_id eos_token_id forced_bos_token_id forced_eos_token_id image_token_id
     keys_to_ignore_at_inference mask_token_id pad_token_id sep_token_id tokenizer_class unk_token_id
 
     attention_dropout attn_dropout classifier_dropout embd_pdrop embedding_dropout hidden_dropout hidden_dropout_prob
     initializer_range output_router_logits resid_pdrop router_aux_loss_coef router_jitter_noise seq_length
-    attention_softmax_in_fp32 gradient_checkpointing bias_dropout_fusion masked_softmax_fusion skip_bias_add
-    skip_bias_add_qkv offset_alibi xla_device
+    attention_softmax_in_fp32 gradient_checkpointing pretraining_tp bias_dropout_fusion masked_softmax_fusion
+    skip_bias_add skip_bias_add_qkv offset_alibi xla_device
 
     bad_words_ids begin_suppress_tokens chunk_size_feed_forward diversity_penalty do_sample
     early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task id2label
