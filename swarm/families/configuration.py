@@ -82,7 +82,7 @@ def check_family(given: Config) -> Iterator[str]:
         text = inner.get("model_type")
         hint = f"; its text part, {text!r}, is if it is saved as a model of its own" if text in supported else ""
         yield f"it is a multimodal model, of type {model_type!r}, which is not supported{hint}"
-    code = " and bring code of their own" if "auto_map" in given else ""
+    code = ", which bring code of their own," if "auto_map" in given else ""
     yield f"models of type {model_type!r}{code} are not supported; these are: {', '.join(supported)}"
 
 

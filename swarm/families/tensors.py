@@ -12,7 +12,9 @@ from petals import AutoDistributedConfig
 from swarm.errors import ModelUnavailable
 from swarm.families.checkpoint import differences, empty_block, ignored, sentence
 from swarm.weights.checks import weight_files
-from swarm.weights.fingerprint import read_header
+from swarm.weights.fingerprint import read_header, sample_tensor
+
+HEAD = "lm_head.weight"
 
 Shape = tuple[int, ...]
 
@@ -32,11 +34,23 @@ def check_tensors(path: str) -> None:
     if any(file.suffix != ".safetensors" for file in files) or getattr(config, "quantization_config", None):
         return
     found: dict[str, Shape] = {}
+    places: dict[str, Path] = {}
     for file in files:
-        found |= {name: tuple(tensor["shape"]) for name, tensor in read_header(file)[0].items()}
-    found = {name: shape for name, shape in found.items() if not ignored(name)}
+        shapes = {name: tuple(it["shape"]) for name, it in read_header(file)[0].items() if not ignored(name)}
+        found |= shapes
+        places |= dict.fromkeys(shapes, file)
+    if config.tie_word_embeddings and HEAD in found:
+        embeddings = next(iter(end_shapes(config)))
+        if embeddings in places and not is_same(places, HEAD, embeddings):
+            raise ModelUnavailable(f"{path}: its {HEAD} is not its embeddings, with which its configuration ties it")
+        del found[HEAD]
     if reason := difference(found, config):
         raise ModelUnavailable(f"{path}: {reason}")
+
+
+def is_same(places: dict[str, Path], one: str, other: str) -> bool:
+    """Whether two tensors have the same values, as far as a look at some of them tells."""
+    return sample_tensor(places[one], one) == sample_tensor(places[other], other)
 
 
 def difference(found: dict[str, Shape], config: Any) -> str | None:
@@ -56,8 +70,6 @@ def difference(found: dict[str, Shape], config: Any) -> str | None:
         if reason := differences(state, empty_block(config, number), prefix):
             return reason
         fitting.append(mine)
-    if getattr(config, "tie_word_embeddings", False):
-        rest.pop("lm_head.weight", None)
     misfits = [name for name, shape in wanted.items() if name in rest and rest[name] != shape]
     return sentence(
         [name for name in wanted if name not in rest], [name for name in rest if name not in wanted], misfits
@@ -65,7 +77,7 @@ def difference(found: dict[str, Shape], config: Any) -> str | None:
 
 
 def end_shapes(config: Any) -> dict[str, Shape]:
-    """Return the names and shapes of the tensors that are in no block."""
+    """Return the names and shapes of the tensors that are in no block, the embeddings first."""
     vocabulary, size = config.vocab_size, config.hidden_size
     if config.model_type == "bloom":
         norms = [f"{name}.{kind}" for name in ("word_embeddings_layernorm", "ln_f") for kind in ("weight", "bias")]
@@ -79,5 +91,5 @@ def end_shapes(config: Any) -> dict[str, Shape]:
     else:
         shapes = {"model.embed_tokens.weight": (vocabulary, size), "model.norm.weight": (size,)}
     if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (vocabulary, size)
+        shapes[HEAD] = (vocabulary, size)
     return shapes

@@ -15,6 +15,7 @@ import os
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -143,10 +144,16 @@ def _safetensors_parts(file: Path) -> Iterator[bytes]:
         for name, tensor in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             start, end = tensor["data_offsets"]
             digest = hashlib.sha256(json.dumps([name, tensor["dtype"], tensor["shape"]]).encode())
-            for place, size in _places(end - start, 3):
-                opened.seek(data + start + place)
-                digest.update(opened.read(size))
+            digest.update(_sample(opened, data + start, end - start, 3))
             yield digest.digest()
+
+
+def sample_tensor(file: Path, name: str) -> bytes:
+    """Return the bytes by which a tensor of a safetensors file is known."""
+    header, data = read_header(file)
+    start, end = header[name]["data_offsets"]
+    with file.open("rb", buffering=0) as opened:
+        return _sample(opened, data + start, end - start, 3)
 
 
 def _pytorch_part(file: Path) -> bytes:
@@ -159,14 +166,17 @@ def _pytorch_part(file: Path) -> bytes:
     size = file.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with file.open("rb", buffering=0) as opened:
-        for place, length in _places(size, PLACES):
-            opened.seek(place)
-            digest.update(opened.read(length))
+        digest.update(_sample(opened, 0, size, PLACES))
     return digest.digest()
 
 
-def _places(size: int, count: int) -> list[tuple[int, int]]:
-    """Return where to read of so many bytes, and how much: at both ends and evenly between, or all of it."""
-    if size <= count * SAMPLE:
-        return [(0, size)]
-    return [((size - SAMPLE) * number // (count - 1), SAMPLE) for number in range(count)]
+def _sample(opened: FileIO, start: int, size: int, count: int) -> bytes:
+    """Return what is at both ends of so many bytes and at places evenly between, or all of them if they are few."""
+    places = [(0, size)]
+    if size > count * SAMPLE:
+        places = [((size - SAMPLE) * number // (count - 1), SAMPLE) for number in range(count)]
+    parts = []
+    for place, length in places:
+        opened.seek(start + place)
+        parts.append(opened.read(length))
+    return b"".join(parts)
