@@ -18,6 +18,8 @@ from models.loading import Models
 from swarm.errors import ModelUnavailable
 from swarm.families.adopt import adopt
 from swarm.families.configuration import read_supported
+from swarm.options import ServerOptions
+from swarm.server.serve import server_arguments
 from tests.support.families import make_tiny_family
 from tests.support.processes import END_TIMEOUT, ROOT, START_TIMEOUT
 
@@ -307,6 +309,20 @@ def test_missing_experts(tmp_path: Path) -> None:
     assert str(caught.value) == (
         f"{directory}: the shape of model.layers.0.mlp.experts.down_proj, model.layers.0.mlp.experts.gate_up_proj, "
         "model.layers.0.mlp.gate.weight is not what its configuration asks for"
+    )
+
+
+@pytest.mark.parametrize("variant", ["mixtral", "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("quant", ["int8", "nf4"])
+def test_experts_are_not_quantised(tmp_path: Path, variant: str, quant: str) -> None:
+    directory = make_tiny_family(tmp_path / variant, variant)
+    adopt(str(directory))
+    assert server_arguments(ServerOptions(str(directory), device="cpu"), str(directory))["block_indices"] == "0:4"
+    with pytest.raises(ModelUnavailable) as caught:
+        server_arguments(ServerOptions(str(directory), device="cpu", quant=quant), str(directory))
+    assert str(caught.value) == (
+        f"{directory}: --quant {quant} is not supported for models with experts ({variant}): "
+        "petals would quantise all but the experts, which are most of the weights"
     )
 
 

@@ -99,9 +99,14 @@ def server_arguments(options: ServerOptions, path: str) -> dict[str, Any]:
     """Return the arguments of petals' ``Server``, except its addresses and identity.
 
     :param path: of the model, see ``weights.locate``
-    :raises ModelUnavailable: if the model's configuration cannot be read
+    :raises ModelUnavailable: if the model's configuration cannot be read, or it cannot be quantised as wanted
     """
     public, config = is_public(options), read_config(options.model, path)
+    if options.quant != "none" and getattr(config, "num_local_experts", 0):
+        raise ModelUnavailable(
+            f"{options.model}: --quant {options.quant} is not supported for models with experts ({config.model_type}): "
+            "petals would quantise all but the experts, which are most of the weights"
+        )
     device = options.device or hardware.pick_device()
     blocks = options.blocks
     if blocks is None and options.num_blocks is None and device == "cpu":
