@@ -22,6 +22,8 @@ ANNOUNCEMENT_DELAY = 2.0  # seconds
 class Announcer(ModuleAnnouncerThread):
     """Petals' announcer, which survives a failed announcement: without announcements the server is forgotten."""
 
+    bytes_per_token: int
+
     def __init__(self, *args: Any, block_config: Any, **options: Any) -> None:
         super().__init__(*args, block_config=block_config, **options)
         # Petals takes all heads to be hidden size wide.

@@ -102,7 +102,7 @@ def server_arguments(options: ServerOptions, path: str) -> dict[str, Any]:
     :raises ModelUnavailable: if the model's configuration cannot be read, or it cannot be quantised as wanted
     """
     public, config = is_public(options), read_config(options.model, path)
-    if options.quant != "none" and getattr(config, "num_local_experts", 0):
+    if options.quant != "none" and getattr(config, "num_local_experts", None):
         raise ModelUnavailable(
             f"{options.model}: --quant {options.quant} is not supported for models with experts ({config.model_type}): "
             "petals would quantise all but the experts, which are most of the weights"
