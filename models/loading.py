@@ -252,9 +252,8 @@ class Models:
         """In the embedded swarm: prepare the model's files and start a server for all its blocks, if there is none."""
         if self._local is None or served.has_server:
             return
-        from transformers import AutoConfig
-
         from swarm import weights
+        from swarm.families.configuration import read_supported
         from swarm.hardware import attn_cache_tokens
         from swarm.options import ServerOptions
 
@@ -264,7 +263,7 @@ class Models:
         )
         served.report("starting a server of the embedded swarm")
         dtype, share = settings.torch_dtype(), CACHE_SHARE / len(self.served)
-        config = AutoConfig.from_pretrained(path)
+        config = read_supported(path)  # before a server is started that would refuse it
         cache_tokens = settings.ATTN_CACHE_TOKENS or attn_cache_tokens(config, dtype, share, settings.device())
         self._local.start_server(
             ServerOptions(

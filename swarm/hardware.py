@@ -5,6 +5,8 @@ import ctypes
 import os
 from typing import Any
 
+from swarm.families import head_size
+
 
 def pick_device() -> str:
     """Return ``"cuda"`` if PyTorch sees a GPU, else ``"cpu"``."""
@@ -52,7 +54,7 @@ def attn_cache_tokens(config: Any, dtype: str, share: float, device: str) -> int
     :param dtype: the dtype of the cache; ``"auto"`` counts as two bytes
     """
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    values_per_token = 2 * config.num_hidden_layers * heads * (config.hidden_size // config.num_attention_heads)
+    values_per_token = 2 * config.num_hidden_layers * heads * head_size(config)
     bytes_per_token = values_per_token * (4 if dtype == "float32" else 2)
     return max(1, int(free_memory(device) * share) // bytes_per_token)
 

@@ -20,9 +20,9 @@ from hivemind.p2p import PeerID
 
 from swarm.client.history import History
 from swarm.client.routing import MAX_SERVERS_OF_BLOCK, SwarmState
-from swarm.client.span import Gap, ServerFailed, Span
+from swarm.client.span import Gap, OtherModel, ServerFailed, Span
 from swarm.client.terms import SessionTerms
-from swarm.errors import BlocksMissing, CacheFull, SessionClosed
+from swarm.errors import BlocksMissing, CacheFull, SessionClosed, SwarmError
 
 log = logging.getLogger(__name__)
 
@@ -179,7 +179,7 @@ class Chain:
         untried = search.note(spans[index], failure, state)
         if not untried and search.is_over():
             state.note_failure(failure.error)
-            raise failure.error from failure
+            raise search.error(failure) from failure
         # A full server has not failed: it is asked again once the others have no room either.
         full = isinstance(failure.error, CacheFull)
         freed = full and not untried and state.free_attention_cache(self._cache_tokens)
@@ -273,6 +273,7 @@ class _Search:
         self.delays = _retry_delays()
         self._since: float | None = None
         self._patience = 0.0  # seconds, the longest of all failures
+        self._other_model: OtherModel | None = None  # a server that holds the blocks of one
 
     def note(self, span: Span | Gap, failure: ServerFailed, state: SwarmState) -> bool:
         """Record a failure; return whether untried servers are left for its blocks.
@@ -281,11 +282,22 @@ class _Search:
         limited, since an attacker may announce new servers faster than they are tried.
         """
         self._since = self._since or time.monotonic()
-        self._patience = max(self._patience, failure.patience)
+        patience = failure.patience
+        if isinstance(failure, OtherModel):
+            self._other_model = failure
+        elif self._other_model is not None and isinstance(failure.error, BlocksMissing):
+            patience = self._other_model.patience  # they are held, by servers that do not change
+        self._patience = max(self._patience, patience)
         if isinstance(span, Gap):  # there was no server
             return False
         self.tried.add(span.peer_id)
         return len(self.tried) <= MAX_TRIED and state.has_others(span.start, span.end, self.tried)
+
+    def error(self, last: ServerFailed) -> SwarmError:
+        """Return why the search has failed: blocks that only servers of another model hold are not just missing."""
+        if self._other_model is not None and isinstance(last.error, BlocksMissing):
+            return self._other_model.error
+        return last.error
 
     def is_over(self) -> bool:
         """Whether the search has exhausted its patience."""

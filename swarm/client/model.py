@@ -43,14 +43,19 @@ class SwarmModel:
         limits: SessionLimits,
         budget: HistoryBudget,
         relief: CacheRelief | None = None,
+        fingerprint: weights.Fingerprint | None = None,
     ) -> None:
+        """Make a model of its parts; see ``load``.
+
+        :param fingerprint: servers of another model are refused; None: none are
+        """
         self.name = name
         self.tokenizer = tokenizer
         self.config = model.config
         self.parameters = count_parameters(model)
         self.generation_config: GenerationConfig = model.generation_config
         self.head = Head(model)
-        self.state = SwarmState(model.transformer.h.sequence_manager, name, relief)
+        self.state = SwarmState(model.transformer.h.sequence_manager, name, relief, fingerprint)
         self.swarm = swarm
         swarm.follow(self.state)
         self.limits = limits
@@ -100,7 +105,8 @@ class SwarmModel:
             # transformers raises all of these for files that are missing, cut short or of another kind.
             raise ModelUnavailable(f"{name}: {error}") from error
         budget = budget or HistoryBudget(DEFAULT_HISTORY_BYTES)
-        return cls(name, swarm, model.to(device).eval(), tokenizer, limits or SessionLimits(), budget, relief)
+        limits = limits or SessionLimits()
+        return cls(name, swarm, model.to(device).eval(), tokenizer, limits, budget, relief, weights.fingerprint(path))
 
     def open_session(self, max_length: int, rows: int = 1) -> SwarmSession:
         """Open an inference session for up to ``max_length`` tokens per row. Its first step chooses the servers.

@@ -21,6 +21,7 @@ from petals.utils.random import sample_up_to
 from swarm.background import FIRST_DELAY, Loop
 from swarm.client.cheapest_route import cheapest_route
 from swarm.errors import BlocksMissing, CacheFull, SessionLengthExceeded, SwarmError
+from swarm.weights import Fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -65,11 +66,19 @@ class SwarmState:
     failures.
     """
 
-    def __init__(self, manager: RemoteSequenceManager, model: str, relief: CacheRelief | None = None) -> None:
+    def __init__(
+        self,
+        manager: RemoteSequenceManager,
+        model: str,
+        relief: CacheRelief | None = None,
+        fingerprint: Fingerprint | None = None,
+    ) -> None:
         """Make a view that has not been read yet; see ``start``.
 
         :param relief: asked when servers have no attention cache left for a session
+        :param fingerprint: of the model; servers that report another one are not used
         """
+        self.fingerprint = fingerprint
         self.manager = manager
         self.model = model
         self.num_blocks = len(manager)

@@ -14,7 +14,7 @@ import swarm.compat  # noqa: F401
 
 import torch
 from hivemind import MSGPackSerializer, serialize_torch_tensor
-from hivemind.p2p import P2P
+from hivemind.p2p import P2P, PeerID
 from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure, P2PDaemonError, P2PHandlerError
 from hivemind.proto import runtime_pb2
 from petals.data_structures import CHAIN_DELIMITER, RemoteSpanInfo
@@ -25,8 +25,9 @@ from petals.utils.packaging import pack_args_kwargs
 from swarm.client.history import History
 from swarm.client.terms import SessionTerms
 from swarm.errors import CacheFull, ModelMismatch, SessionLengthExceeded, SwarmError, SwarmTimeout, format_blocks
+from swarm.weights import Fingerprint
 from swarm.wire.messages import receive
-from swarm.wire.replies import read_abilities, read_hidden, read_silence, reply_limit
+from swarm.wire.replies import Abilities, read_abilities, read_hidden, read_silence, reply_limit
 from swarm.wire.text import Malformed, clean, quoted
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,17 @@ class ServerFailed(Exception):
         self.error = error
         self.patience = patience  # seconds for which retrying makes sense once all servers have been tried
         self.offence = offence  # whether the server did what no sound server does
+
+
+class OtherModel(ServerFailed):
+    """A server computes another model under the name of this one, and says so."""
+
+    def __init__(self, peer_id: PeerID, difference: str) -> None:
+        error = ModelMismatch(
+            f"the server {peer_id} computes another model under this one's name: they differ in their {difference}; "
+            "serve a copy of the same files, or give one of the two models another name with --dht-prefix"
+        )
+        super().__init__(error, REFUSAL_PATIENCE, offence=True)
 
 
 class StepTooSlow(asyncio.TimeoutError):
@@ -148,8 +160,20 @@ class Span:
     def _read(self, response: runtime_pb2.ExpertResponse, shape: torch.Size) -> torch.Tensor:
         if response.metadata:
             abilities = read_abilities(response.metadata)
+            self._check_model(abilities)
             self.rewinds, self.spreads = abilities.rewind, abilities.spread
         return read_hidden(response.tensors, shape)
+
+    def _check_model(self, abilities: Abilities) -> None:
+        """Refuse a server of another model, before anything that it has computed is used.
+
+        :raises OtherModel: if it reports one; stock servers report nothing
+        """
+        ours = self._terms.state.fingerprint
+        if ours is None or abilities.config is None:
+            return
+        if difference := ours.difference(Fingerprint(abilities.config, abilities.weights)):
+            raise OtherModel(self.peer_id, difference)
 
     def _offence(self, what: str) -> ServerFailed:
         return ServerFailed(ModelMismatch(f"the server {self.peer_id} {what}"), REFUSAL_PATIENCE, offence=True)

@@ -284,7 +284,13 @@ def shared_dht(dht: Any) -> Iterator[None]:
 
 
 def use_server_parts(
-    handler: type, memory_cache: type, container: type, announcer: type, dht: type, load_block: Callable[..., Any]
+    handler: type,
+    memory_cache: type,
+    container: type,
+    announcer: type,
+    dht: type,
+    backend: type,
+    load_block: Callable[..., Any],
 ) -> None:
     """Make petals' server use these subclasses of its parts: it offers no parameters for them."""
     import petals.server.server
@@ -294,6 +300,7 @@ def use_server_parts(
     petals.server.server.ModuleContainer = container
     petals.server.server.ModuleAnnouncerThread = announcer
     petals.server.server.DHT = dht
+    petals.server.server.TransformerBackend = backend
     petals.server.server.load_pretrained_block = load_block
 
 

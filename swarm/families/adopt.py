@@ -2,31 +2,28 @@
 
 import swarm.compat  # noqa: F401
 
-from transformers import AutoConfig
-
 from swarm.errors import ModelUnavailable
-from swarm.families import FAMILIES, PETALS_FAMILIES
+from swarm.families import PETALS_FAMILIES
 from swarm.families.classes import register, restore_clients
+from swarm.families.configuration import read_supported
 from swarm.families.falcon import check_falcon, restore_falcon
 from swarm.families.petals_blocks import restore_blocks
+from swarm.families.tensors import check_tensors
 
 
 def adopt(path: str) -> None:
     """Make the family of a model known to petals. Call this before petals loads anything of the model.
 
     :param path: what ``from_pretrained`` takes, see ``swarm.weights.locate``
-    :raises ModelUnavailable: if the family, or something in the configuration, is not supported
+    :raises ModelUnavailable: if the family, something in the configuration, or the weights do not fit
     """
-    config = AutoConfig.from_pretrained(path)
-    model_type = config.model_type
-    for reason in check_falcon(config) if model_type == "falcon" else ():
+    config = read_supported(path)
+    for reason in check_falcon(config) if config.model_type == "falcon" else ():
         raise ModelUnavailable(f"{path}: {reason}")
-    if model_type in PETALS_FAMILIES:
+    if config.model_type in PETALS_FAMILIES:
         restore_blocks()
         restore_falcon()
         restore_clients()
-    elif model_type in FAMILIES:
-        register(model_type)
     else:
-        supported = ", ".join((*PETALS_FAMILIES, *FAMILIES))
-        raise ModelUnavailable(f"{path}: models of type {model_type!r} are not supported; these are: {supported}")
+        register(config.model_type)
+    check_tensors(path)

@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import swarm.compat  # noqa: F401
@@ -12,7 +13,10 @@ from petals.server.block_utils import resolve_block_dtype
 from petals.utils.disk_cache import DEFAULT_CACHE_DIR
 from torch import nn
 
+from swarm.errors import ModelUnavailable
 from swarm.families.layers import SwarmLayer
+
+NAMED = 3  # tensors that a message names
 
 log = logging.getLogger(__name__)
 
@@ -25,23 +29,74 @@ def load_block(model: str, number: int, *, config: Any, torch_dtype: Any = "auto
     """Load a block; in place of petals' ``load_pretrained_block``, whose blocks do not know their number.
 
     :param options: revision, token, cache_dir, max_disk_space: as petals has them
-    :raises ValueError: if weights are missing, or there are some that are not known
+    :raises ModelUnavailable: if weights are missing, or there are some that are not known
     """
     if not issubclass(config.block_class, SwarmLayer):
         block = petals_loading.load_pretrained_block(model, number, config=config, torch_dtype=torch_dtype, **options)
         return block.eval()  # petals leaves its blocks in training mode, where dropout would be computed
     dtype = resolve_block_dtype(config, torch_dtype)
-    with torch.device("meta"):
-        block = config.block_class(config, number)
+    block = empty_block(config, number)
     options["cache_dir"] = options.get("cache_dir") or DEFAULT_CACHE_DIR
-    state = petals_loading._load_state_dict_from_repo(model, f"{config.block_prefix}.{number}.", **options)
+    prefix = f"{config.block_prefix}.{number}."
+    state = petals_loading._load_state_dict_from_repo(model, prefix, **options)
+    state = {name: tensor for name, tensor in state.items() if not ignored(name)}
+    if reason := differences(state, block, prefix):
+        raise ModelUnavailable(f"{model}: {reason}")
     state = fuse_experts(state, block)
-    try:
-        block.load_state_dict({name: converted(tensor, dtype) for name, tensor in state.items()}, assign=True)
-    except RuntimeError as error:
-        raise ValueError(f"block {number} of {model}: {error}") from error
+    block.load_state_dict({name: converted(tensor, dtype) for name, tensor in state.items()}, assign=True)
     log.info("loaded block %d of %s", number, model)
     return block.eval()
+
+
+def empty_block(config: Any, number: int) -> nn.Module:
+    """Return a block on the meta device: names and shapes, and no weights.
+
+    :param config: petals' configuration of the model
+    """
+    with torch.device("meta"):
+        numbered = issubclass(config.block_class, SwarmLayer)
+        block: nn.Module = config.block_class(config, number) if numbered else config.block_class(config)
+    return block
+
+
+def ignored(name: str) -> bool:
+    """Whether a tensor of a checkpoint is not the model's: Llama's once held what follows from the configuration."""
+    return name.endswith("rotary_emb.inv_freq")
+
+
+def differences(state: dict[str, torch.Tensor], block: nn.Module, prefix: str) -> str | None:
+    """Return in a sentence how a block's weights differ from what they should be, in names and shapes; None: they fit.
+
+    :param state: by their names in the checkpoint, without the prefix; they may be on the meta device
+    """
+    try:
+        fused = fuse_experts(state, block)
+    except (KeyError, RuntimeError) as error:
+        return f"the experts of {prefix}mlp do not fit together: {error}"
+    wanted = block.state_dict()
+    return sentence(
+        [prefix + name for name in wanted if name not in fused],
+        [prefix + name for name in fused if name not in wanted],
+        [prefix + name for name in wanted if name in fused and fused[name].shape != wanted[name].shape],
+    )
+
+
+def sentence(missing: Sequence[str], unknown: Sequence[str], misfits: Sequence[str]) -> str | None:
+    """Return in one sentence what is wrong with tensors of these names, or None."""
+    if missing:
+        return f"its weights lack {some(missing)}, which its configuration asks for"
+    if unknown:
+        return f"its weights have {some(unknown)}, of which its configuration does not know"
+    if misfits:
+        return f"the shape of {some(misfits)} is not what its configuration asks for"
+    return None
+
+
+def some(names: Iterable[str]) -> str:
+    """Return a few names as a sentence has them."""
+    names = sorted(names)
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
 
 
 def converted(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """How a server announces to the swarm which blocks it serves, and that it leaves."""
 
 import logging
+from typing import Any
 
 import swarm.compat  # noqa: F401
 
@@ -9,6 +10,7 @@ from petals.data_structures import ServerState
 from petals.server.server import ModuleAnnouncerThread
 from petals.utils.dht import declare_active_modules
 
+from swarm.families import attention_share
 from swarm.server.restart import STOP_TIMEOUT
 
 log = logging.getLogger(__name__)
@@ -19,6 +21,13 @@ ANNOUNCEMENT_DELAY = 2.0  # seconds
 
 class Announcer(ModuleAnnouncerThread):
     """Petals' announcer, which survives a failed announcement: without announcements the server is forgotten."""
+
+    bytes_per_token: int
+
+    def __init__(self, *args: Any, block_config: Any, **options: Any) -> None:
+        super().__init__(*args, block_config=block_config, **options)
+        # Petals takes all heads to be hidden size wide.
+        self.bytes_per_token = int(self.bytes_per_token * attention_share(block_config))
 
     def run(self) -> None:
         while True:

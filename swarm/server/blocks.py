@@ -16,6 +16,7 @@ import torch
 from hivemind import TensorDescriptor
 from torch import nn
 
+from swarm.families import head_size
 from swarm.families.attention import Scoring, attention, causal_mask
 from swarm.server import kernels
 
@@ -213,11 +214,6 @@ class RaggedBlocks:
     def compute(self, number: int, hidden: torch.Tensor, batch: Batch, context: Any) -> torch.Tensor:
         """Compute one block, given its number in the span."""
         raise NotImplementedError
-
-
-def head_size(config: Any) -> int:
-    """Return the size of an attention head; in many families it is not hidden size / heads."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def add_prompts(hidden: torch.Tensor, parts: Sequence[Part], index: int) -> None:

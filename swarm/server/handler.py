@@ -2,14 +2,15 @@
 
 The handler speaks petals' ``rpc_inference``, with two additions, which the first response of a session reports in its
 metadata. ``rewind``: a step may carry ``start_from_position``, as of petals 2.3; the session drops what follows.
-``spread``: hidden states of one sequence stand for all sequences of the session; they are computed once.
+``spread``: hidden states of one sequence stand for all sequences of the session; they are computed once. The metadata
+also has ``model``, the hashes of ``swarm.weights.fingerprint``, by which a client sees whether it is the one it wants.
 """
 
 import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, AsyncIterator  # noqa: UP035  hivemind recognises streams by this type only
 
 import swarm.compat  # noqa: F401
@@ -29,8 +30,6 @@ from swarm.wire.packing import read_metadata
 from swarm.wire.requests import SessionRequest, check_call, read_arguments, read_session, read_step, split_uids
 from swarm.wire.text import Malformed
 
-# Sent with a session's first response; see the module's docstring.
-ABILITIES = MSGPackSerializer.dumps({"rewind": True, "spread": True})
 # A server pushes a step once it has answered its own, so one is waited for and one may be on its way.
 MAX_PUSHED = 4
 
@@ -45,6 +44,7 @@ class TransformerConnectionHandler(petals_handler.TransformerConnectionHandler):
     channel: HandlerChannel | None = None
     cache_descriptor: Any  # see RaggedBlocks
     batches: Any  # batches computed
+    model: Mapping[str, str] = {}  # hashes of its configuration and, if known, its weights
 
     async def add_p2p_handlers(self, *args: Any, **kwargs: Any) -> None:
         hidden_size = next(iter(self.module_backends.values())).outputs_schema[0].shape[-1]
@@ -62,7 +62,9 @@ class TransformerConnectionHandler(petals_handler.TransformerConnectionHandler):
             request = await asyncio.wait_for(anext(requests), self.step_timeout)
             session = read_session(request, self.inference_max_length)
             responses: Any
+            batched = False
             if self.channel is not None and not session.adapter and self._follow_each_other(request.uid):
+                batched = True
                 responses = self._serve_session(self.channel, request, session, requests, context)
             else:
                 request.metadata = MSGPackSerializer.dumps(
@@ -70,7 +72,9 @@ class TransformerConnectionHandler(petals_handler.TransformerConnectionHandler):
                 )
                 responses = super().rpc_inference(achain(as_aiter(request), requests), context)
             async with contextlib.aclosing(responses):  # once the client is gone, not at garbage collection
+                told = MSGPackSerializer.dumps({"rewind": batched, "spread": batched, "model": dict(self.model)})
                 async for response in responses:
+                    response.metadata, told = told, b""
                     yield response
 
     def _follow_each_other(self, uids: str) -> bool:
@@ -115,7 +119,7 @@ class TransformerConnectionHandler(petals_handler.TransformerConnectionHandler):
         wanted: SessionRequest,
         num_blocks: int,
     ) -> AsyncIterator[runtime_pb2.ExpertResponse]:
-        position, abilities = 0, ABILITIES
+        position = 0
         schema = next(iter(self.module_backends.values())).outputs_schema[0]
         async for request, metadata in steps:
             step = read_step(
@@ -132,8 +136,7 @@ class TransformerConnectionHandler(petals_handler.TransformerConnectionHandler):
                 )
             position = step.start + hidden.shape[1]
             output = serialize_torch_tensor(hidden.to(schema.dtype), schema.compression, allow_inplace=True)
-            yield runtime_pb2.ExpertResponse(tensors=[output], metadata=abilities)
-            abilities = b""
+            yield runtime_pb2.ExpertResponse(tensors=[output])
 
     async def _iterate_inference_steps(self, *args: Any) -> AsyncIterator[tuple[Any, dict]]:
         async for request, metadata in super()._iterate_inference_steps(*args):
@@ -180,6 +183,7 @@ class TransformerConnectionHandler(petals_handler.TransformerConnectionHandler):
     ) -> runtime_pb2.ExpertInfo:
         info = MSGPackSerializer.loads((await super().rpc_info(request, context)).serialized_info)
         info["inference_tokens"] = self.inference_tokens.value
+        info["model"] = dict(self.model)
         # A handler answers even if the computing process is stopped or hangs, and waiting clients must learn of that.
         info["silent_for"] = time.monotonic() - self.heartbeat.value
         info["rewind"] = info["batching"] = self.channel is not None

@@ -11,6 +11,7 @@ If a part of it dies, the server leaves the swarm at once and restarts, see ``sw
 import ctypes
 import functools
 import logging
+import math
 import multiprocessing
 import os
 import signal
@@ -30,11 +31,13 @@ from petals.utils.convert_block import QuantType
 from swarm import hardware, weights
 from swarm import lazy_imports as imports
 from swarm.errors import ModelUnavailable
+from swarm.families import attention_share
 from swarm.families.adopt import adopt
 from swarm.families.checkpoint import load_block
 from swarm.options import ServerOptions, parse_args
 from swarm.process import freeze_collector, kill_descendants, set_threads
 from swarm.server.announcing import Announcer
+from swarm.server.backend import HeadSizeBackend
 from swarm.server.cache import SharedMemoryCache
 from swarm.server.container import ADAPTERS, STEP_LIMIT, WatchedContainer, batching_container, time_in_batch
 from swarm.server.dht import PatientDHT, find_daemon, is_running
@@ -50,6 +53,7 @@ log = logging.getLogger(__name__)
 PRIVATE_UPDATE_PERIOD = 10.0  # seconds
 PUBLIC_UPDATE_PERIOD = 60.0  # seconds, petals' default
 SESSION_TIMEOUT = 12 * 3600.0  # seconds from the first step to the last; no session is used for this long
+CACHE_TOKENS, CACHE_TOKENS_GROUPED = 4096, 16384  # petals' default, without and with grouped-query attention
 # How long a server with a dead part may take to announce that it leaves: its users wait for its restart.
 WITHDRAWAL_TIMEOUT = 1.0  # seconds
 
@@ -63,6 +67,7 @@ def make_server(options: ServerOptions) -> Server:
     cache_dir = options.cache_dir or weights.default_cache_dir()
     path = weights.locate(options.model, cache_dir=cache_dir, progress=weights.Progress(log.info))
     adopt(path)
+    TransformerConnectionHandler.model = weights.fingerprint(path).known
     arguments = server_arguments(options, path)
     host_maddrs = listening_maddrs(options)
     if options.batching:
@@ -84,7 +89,8 @@ def use_own_parts(options: ServerOptions) -> None:
     TransformerConnectionHandler.inference_tokens = multiprocessing.Value(ctypes.c_uint64)
     TransformerConnectionHandler.heartbeat = multiprocessing.Value(ctypes.c_double, time.monotonic())
     container = batching_container(operator_threads(options)) if options.batching else WatchedContainer
-    use_server_parts(TransformerConnectionHandler, SharedMemoryCache, container, Announcer, PatientDHT, load_block)
+    parts = (TransformerConnectionHandler, SharedMemoryCache, container, Announcer, PatientDHT, HeadSizeBackend)
+    use_server_parts(*parts, load_block)
     if options.batching and not is_public(options):  # leave a stock server unchanged, for comparison
         disable_reachability_probes()
 
@@ -93,13 +99,18 @@ def server_arguments(options: ServerOptions, path: str) -> dict[str, Any]:
     """Return the arguments of petals' ``Server``, except its addresses and identity.
 
     :param path: of the model, see ``weights.locate``
-    :raises ModelUnavailable: if the model's configuration does not say how many blocks it has
+    :raises ModelUnavailable: if the model's configuration cannot be read, or it cannot be quantised as wanted
     """
-    public = is_public(options)
+    public, config = is_public(options), read_config(options.model, path)
+    if options.quant != "none" and getattr(config, "num_local_experts", None):
+        raise ModelUnavailable(
+            f"{options.model}: --quant {options.quant} is not supported for models with experts ({config.model_type}): "
+            "petals would quantise all but the experts, which are most of the weights"
+        )
     device = options.device or hardware.pick_device()
     blocks = options.blocks
     if blocks is None and options.num_blocks is None and device == "cpu":
-        blocks = f"0:{block_count(options.model, path)}"  # without a GPU, petals cannot guess how many fit
+        blocks = f"0:{config.num_hidden_layers}"  # without a GPU, petals cannot guess how many fit
     return {
         "converted_model_name_or_path": path,
         "dht_prefix": options.dht_prefix or weights.dht_prefix(options.model),
@@ -111,7 +122,7 @@ def server_arguments(options: ServerOptions, path: str) -> dict[str, Any]:
         "device": device,
         "torch_dtype": options.dtype or hardware.pick_dtype(device),
         "quant_type": QuantType[options.quant.upper()],
-        "attn_cache_tokens": options.attn_cache_tokens,
+        "attn_cache_tokens": petals_cache_tokens(options.attn_cache_tokens, config),
         "inference_max_length": options.inference_max_length,
         "num_handlers": options.num_handlers,
         # Petals' speed test is slow and needs the internet; in a private swarm all servers count the same.
@@ -135,23 +146,36 @@ def operator_threads(options: ServerOptions) -> int:
     return options.threads or hardware.cpu_count()
 
 
-def block_count(model: str, path: str) -> int:
-    """Return the number of transformer blocks of the model.
+def read_config(model: str, path: str) -> Any:
+    """Return petals' configuration of the model.
 
-    :raises ModelUnavailable: if its configuration does not say
+    :raises ModelUnavailable: if it cannot be read
     """
     from petals import AutoDistributedConfig
 
     try:
-        return int(AutoDistributedConfig.from_pretrained(path).num_hidden_layers)
+        return AutoDistributedConfig.from_pretrained(path)
     except (OSError, ValueError, AttributeError) as error:
         raise ModelUnavailable(f"{model}: {error}") from error
+
+
+def petals_cache_tokens(tokens: int | None, config: Any) -> int:
+    """Return for how many tokens petals is to have attention cache, which it takes to be hidden size wide.
+
+    :param tokens: for which there is to be cache, in each block; None: as many as petals has by default
+    :param config: petals' configuration of the model
+    """
+    if tokens is None:
+        tokens = CACHE_TOKENS_GROUPED if config.num_key_value_groups > 1 else CACHE_TOKENS
+    return math.ceil(tokens * attention_share(config))
 
 
 def serve(server: Server, on_ready: Any) -> None:
     """Serve until SIGTERM or SIGINT, then leave the swarm: withdraw the blocks, free all resources.
 
     If a part of the server dies, restart it in this process.
+
+    :raises ModelUnavailable: if the blocks' weights do not fit
     """
     watcher = Watcher(functools.partial(server_parts, server, find_daemon(server.dht.pid)), beat)
 
@@ -169,6 +193,8 @@ def serve(server: Server, on_ready: Any) -> None:
     watcher.watch(functools.partial(begin_anew, server))
     try:
         server.run()
+    except ModelUnavailable:
+        raise  # it will not be better the next time
     except Exception as error:
         if server.stop.is_set() or (WatchedContainer.current is None and EARLY_DEATHS not in os.environ):
             raise  # it has never served: its options must be wrong
@@ -264,5 +290,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         kill_descendants()
         start_again(threading.Event())
         return 1
-    serve(server, report_ready)
+    try:
+        serve(server, report_ready)
+    except ModelUnavailable as error:
+        print(error, file=sys.stderr)
+        return 1
     return 0

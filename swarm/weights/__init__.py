@@ -5,15 +5,25 @@ within seconds it reports whether a model is available, and if not, why. ``pytho
 ahead of time.
 """
 
+import hashlib
 import os
 import re
 from pathlib import Path
 
 from swarm.weights.bundled import BUNDLED_MODELS, prepared
 from swarm.weights.checks import check_directory, check_hub
+from swarm.weights.fingerprint import Fingerprint, fingerprint
 from swarm.weights.progress import Progress
 
-__all__ = ["BUNDLED_MODELS", "Progress", "default_cache_dir", "dht_prefix", "locate"]
+__all__ = [
+    "BUNDLED_MODELS",
+    "Fingerprint",
+    "Progress",
+    "default_cache_dir",
+    "dht_prefix",
+    "fingerprint",
+    "locate",
+]
 
 NOBODY = Progress()
 
@@ -46,15 +56,24 @@ def locate(model: str, *, cache_dir: Path, progress: Progress = NOBODY) -> str:
 def dht_prefix(model: str) -> str | None:
     """Return the prefix of the blocks' keys in the DHT, the same on servers and clients; None lets petals choose it.
 
-    For hub names, petals derives the prefix that the public swarm uses. A directory's prefix is its name, so that
-    copies on two machines meet; "." and " " have special meanings in the DHT. A bundled model takes the prefix of its
-    prepared directory rather than the hub model's, whose weights differ: the bundled ones are quantised.
+    For hub names, petals derives the prefix that the public swarm uses. A directory's prefix is its name and a hash of
+    what is in it: copies on two machines meet, and other models of the same name do not. A bundled model takes the
+    prefix of its prepared directory, which identifies its weights, rather than the hub model's: the bundled ones are
+    quantised.
+
+    :raises ModelUnavailable: if a directory's files cannot be read
     """
     if model in BUNDLED_MODELS:
         return BUNDLED_MODELS[model].name
-    if _is_directory_name(model):
-        return re.sub(r"[^A-Za-z0-9_-]", "-", _directory(model).name)
-    return None
+    if not _is_directory_name(model):
+        return None
+    directory = _directory(model)
+    if directory.name in {bundled.name for bundled in BUNDLED_MODELS.values()}:
+        return directory.name
+    known = fingerprint(str(directory))
+    both = hashlib.sha256(f"{known.config}{known.weights}".encode()).hexdigest()
+    # "." and " " have special meanings in the DHT.
+    return f"{re.sub(r'[^A-Za-z0-9_-]', '-', directory.name)}-{both[:8]}"
 
 
 def _is_directory_name(model: str) -> bool:

@@ -32,7 +32,7 @@ def check_directory(model: str, directory: Path) -> None:
     if not os.path.isdir(directory):
         raise ModelUnavailable(f"{model}: no such directory")
     _check_config(model, directory / "config.json")
-    for file in _weight_files(model, directory):
+    for file in weight_files(model, directory):
         _check_weights(model, file)
 
 
@@ -55,7 +55,7 @@ def read_json(model: str, file: Path) -> dict[str, Any]:
     return content
 
 
-def _weight_files(model: str, directory: Path) -> list[Path]:
+def weight_files(model: str, directory: Path) -> list[Path]:
     """Return the files that hold the weights, all of which exist."""
     first = next((directory / name for name in WEIGHT_FILES if os.path.isfile(directory / name)), None)
     if first is None:

@@ -1,13 +1,14 @@
 """What a server replies to a client: hidden states, its abilities, whether it is alive."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from hivemind.proto import runtime_pb2
 
-from swarm.wire.packing import read_metadata, read_number
+from swarm.wire.packing import read_metadata, read_number, read_text
 from swarm.wire.tensors import FLOATING, is_finite, read_tensor
 from swarm.wire.text import Malformed, quoted
 
@@ -21,6 +22,9 @@ class Abilities:
 
     rewind: bool
     spread: bool
+    # Hashes of the model that it serves, see ``swarm.weights.fingerprint``; None: it does not say.
+    config: str | None = None
+    weights: str | None = None
 
 
 def reply_limit(shape: Sequence[int]) -> int:
@@ -56,7 +60,14 @@ def read_abilities(metadata: bytes) -> Abilities:
     rewind, spread = reported.get("rewind", False), reported.get("spread", False)
     if type(rewind) is not bool or type(spread) is not bool:
         raise Malformed(f"it reports abilities {quoted(reported)}")
-    return Abilities(rewind, spread)
+    model = reported.get("model") or {}
+    if not isinstance(model, dict):
+        raise Malformed(f"it reports a model {quoted(model)}")
+    return Abilities(rewind, spread, _hash(model, "config"), _hash(model, "weights"))
+
+
+def _hash(model: Mapping[str, Any], name: str) -> str | None:
+    return None if model.get(name) is None else read_text(model[name], name)
 
 
 def read_silence(info: bytes) -> float:

@@ -184,6 +184,7 @@ ANSWERS = {
     "nested metadata": (metadata(bomb()), "nested"),
     "metadata that is a list": (metadata(MSGPackSerializer.dumps([1])), "metadata must be a dictionary"),
     "abilities that are no answers": (metadata(MSGPackSerializer.dumps({"rewind": [1]})), "abilities"),
+    "a model that is none": (metadata(MSGPackSerializer.dumps({"model": [1]})), "a model"),
     "wrong dtype": (tensor(dtype="uint16", buffer=b"\0\0"), "dtype 'uint16'"),
     "whole numbers": (tensor(dtype="int64", buffer=b"\0" * 8), "dtype 'int64'"),
     "nonsense dtype": (tensor(dtype="nonsense\n"), "dtype"),
