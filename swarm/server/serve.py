@@ -30,6 +30,7 @@ from petals.utils.convert_block import QuantType
 from swarm import hardware, weights
 from swarm import lazy_imports as imports
 from swarm.errors import ModelUnavailable
+from swarm.lifeline import program_line
 from swarm.options import ServerOptions, parse_args
 from swarm.process import freeze_collector, kill_descendants, set_threads
 from swarm.server.announcing import Announcer
@@ -196,6 +197,7 @@ def begin_anew(server: Server, part: str) -> None:
     :param part: what has died
     """
     log.error("%s of this server has died; it leaves the swarm and begins anew", part)
+    program_line.say_failed(f"{part} has died")
     if WatchedContainer.current is not None:
         announcer = WatchedContainer.current.dht_announcer
         leaving = threading.Thread(target=announcer.withdraw, name="withdraw", daemon=True)
@@ -213,25 +215,15 @@ def beat() -> None:
 
 
 def report_ready(server: Server) -> None:
-    """Log, once the blocks are served, what another machine needs to join."""
+    """Say, once the blocks are served, that they are; and log what another machine needs to join."""
     while server.module_container is None or not server.module_container.ready.wait(timeout=1):
         if server.stop.wait(0.1):
             return
+    program_line.say_serving()
     info = server.module_container.server_info
     log.info("serving blocks %d:%d of %s", info.start_block, info.end_block, server.dht_prefix)
     for maddr in server.dht.get_visible_maddrs():
         log.info("other servers and clients join with --initial-peers %s", maddr)
-
-
-def end_with_parent() -> None:
-    """Stop when standard input ends: the parent holds its other end, so that it ends however the parent does."""
-
-    def watch() -> None:
-        while os.read(0, 1024):
-            pass
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, name="watch-parent", daemon=True).start()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -247,12 +239,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     # after each operator, and waking them takes as long as computing: so only one thread of a batching server has some.
     set_threads(1 if options.batching else operator_threads(options))
     if options.end_with_parent:
-        end_with_parent()
+        program_line.hold()
     bury_children()
     try:
         server = make_server(options)
     except ModelUnavailable as error:
         print(error, file=sys.stderr)
+        program_line.say_failed(error)
         return 1
     except Exception:
         if EARLY_DEATHS not in os.environ or options.end_with_parent:
