@@ -5,6 +5,7 @@ import functools
 import math
 import os
 import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,6 +199,27 @@ class Settings:
         from swarm.hardware import pick_dtype
 
         return self.TORCH_DTYPE or pick_dtype(self.device())
+
+
+def listening_address(environ: Mapping[str, str] = os.environ) -> str:
+    """Return where the app listens, as gunicorn writes it: ``127.0.0.1:5000``, ``[::]:5000``.
+
+    :raises ConfigError: if ``HOST`` is no address of this machine, or ``PORT`` no port
+    """
+    host = environ.get("HOST", "").strip().removeprefix("[").removesuffix("]") or "127.0.0.1"
+    port = environ.get("PORT", "").strip() or "5000"
+    if not (port.isascii() and port.isdigit() and len(port) <= 5 and int(port) <= 65535):
+        raise ConfigError(f"PORT={port} is no port: it must be a number from 0 to 65535")
+    try:
+        found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
+        # Of a name's addresses the IPv4 one: that is what "localhost" has meant here.
+        family, kind, _, _, address = min(found, key=lambda info: info[0] != socket.AF_INET)
+        with socket.socket(family, kind) as probe:
+            probe.bind(address)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"HOST={host} is no address of this machine: {reason}") from None
+    return f"[{address[0]}]:{port}" if family == socket.AF_INET6 else f"{address[0]}:{port}"
 
 
 def _parse(name: str, text: str, default: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from config import Settings
+from config import Settings, listening_address
 from errors import ConfigError
 from generation.parameters import parse_generation
 from models.catalog import DIALOGUE, KNOWN_MODELS, ChatFormat, ModelConfig, configured
@@ -208,6 +208,37 @@ def test_dtype_is_known() -> None:
 def test_settings_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         Settings().MAX_SESSIONS = 5  # type: ignore[misc]
+
+
+# Where the app listens
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "address"),
+    [
+        ("", "", "127.0.0.1:5000"),
+        (" 0.0.0.0 ", " 80 ", "0.0.0.0:80"),
+        ("localhost", "0", "127.0.0.1:0"),
+        ("::", "8080", "[::]:8080"),
+        ("::1", "65535", "[::1]:65535"),
+        ("[::1]", "1", "[::1]:1"),
+    ],
+)
+def test_where_the_app_listens(host: str, port: str, address: str) -> None:
+    assert listening_address({"HOST": host, "PORT": port}) == address
+    assert listening_address({}) == "127.0.0.1:5000"
+
+
+@pytest.mark.parametrize("port", ["65536", "99999", "-1", "x", "5000.0", "1" * 5000, "٣"])
+def test_ports_out_of_range(port: str) -> None:
+    with pytest.raises(ConfigError, match="^PORT=.* is no port: it must be a number from 0 to 65535$"):
+        listening_address({"PORT": port})
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "2001:db8::1", "0:0", "a..b", "fe80::1%no-such-card"])
+def test_addresses_of_other_machines(host: str) -> None:
+    with pytest.raises(ConfigError, match="^HOST=.* is no address of this machine: "):
+        listening_address({"HOST": host})
 
 
 # Models
