@@ -6,13 +6,14 @@ import math
 import os
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from admission.addresses import Network, parse_networks
 from errors import ConfigError
+from swarm.multiaddr import PUBLIC, check_listening, check_peer
 
 Value = TypeVar("Value")
 
@@ -21,12 +22,18 @@ Value = TypeVar("Value")
 class Form:
     """How each member of a list is written."""
 
-    pattern: str
-    words: str  # says what a member is that does not match
+    check: Callable[[str], None]  # raises ValueError, saying what is wrong
+    words: str  # says what a member is that is written otherwise
 
 
-MULTIADDR = Form(r"(?s)/.*|public", "no multiaddr, such as /ip4/192.0.2.1/tcp/31330/p2p/12D3...")
-HOST = Form(r"(?a)\*|[\w.-]+", "no name of a host, without scheme, port and path")
+def _check_host(text: str) -> None:
+    if not re.fullmatch(r"(?a)\*|[\w.-]+", text):
+        raise ValueError("it may have letters, digits, dots and hyphens only")
+
+
+PEER = Form(check_peer, "no multiaddr, such as /ip4/192.0.2.1/tcp/31330/p2p/12D3...")
+LISTENING = Form(check_listening, "no multiaddr to listen on, such as /ip4/0.0.0.0/tcp/31330")
+HOST = Form(_check_host, "no name of a host, without scheme, port and path")
 
 
 def setting(
@@ -63,9 +70,9 @@ class Settings:
 
     # The swarm
     # Multiaddrs to join, or "public"; empty: an embedded private swarm
-    INITIAL_PEERS: tuple[str, ...] = setting((), each=MULTIADDR)
+    INITIAL_PEERS: tuple[str, ...] = setting((), each=PEER)
     # Where the embedded swarm listens
-    SWARM_HOST_MADDRS: tuple[str, ...] = setting(("/ip4/127.0.0.1/tcp/0",), each=MULTIADDR)
+    SWARM_HOST_MADDRS: tuple[str, ...] = setting(("/ip4/127.0.0.1/tcp/0",), each=LISTENING)
     UPDATE_PERIOD: float = positive(10.0)  # seconds between two readings of who serves what
     RECOVERY_TIMEOUT: float = 60.0  # seconds an answer waits for lost blocks to be served again
     STEP_TIMEOUT: float = 120.0  # seconds a live server may take for one step
@@ -158,6 +165,8 @@ class Settings:
             raise ConfigError(
                 f"DEFAULT_MODEL_NAME={self.DEFAULT_MODEL_NAME} is not one of MODELS={','.join(self.MODELS)}"
             )
+        if PUBLIC in self.INITIAL_PEERS and len(self.INITIAL_PEERS) > 1:
+            raise ConfigError("INITIAL_PEERS: public stands for peers of its own, and cannot be beside others")
         if not self.MODELS:
             raise ConfigError("MODELS names no model")
         if self.PAGE == "key" and not (self.API_KEYS or self.API_KEYS_FILE):
@@ -249,6 +258,11 @@ def _check_row(row: dataclasses.Field[Any], value: Any) -> None:
     choices = row.metadata.get("choices")
     if choices and value not in (*choices, row.default):
         raise ConfigError(f"{row.name}={value} is not one of {', '.join(choices)}")
-    form = row.metadata.get("each")
-    if form and (wrong := next((item for item in value if not re.fullmatch(form.pattern, item)), None)) is not None:
-        raise ConfigError(f"{row.name}: {wrong} is {form.words}")
+    form: Form | None = row.metadata.get("each")
+    if form is None:
+        return
+    for member in value:
+        try:
+            form.check(member)
+        except ValueError as error:
+            raise ConfigError(f"{row.name}: {member} is {form.words}: {error}") from None

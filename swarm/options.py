@@ -3,10 +3,12 @@
 import argparse
 import dataclasses
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+
+from swarm.multiaddr import check_announced, check_listening, check_peer
 
 Value = TypeVar("Value")
 
@@ -18,9 +20,13 @@ def option(
     metavar: str | None = None,
     choices: Sequence[str] | None = None,
     nargs: str | None = None,
+    check: Callable[[str], None] | None = None,
 ) -> Value:
-    """Make a row of ``ServerOptions``. The parameters are those of ``argparse``."""
-    metadata = {"help": description, "metavar": metavar, "choices": choices, "nargs": nargs}
+    """Make a row of ``ServerOptions``. The parameters are those of ``argparse``, but for one.
+
+    :param check: raises ValueError for a word that is wrong, saying why
+    """
+    metadata = {"help": description, "metavar": metavar, "choices": choices, "nargs": nargs, "check": check}
     row: Any = dataclasses.field(default=default, metadata=metadata)  # a type checker sees the default
     return row
 
@@ -31,16 +37,18 @@ class ServerOptions:
 
     model: str = dataclasses.field(metadata={"help": "hub name, local directory, or the name of the bundled model"})
     initial_peers: tuple[str, ...] = option(
-        (), "peers to join, or 'public'; none: a new swarm", nargs="*", metavar="MADDR"
+        (), "peers to join, or 'public'; none: a new swarm", nargs="*", metavar="MADDR", check=check_peer
     )
     blocks: str | None = option(
         None, "blocks [START, END) to serve; default: all (CPU), as many as fit (GPU)", metavar="START:END"
     )
     num_blocks: int | None = option(None, "serve this many blocks, chosen where the swarm needs them most")
     # The command line listens on all addresses by default, the embedded swarm on this machine's own.
-    host_maddrs: tuple[str, ...] = option((), "addresses to listen on; default: all", nargs="+", metavar="MADDR")
+    host_maddrs: tuple[str, ...] = option(
+        (), "addresses to listen on; default: all", nargs="+", metavar="MADDR", check=check_listening
+    )
     announce_maddrs: tuple[str, ...] = option(
-        (), "addresses to announce, if others see different ones", nargs="+", metavar="MADDR"
+        (), "addresses to announce, if others see different ones", nargs="+", metavar="MADDR", check=check_announced
     )
     identity_path: str | None = option(
         None, "private key file that keeps the peer id the same over restarts", metavar="FILE"
@@ -102,10 +110,25 @@ def parse_args(argv: Sequence[str] | None = None) -> ServerOptions:
             action = "store_false" if row.default else "store_true"
             parser.add_argument(flag(row), action=action, help=row.metadata["help"], **form)
         else:
-            parser.add_argument(flag(row), type=_word_type(types[row.name]), **form, **row.metadata)
+            words = {name: value for name, value in row.metadata.items() if name != "check"}
+            kind = _checked(row.metadata["check"]) if row.metadata["check"] else _word_type(types[row.name])
+            parser.add_argument(flag(row), type=kind, **form, **words)
     given = vars(parser.parse_args(argv)).items()
     values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given}
     return ServerOptions(**values)
+
+
+def _checked(check: Callable[[str], None]) -> Callable[[str], str]:
+    """Return what argparse turns each word of an option into: itself, if it is right."""
+
+    def read(word: str) -> str:
+        try:
+            check(word)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{word}: {error}") from None
+        return word
+
+    return read
 
 
 def _word_type(hint: Any) -> type:

@@ -12,11 +12,12 @@ from petals.utils.convert_block import QuantType
 from swarm.local import LocalServer
 from swarm.options import ServerOptions, flag, parse_args
 from tests.support.processes import ROOT
+from tests.test_multiaddr import PEER
 
 ROWS = {row.name: row for row in dataclasses.fields(ServerOptions) if row.name != "model"}
 # A value other than the default for each option.
 OTHERS: dict[str, Any] = {
-    "initial_peers": ("/ip4/192.0.2.1/tcp/1", "/ip4/192.0.2.1/tcp/2"),
+    "initial_peers": (PEER, PEER.replace("/ip4/192.0.2.1/", "/dns/x/")),
     "blocks": "0:10",
     "num_blocks": 3,
     "host_maddrs": ("/ip4/127.0.0.1/tcp/0", "/ip6/::1/tcp/0"),
@@ -78,6 +79,12 @@ def test_help_tells_all_options(capsys: pytest.CaptureFixture[str]) -> None:
         (["some/model", "--idle-timeout", "long"], "argument --idle-timeout: invalid float value: 'long'"),
         (["some/model", "--dtype", "int3"], "argument --dtype: invalid choice: 'int3'"),
         (["some/model", "--host-maddrs"], "argument --host-maddrs: expected at least one argument"),
+        (["some/model", "--host-maddrs", "0.0.0.0"], "argument --host-maddrs: 0.0.0.0: it must begin with /"),
+        (
+            ["some/model", "--initial-peers", "public", "/ip4/192.0.2.1/tcp/1"],
+            "it must end with /p2p/ and the peer's id",
+        ),
+        (["some/model", "--announce-maddrs", "/dns/x/tcp/0"], "/dns/x/tcp/0: others cannot connect to port 0"),
         (["some/model", "--batching"], "unrecognized arguments: --batching"),
     ],
 )
@@ -95,11 +102,11 @@ def test_weights_can_be_quantised_as_petals_can() -> None:
 def test_an_embedded_server_listens_on_this_machine_only(host_maddrs: tuple[str, ...]) -> None:
     """Unless it is told otherwise. It is quiet, and ends with the program."""
     server = LocalServer.__new__(LocalServer)  # is not started
-    server.options, server._initial_peers = ServerOptions("some/model", host_maddrs=host_maddrs), ["/ip4/192.0.2.1"]
+    server.options, server._initial_peers = ServerOptions("some/model", host_maddrs=host_maddrs), [PEER]
     words = server.command()
     parsed = parse_args(words[words.index("swarm.server") + 1 :])
     assert parsed.host_maddrs == (host_maddrs or ("/ip4/127.0.0.1/tcp/0",))
-    assert parsed.initial_peers == ("/ip4/192.0.2.1",) and parsed.quiet and parsed.end_with_parent
+    assert parsed.initial_peers == (PEER,) and parsed.quiet and parsed.end_with_parent
 
 
 def test_options_cost_nothing_to_import() -> None:
