@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from admission.addresses import Network, parse_networks
 from errors import ConfigError
 from swarm.multiaddr import PUBLIC, check_listening, check_peer
+from swarm.places import REMEDY, PlaceUnusable, can_write, named_cache_dir, settle_petals, settle_temporary_files
 
 Value = TypeVar("Value")
 
@@ -191,11 +192,31 @@ class Settings:
     def default_model(self) -> str:
         return self.DEFAULT_MODEL_NAME or self.MODELS[0]
 
+    def check_machine(self) -> None:
+        """Refuse what cannot work on this machine, as it is now.
+
+        :raises ConfigError: naming the setting
+        """
+        from swarm.weights import is_to_be_prepared
+
+        try:
+            settle_temporary_files()
+            cache_dir = self.cache_dir
+            if not self.INITIAL_PEERS:  # it has servers of its own
+                settle_petals(cache_dir)
+        except PlaceUnusable as error:
+            raise ConfigError(str(error)) from None
+        waiting = [model for model in self.MODELS if is_to_be_prepared(model, cache_dir=cache_dir)]
+        if waiting and not can_write(cache_dir):
+            raise ConfigError(f"{waiting[0]} cannot be prepared in {cache_dir}: {REMEDY}")
+
     @property
     def cache_dir(self) -> Path:
-        from swarm.weights import default_cache_dir
+        """Where prepared models are kept.
 
-        return Path(self.CACHE_DIR).expanduser() if self.CACHE_DIR else default_cache_dir()
+        :raises PlaceUnusable: if there is no home directory, and none is named
+        """
+        return named_cache_dir(self.CACHE_DIR)
 
     def device(self) -> str:
         """Return the device to compute on."""

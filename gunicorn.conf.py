@@ -15,6 +15,7 @@ def read_settings() -> tuple[Settings, str]:
     logging.disable(logging.WARNING)  # the app reads them once more, and then says what it thinks of them
     try:
         settings = Settings.from_environment()
+        settings.check_machine()
         read_keys(settings)
         address = listening_address()
     except ConfigError as error:

@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "swarm.compat": f"{SWARM} swarm.wire",
     "swarm.wire": SWARM,
     "swarm.options": f"{SWARM} swarm.weights",
-    "swarm.weights": "swarm.errors",
+    "swarm.weights": "swarm swarm.errors",
     "swarm": "swarm.errors swarm.waiter",
     "swarm.waiter": "swarm.errors",
     "swarm.errors": "",
