@@ -16,7 +16,7 @@ from config import Settings
 from errors import ModelNotFound, ModelNotReady
 from models.catalog import ModelConfig, State, configured
 from swarm.background import Loop, growing_delays
-from swarm.errors import CacheFull, ModelUnavailable, SwarmError, SwarmUnreachable, format_blocks
+from swarm.errors import CacheFull, ClockOff, ModelUnavailable, SwarmError, SwarmUnreachable, format_blocks
 from swarm.waiter import Until
 
 if TYPE_CHECKING:
@@ -193,10 +193,12 @@ class Models:
 
     def _wait_unconnected(self, error: Exception, delay: float) -> None:
         """Report why this program is in no swarm, and wait until the next try."""
-        if isinstance(error, SwarmUnreachable) and self.settings.INITIAL_PEERS:  # it may not have been started yet
+        is_absent = isinstance(error, SwarmUnreachable) and not isinstance(error, ClockOff)
+        if is_absent and self.settings.INITIAL_PEERS:  # it may not have been started yet
             self._report_all(f"waiting for the swarm: {error}")
         else:
-            log.error("no model can be loaded, again in %.0f s", delay, exc_info=error)
+            unforeseen = None if isinstance(error, SwarmError) else error
+            log.error("no model can be loaded, again in %.0f s: %s", delay, error, exc_info=unforeseen)
             next_try = time.monotonic() + delay
             for served in self.served.values():
                 served.retry_in = lambda: max(0.0, next_try - time.monotonic())

@@ -29,7 +29,7 @@ from petals.utils.convert_block import QuantType
 
 from swarm import hardware, weights
 from swarm import lazy_imports as imports
-from swarm.errors import ModelUnavailable
+from swarm.errors import ModelUnavailable, SwarmError
 from swarm.lifeline import program_line
 from swarm.options import ServerOptions, parse_args
 from swarm.process import freeze_collector, kill_descendants, set_threads
@@ -243,13 +243,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     bury_children()
     try:
         server = make_server(options)
-    except ModelUnavailable as error:
-        print(error, file=sys.stderr)
-        program_line.say_failed(error)
-        return 1
-    except Exception:
-        if EARLY_DEATHS not in os.environ or options.end_with_parent:
-            raise  # a parent starts it again, and may know other peers by now
+    except Exception as error:
+        if isinstance(error, ModelUnavailable) or EARLY_DEATHS not in os.environ or options.end_with_parent:
+            if not isinstance(error, SwarmError):
+                raise  # a parent starts it again, and may know other peers by now
+            print(error, file=sys.stderr)
+            program_line.say_failed(error)
+            return 1
         log.exception("this server could not begin anew")
         kill_descendants()
         start_again(threading.Event())
