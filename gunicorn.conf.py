@@ -1,7 +1,10 @@
 """gunicorn reads this file by itself. Options on its command line go before those here."""
 
 import logging
+import os
+import shlex
 import signal
+import sys
 import threading
 from typing import Any
 
@@ -17,12 +20,18 @@ def read_settings() -> tuple[Settings, str]:
         settings = Settings.from_environment()
         settings.check_machine()
         read_keys(settings)
-        address = listening_address()
+        address = listening_address({} if is_bound_elsewhere() else os.environ)
     except ConfigError as error:
         raise SystemExit(f"Petals Chat cannot start: {error}") from None
     finally:
         logging.disable(logging.NOTSET)
     return settings, address
+
+
+def is_bound_elsewhere() -> bool:
+    """Whether gunicorn is told where to listen: then HOST and PORT, which many machines have, mean something else."""
+    words = [*sys.argv[1:], *shlex.split(os.environ.get("GUNICORN_CMD_ARGS", ""))]
+    return any(word.startswith(("-b", "--bind")) for word in words)
 
 
 settings, bind = read_settings()  # gunicorn takes no notice of names that it does not know

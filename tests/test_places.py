@@ -190,6 +190,7 @@ def test_a_model_that_cannot_be_prepared(tmp_path: Path) -> None:
             "cannot hold temporary files: No such file or directory; set TMPDIR to a directory that can",
         ),
         ("PORT", "99999", "is no port: it must be a number from 0 to 65535"),
+        ("HOST", "192.0.2.1", "is no address of this machine: Cannot assign requested address"),
         ("CACHE_DIR", f"{__file__}/cache", ""),
     ],
 )
