@@ -59,16 +59,20 @@ def settle_home(cache_dir: Path | None) -> None:
 
     :param cache_dir: None: the default, if there is one
     """
-    try:
-        home_cache = Path.home() / ".cache"
-        if home_cache.is_dir() or can_write(home_cache):  # one that can only be read may hold models of the hub
-            return
-    except (RuntimeError, OSError):
-        pass
+    if _has_home():
+        return
     if cache_dir is None and (named := os.environ.get("XDG_CACHE_HOME")):
         cache_dir = Path(named) / "chat-petals"
     if cache_dir is not None:
         os.environ["HOME"] = str(cache_dir.absolute())
+
+
+def _has_home() -> bool:
+    try:
+        cache = Path.home() / ".cache"
+    except RuntimeError:
+        return False
+    return os.path.isdir(cache) or can_write(cache)  # one that can only be read may hold models of the hub
 
 
 def settle_petals(cache_dir: Path) -> None:

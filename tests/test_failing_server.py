@@ -107,7 +107,7 @@ def test_deaths_before_the_first_announcement_wait_longer_and_longer(
 
 def test_a_server_ends_with_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also if the program has not read what it said."""
-    server = python(monkeypatch, SAY + "line.say_serving(); print(); input = __import__('time').sleep(60)")
+    server = python(monkeypatch, SAY + "line.say_serving(); import time; time.sleep(60)")
     wait_until(lambda: server._line.serving, "it does not serve", timeout=30)
     server._stopping.set()
     server._line.close()
