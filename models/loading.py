@@ -184,7 +184,10 @@ class Models:
         else:
             from swarm.local import LocalSwarm
 
-            self._local = LocalSwarm(self.settings.SWARM_HOST_MADDRS)
+            try:
+                self._local = LocalSwarm(self.settings.SWARM_HOST_MADDRS)
+            except SwarmUnreachable as error:
+                raise SwarmUnreachable(f"SWARM_HOST_MADDRS: {error}") from error
             self._swarm = self._local.swarm
             for maddr in self._swarm.initial_peers:
                 log.info("this program's own swarm: others join with --initial-peers %s", maddr)
