@@ -15,7 +15,7 @@ LM_EVAL := .venv-lm-eval
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make run    install, prepare the default model, start the app at http://$(HOST):$(PORT)"
+	@echo "make run    install, prepare the default model, start the app at http://$(if $(findstring :,$(HOST)),[$(HOST)],$(HOST)):$(PORT)"
 	@echo "make test   install, run every test"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  how fast many users are served, against stock Petals servers; a table, docs/serving.json and a plot"

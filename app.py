@@ -15,6 +15,7 @@ from flask import Flask
 import http_api
 import websocket_api
 from config import Settings
+from errors import ConfigError
 from openai_api import routes as openai_api
 from service import Service, get_service
 from web import hooks, openapi, pages, status
@@ -70,6 +71,17 @@ def served_by_flask_run() -> bool:
     return not reloads or werkzeug.serving.is_running_from_reloader()
 
 
-app = create_app()
+def create_app_for_flask() -> Flask:
+    """Build the app under a command of Flask's; end it with one sentence if a setting is wrong."""
+    try:
+        settings = Settings.from_environment()
+        if served_by_flask_run():
+            settings.check_machine()
+        return create_app(settings)
+    except ConfigError as error:
+        raise SystemExit(f"Petals Chat cannot start: {error}") from None
+
+
+app = create_app_for_flask() if click.get_current_context(silent=True) else create_app()
 if served_by_flask_run():
     start(app, [click.get_current_context().params["host"]])

@@ -5,13 +5,16 @@ import functools
 import math
 import os
 import re
-from collections.abc import Mapping
+import socket
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from admission.addresses import Network, parse_networks
 from errors import ConfigError
+from swarm.multiaddr import PUBLIC, check_listening, check_peer
+from swarm.places import REMEDY, PlaceUnusable, can_write, named_cache_dir, settle_petals, settle_temporary_files
 
 Value = TypeVar("Value")
 
@@ -20,12 +23,18 @@ Value = TypeVar("Value")
 class Form:
     """How each member of a list is written."""
 
-    pattern: str
-    words: str  # says what a member is that does not match
+    check: Callable[[str], None]  # raises ValueError, saying what is wrong
+    words: str  # says what a member is that is written otherwise
 
 
-MULTIADDR = Form(r"(?s)/.*|public", "no multiaddr, such as /ip4/192.0.2.1/tcp/31330/p2p/12D3...")
-HOST = Form(r"(?a)\*|[\w.-]+", "no name of a host, without scheme, port and path")
+def _check_host(text: str) -> None:
+    if not re.fullmatch(r"(?a)\*|[\w.-]+", text):
+        raise ValueError("it may have letters, digits, dots and hyphens only")
+
+
+PEER = Form(check_peer, "no multiaddr, such as /ip4/192.0.2.1/tcp/31330/p2p/12D3...")
+LISTENING = Form(check_listening, "no multiaddr to listen on, such as /ip4/0.0.0.0/tcp/31330")
+HOST = Form(_check_host, "no name of a host, without scheme, port and path")
 
 
 def setting(
@@ -62,9 +71,9 @@ class Settings:
 
     # The swarm
     # Multiaddrs to join, or "public"; empty: an embedded private swarm
-    INITIAL_PEERS: tuple[str, ...] = setting((), each=MULTIADDR)
+    INITIAL_PEERS: tuple[str, ...] = setting((), each=PEER)
     # Where the embedded swarm listens
-    SWARM_HOST_MADDRS: tuple[str, ...] = setting(("/ip4/127.0.0.1/tcp/0",), each=MULTIADDR)
+    SWARM_HOST_MADDRS: tuple[str, ...] = setting(("/ip4/127.0.0.1/tcp/0",), each=LISTENING)
     UPDATE_PERIOD: float = positive(10.0)  # seconds between two readings of who serves what
     RECOVERY_TIMEOUT: float = 60.0  # seconds an answer waits for lost blocks to be served again
     STEP_TIMEOUT: float = 120.0  # seconds a live server may take for one step
@@ -157,6 +166,8 @@ class Settings:
             raise ConfigError(
                 f"DEFAULT_MODEL_NAME={self.DEFAULT_MODEL_NAME} is not one of MODELS={','.join(self.MODELS)}"
             )
+        if PUBLIC in self.INITIAL_PEERS and len(self.INITIAL_PEERS) > 1:
+            raise ConfigError("INITIAL_PEERS: public stands for peers of its own, and cannot be beside others")
         if not self.MODELS:
             raise ConfigError("MODELS names no model")
         if self.PAGE == "key" and not (self.API_KEYS or self.API_KEYS_FILE):
@@ -181,11 +192,31 @@ class Settings:
     def default_model(self) -> str:
         return self.DEFAULT_MODEL_NAME or self.MODELS[0]
 
+    def check_machine(self) -> None:
+        """Refuse what cannot work on this machine, as it is now.
+
+        :raises ConfigError: naming the setting
+        """
+        from swarm.weights import is_to_be_prepared
+
+        try:
+            settle_temporary_files()
+            cache_dir = self.cache_dir
+            if not self.INITIAL_PEERS:  # it has servers of its own
+                settle_petals(cache_dir)
+        except PlaceUnusable as error:
+            raise ConfigError(str(error)) from None
+        waiting = [model for model in self.MODELS if is_to_be_prepared(model, cache_dir=cache_dir)]
+        if waiting and not can_write(cache_dir):
+            raise ConfigError(f"{waiting[0]} cannot be prepared in {cache_dir}: {REMEDY}")
+
     @property
     def cache_dir(self) -> Path:
-        from swarm.weights import default_cache_dir
+        """Where prepared models are kept.
 
-        return Path(self.CACHE_DIR).expanduser() if self.CACHE_DIR else default_cache_dir()
+        :raises PlaceUnusable: if there is no home directory, and none is named
+        """
+        return named_cache_dir(self.CACHE_DIR)
 
     def device(self) -> str:
         """Return the device to compute on."""
@@ -198,6 +229,27 @@ class Settings:
         from swarm.hardware import pick_dtype
 
         return self.TORCH_DTYPE or pick_dtype(self.device())
+
+
+def listening_address(environ: Mapping[str, str] = os.environ) -> str:
+    """Return where the app listens, as gunicorn writes it: ``127.0.0.1:5000``, ``[::]:5000``.
+
+    :raises ConfigError: if ``HOST`` is no address of this machine, or ``PORT`` no port
+    """
+    host = environ.get("HOST", "").strip().removeprefix("[").removesuffix("]") or "127.0.0.1"
+    port = environ.get("PORT", "").strip() or "5000"
+    if not (port.isascii() and port.isdigit() and len(port) <= 5 and int(port) <= 65535):
+        raise ConfigError(f"PORT={port} is no port: it must be a number from 0 to 65535")
+    try:
+        found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
+        # Of a name's addresses the IPv4 one: that is what "localhost" has meant here.
+        family, kind, _, _, address = min(found, key=lambda info: info[0] != socket.AF_INET)
+        with socket.socket(family, kind) as probe:
+            probe.bind(address)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"HOST={host} is no address of this machine: {reason}") from None
+    return f"[{address[0]}]:{port}" if family == socket.AF_INET6 else f"{address[0]}:{port}"
 
 
 def _parse(name: str, text: str, default: Any) -> Any:
@@ -227,6 +279,11 @@ def _check_row(row: dataclasses.Field[Any], value: Any) -> None:
     choices = row.metadata.get("choices")
     if choices and value not in (*choices, row.default):
         raise ConfigError(f"{row.name}={value} is not one of {', '.join(choices)}")
-    form = row.metadata.get("each")
-    if form and (wrong := next((item for item in value if not re.fullmatch(form.pattern, item)), None)) is not None:
-        raise ConfigError(f"{row.name}: {wrong} is {form.words}")
+    form: Form | None = row.metadata.get("each")
+    if form is None:
+        return
+    for member in value:
+        try:
+            form.check(member)
+        except ValueError as error:
+            raise ConfigError(f"{row.name}: {member} is {form.words}: {error}") from None

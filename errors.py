@@ -158,6 +158,7 @@ SWARM_ERRORS: dict[type[Exception], tuple[int, str, int | None]] = {
     swarm_errors.ModelUnavailable: (503, "model_unavailable", None),
     swarm_errors.ModelMismatch: (503, "model_mismatch", None),
     swarm_errors.SwarmUnreachable: (503, "swarm_unreachable", 30),
+    swarm_errors.ClockOff: (503, "swarm_unreachable", 30),
     swarm_errors.BlocksMissing: (503, "blocks_missing", 30),
     swarm_errors.CacheFull: (503, "cache_full", 10),
     swarm_errors.SwarmTimeout: (504, "swarm_timeout", None),

@@ -2,34 +2,43 @@
 
 import logging
 import os
+import shlex
 import signal
+import sys
 import threading
 from typing import Any
 
 from admission.keys import read_keys
-from config import Settings
+from config import Settings, listening_address
 from errors import ConfigError
 
 
-def read_settings() -> Settings:
-    """Return the settings; end gunicorn with one sentence if some are wrong."""
+def read_settings() -> tuple[Settings, str]:
+    """Return the settings and where to listen; end gunicorn with one sentence if some are wrong."""
     logging.disable(logging.WARNING)  # the app reads them once more, and then says what it thinks of them
     try:
         settings = Settings.from_environment()
+        settings.check_machine()
         read_keys(settings)
+        address = listening_address({} if is_bound_elsewhere() else os.environ)
     except ConfigError as error:
         raise SystemExit(f"Petals Chat cannot start: {error}") from None
     finally:
         logging.disable(logging.NOTSET)
-    return settings
+    return settings, address
 
 
-host = os.environ.get("HOST", "127.0.0.1")
-bind = f"{f'[{host}]' if ':' in host else host}:{os.environ.get('PORT', '5000')}"
+def is_bound_elsewhere() -> bool:
+    """Whether gunicorn is told where to listen: then HOST and PORT, which many machines have, mean something else."""
+    words = [*sys.argv[1:], *shlex.split(os.environ.get("GUNICORN_CMD_ARGS", ""))]
+    return any(word.startswith(("-b", "--bind")) for word in words)
+
+
+settings, bind = read_settings()  # gunicorn takes no notice of names that it does not know
 worker_class = "front.worker.Worker"  # gthread, behind a loop that owns the connections
 workers = 1
 threads = 100  # for requests that are whole; WebSockets have threads of their own
-worker_connections = read_settings().MAX_CONNECTIONS
+worker_connections = settings.MAX_CONNECTIONS
 keepalive = 15  # seconds that a connection stays open for the next request
 control_socket_disable = True  # nobody uses it
 timeout = 1000  # seconds; an answer of a very large model may take minutes

@@ -16,7 +16,7 @@ from config import Settings
 from errors import ModelNotFound, ModelNotReady
 from models.catalog import ModelConfig, State, configured
 from swarm.background import Loop, growing_delays
-from swarm.errors import CacheFull, ModelUnavailable, SwarmError, SwarmUnreachable, format_blocks
+from swarm.errors import CacheFull, ClockOff, ModelUnavailable, SwarmError, SwarmUnreachable, format_blocks
 from swarm.waiter import Until
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from swarm.client.membership import Swarm
     from swarm.client.model import SwarmModel
     from swarm.client.routing import CacheRelief
-    from swarm.local import LocalSwarm
+    from swarm.local import LocalServer, LocalSwarm
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class ServedModel:
         self.retry_in: Callable[[], float | None] = lambda: None  # seconds until the next one
         self.progress = "waiting to be loaded"
         self.fraction: float | None = None  # how much of that is done, where it is known
-        self.has_server = False  # whether the embedded swarm has a server for it, which is started again if it dies
+        self.server: LocalServer | None = None  # of the embedded swarm; it is started again if it dies
         self.ready = False  # whether it has answered once
 
     @property
@@ -68,8 +68,7 @@ class ServedModel:
             return status
         answers = self.ready and self.model is not None and not self.model.state.doubtful
         if self.error is not None and not answers:
-            wait = self.retry_in()
-            return ModelStatus("failed", f"{self.error}; again {'now' if wait is None else f'in {wait:.0f} s'}")
+            return failed(self.error, self.retry_in())
         return ModelStatus("ready", "ready") if self.ready else ModelStatus("loading", self.progress)
 
     @property
@@ -82,10 +81,11 @@ class ServedModel:
             return self.model
         if self.error is not None:
             raise self.error
+        if self.server is not None and (failure := self.server.failure) is not None:
+            raise ModelUnavailable(f"{self.config.name}: its server fails: {failure}")
         raise ModelNotReady(f"{self.config.name} is not ready yet: {self.status.message}")
 
-    @staticmethod
-    def _swarm_status(model: "SwarmModel") -> ModelStatus | None:
+    def _swarm_status(self, model: "SwarmModel") -> ModelStatus | None:
         """What is wrong with the swarm, if anything is, whatever the model itself is like."""
         state = model.state
         if not state.connected:
@@ -93,6 +93,8 @@ class ServedModel:
         if state.stale:
             return ModelStatus("stale", f"the swarm was last read {state.view_age or 0:.0f} s ago")
         if missing := state.missing_blocks():
+            if self.server is not None and (failure := self.server.failure) is not None:
+                return failed(f"its server fails: {failure}", self.server.retry_in)
             return ModelStatus("blocks_missing", f"no server holds {format_blocks(missing)}")
         return None
 
@@ -182,7 +184,10 @@ class Models:
         else:
             from swarm.local import LocalSwarm
 
-            self._local = LocalSwarm(self.settings.SWARM_HOST_MADDRS)
+            try:
+                self._local = LocalSwarm(self.settings.SWARM_HOST_MADDRS)
+            except SwarmUnreachable as error:
+                raise SwarmUnreachable(f"SWARM_HOST_MADDRS: {error}") from error
             self._swarm = self._local.swarm
             for maddr in self._swarm.initial_peers:
                 log.info("this program's own swarm: others join with --initial-peers %s", maddr)
@@ -191,10 +196,12 @@ class Models:
 
     def _wait_unconnected(self, error: Exception, delay: float) -> None:
         """Report why this program is in no swarm, and wait until the next try."""
-        if isinstance(error, SwarmUnreachable) and self.settings.INITIAL_PEERS:  # it may not have been started yet
+        is_absent = isinstance(error, SwarmUnreachable) and not isinstance(error, ClockOff)
+        if is_absent and self.settings.INITIAL_PEERS:  # it may not have been started yet
             self._report_all(f"waiting for the swarm: {error}")
         else:
-            log.error("no model can be loaded, again in %.0f s", delay, exc_info=error)
+            unforeseen = None if isinstance(error, SwarmError) else error
+            log.error("no model can be loaded, again in %.0f s: %s", delay, error, exc_info=unforeseen)
             next_try = time.monotonic() + delay
             for served in self.served.values():
                 served.retry_in = lambda: max(0.0, next_try - time.monotonic())
@@ -250,7 +257,7 @@ class Models:
 
     def _start_server(self, served: ServedModel) -> None:
         """In the embedded swarm: prepare the model's files and start a server for all its blocks, if there is none."""
-        if self._local is None or served.has_server:
+        if self._local is None or served.server is not None:
             return
         from swarm import weights
         from swarm.families.configuration import read_supported
@@ -265,7 +272,7 @@ class Models:
         dtype, share = settings.torch_dtype(), CACHE_SHARE / len(self.served)
         config = read_supported(path)  # before a server is started that would refuse it
         cache_tokens = settings.ATTN_CACHE_TOKENS or attn_cache_tokens(config, dtype, share, settings.device())
-        self._local.start_server(
+        served.server = self._local.start_server(
             ServerOptions(
                 name,
                 device=settings.device(),
@@ -279,7 +286,6 @@ class Models:
                 host_maddrs=tuple(re.sub(r"/(tcp|udp)/\d+", r"/\1/0", maddr) for maddr in settings.SWARM_HOST_MADDRS),
             )
         )
-        served.has_server = True
 
     def _load_client(self, served: ServedModel) -> "SwarmModel":
         from swarm.client.model import SwarmModel
@@ -333,6 +339,14 @@ class Models:
             self._local.close()
         elif self._swarm is not None:
             self._swarm.close()
+
+
+def failed(reason: object, retry_in: float | None) -> ModelStatus:
+    """Return the state of a model that does not answer.
+
+    :param retry_in: seconds until the next try; None if it is under way
+    """
+    return ModelStatus("failed", f"{reason}; again {'now' if retry_in is None else f'in {retry_in:.0f} s'}")
 
 
 def as_swarm_error(error: Exception) -> SwarmError:

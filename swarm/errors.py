@@ -4,6 +4,7 @@ SwarmError
  ├── ModelUnavailable       the model's files are unavailable or broken
  ├── ModelMismatch          a server computes something other than this model
  ├── SwarmUnreachable       no initial peer answers
+ │    └── ClockOff          this machine's clock differs from that of a peer
  ├── BlocksMissing          no server holds some of the blocks
  ├── CacheFull              servers hold the blocks but have no attention cache left
  ├── SwarmTimeout           a step took longer than its limit
@@ -30,6 +31,10 @@ class ModelMismatch(SwarmError):
 
 class SwarmUnreachable(SwarmError):
     """None of the initial peers could be reached."""
+
+
+class ClockOff(SwarmUnreachable):
+    """This machine's clock differs too much from that of a peer: what one announces has ended already for the other."""
 
 
 class BlocksMissing(SwarmError):

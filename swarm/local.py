@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from swarm.client.membership import Swarm
+from swarm.lifeline import ServerLine, describe_exit
 from swarm.options import ServerOptions
 from swarm.process import kill_descendants
 from swarm.supervision import HEALTHY_AFTER, backoff
@@ -30,9 +31,24 @@ class LocalServer:
         self.options = options
         self._initial_peers = initial_peers  # not a copy: they change when the swarm is founded again on other ports
         self._stopping = threading.Event()
-        self.process = self._start()
+        self._failure: str | None = None  # why the process before this one has never served
+        self._next_start: float | None = None  # time.monotonic()
+        self._line = ServerLine()
+        self.process = self._start(self._line)
         self._watcher = threading.Thread(target=self._watch, name=f"watch-server-{options.model}", daemon=True)
         self._watcher.start()
+
+    @property
+    def failure(self) -> str | None:
+        """Why the server cannot serve, in one line; None if it serves, or has not failed to yet."""
+        line = self._line
+        return None if line.serving else line.failure or self._failure
+
+    @property
+    def retry_in(self) -> float | None:
+        """Seconds until the server is started again; None while there is a process."""
+        next_start = self._next_start
+        return None if next_start is None else max(0.0, next_start - time.monotonic())
 
     def command(self) -> list[str]:
         """Return the command that starts the server."""
@@ -45,39 +61,51 @@ class LocalServer:
         )
         return [sys.executable, "-W", "ignore", "-m", "swarm.server", *options.arguments()]
 
-    def _start(self) -> subprocess.Popen:
+    def _start(self, line: ServerLine) -> subprocess.Popen:
         # A session of its own, so that Ctrl-C in a terminal reaches this program first, which then stops its servers in
-        # order; its standard input is a pipe that ends when this program does, even with SIGKILL.
-        return subprocess.Popen(self.command(), cwd=ROOT, stdin=subprocess.PIPE, start_new_session=True)
+        # order; its standard input is a line that ends when this program does, even with SIGKILL.
+        try:
+            return subprocess.Popen(self.command(), cwd=ROOT, stdin=line.servers.fileno(), start_new_session=True)
+        finally:
+            line.servers.close()
 
     def _watch(self) -> None:
         deaths = 0  # early ones, in a row
         while not self._stopping.is_set():
             started = time.monotonic()
             status = self.process.wait()
-            deaths = 0 if time.monotonic() - started > HEALTHY_AFTER else deaths + 1
+            served = self._line.serving
+            deaths = 0 if served and time.monotonic() - started > HEALTHY_AFTER else deaths + 1
+            self._failure = None if served else self._reason(status)
             if not self._stopping.is_set():
-                log.warning(
-                    "the server of %s ended with %s; again in %.1f s", self.options.model, status, backoff(deaths)
-                )
-            while not self._stopping.wait(backoff(deaths)):
+                reason = self._failure or describe_exit(status)
+                log.warning("the server of %s fails: %s; again in %.1f s", self.options.model, reason, backoff(deaths))
+            while not self._wait(backoff(deaths)):
                 if self._restart():
                     break
                 deaths += 1
 
+    def _reason(self, status: int) -> str:
+        """Return why a process has ended that has never served: what it said, unless it was killed."""
+        return (self._line.failure if status > 0 else None) or describe_exit(status)
+
+    def _wait(self, delay: float) -> bool:
+        """Wait for the time of the next start; return whether there will be none."""
+        self._next_start = time.monotonic() + delay
+        return self._stopping.wait(delay)
+
     def _restart(self) -> bool:
         """Start the server again; return whether that could be done."""
-        self._close_pipe()
+        self._line.close()
         try:
-            self.process = self._start()
+            self._line = ServerLine()
+            self.process = self._start(self._line)
         except OSError as error:  # no memory or no file descriptor is free, for one
+            self._failure = f"it cannot be started: {error}"
             log.warning("the server of %s cannot be started: %s", self.options.model, error)
             return False
+        self._next_start = None
         return True
-
-    def _close_pipe(self) -> None:
-        if self.process.stdin is not None:
-            self.process.stdin.close()
 
     def stop(self) -> None:
         """Ask the server to end; does not wait."""
@@ -96,7 +124,7 @@ class LocalServer:
             self.process.kill()
             self.process.wait(timeout=STOP_TIMEOUT)
         self._watcher.join(timeout=STOP_TIMEOUT)
-        self._close_pipe()
+        self._line.close()
 
 
 class LocalSwarm:

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import ipaddress
 import math
 import re
 import typing
@@ -10,6 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+
+from swarm.multiaddr import check_announced, check_listening, check_peer
 
 Value = TypeVar("Value")
 
@@ -19,7 +20,8 @@ class Bounds:
     """What a word of an option may be."""
 
     words: str  # as in "-1 is not WORDS"
-    hold: Callable[[Any], bool]
+    hold: Callable[[Any], bool] = lambda value: True
+    check: Callable[[str], None] = lambda word: None  # raises ValueError for a wrong word, saying what is wrong with it
 
 
 def is_range(text: str) -> bool:
@@ -28,33 +30,13 @@ def is_range(text: str) -> bool:
     return found is not None and int(found[1]) < int(found[2])
 
 
-def is_multiaddr(text: str, least_port: int = 1) -> bool:
-    """Whether a text is a multiaddr, as far as is seen without asking p2pd: its host and its ports.
-
-    :param least_port: 0 if any free port will do
-    """
-    _, *words = text.split("/")
-    if text[:1] != "/" or len(words) < 2 or not all(words):
-        return False
-    kind, host = words[:2]
-    try:
-        if kind in ("ip4", "ip6"):
-            (ipaddress.IPv4Address if kind == "ip4" else ipaddress.IPv6Address)(host)
-    except ValueError:
-        return False
-    ports = [(words + [""])[place + 1] for place, word in enumerate(words) if word in ("tcp", "udp")]
-    return kind in ("ip4", "ip6", "dns", "dns4", "dns6", "dnsaddr") and all(
-        re.fullmatch("[0-9]{1,5}", port) and least_port <= int(port) <= 65535 for port in ports
-    )
-
-
 COUNT = Bounds("a whole number from 1", lambda value: value >= 1)
 POSITIVE = Bounds("a number greater than 0", lambda value: 0 < value < math.inf)
 BLOCKS = Bounds("START:END with START below END, such as 0:10", is_range)
 PREFIX = Bounds("a name without dots and spaces", lambda value: re.fullmatch(r"[^.\s]+", value) is not None)
-MADDR = Bounds("a multiaddr with a port from 1 to 65535, such as /ip4/192.0.2.1/tcp/31330", is_multiaddr)
-PEER = Bounds(f"'public' or {MADDR.words}", lambda value: value == "public" or is_multiaddr(value))
-LISTENED = Bounds("a multiaddr with a port from 0 (any) to 65535", lambda value: is_multiaddr(value, 0))
+MADDR = Bounds("a multiaddr with a port from 1 to 65535, such as /ip4/192.0.2.1/tcp/31330", check=check_announced)
+PEER = Bounds("'public' or a multiaddr that ends with the peer's id, as peers log theirs", check=check_peer)
+LISTENED = Bounds("a multiaddr with a port from 0 (any) to 65535", check=check_listening)
 
 
 def option(
@@ -189,11 +171,30 @@ def _reader(row: "dataclasses.Field[Any]", kind: type) -> Callable[[str], Any]:
 
     def read(word: str) -> Any:
         value = kind(word)
-        if bounds is not None and not bounds.hold(value):
+        if bounds is None:
+            return value
+        if not bounds.hold(value):
             raise argparse.ArgumentTypeError(f"{word} is not {bounds.words}")
+        try:
+            bounds.check(word)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{word} is not {bounds.words}: {error}") from None
         return value
 
     read.__name__ = kind.__name__  # argparse tells it of a word that is none
+    return read
+
+
+def _checked(check: Callable[[str], None]) -> Callable[[str], str]:
+    """Return what argparse turns each word of an option into: itself, if it is right."""
+
+    def read(word: str) -> str:
+        try:
+            check(word)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{word}: {error}") from None
+        return word
+
     return read
 
 

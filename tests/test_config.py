@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from config import Settings
+from config import Settings, listening_address
 from errors import ConfigError
 from generation.parameters import parse_generation
 from models.catalog import DIALOGUE, KNOWN_MODELS, ChatFormat, ModelConfig, configured
 from swarm import weights
+from tests.test_multiaddr import PEER
 
 FIELDS = dataclasses.fields(Settings)
 KEY_SETTINGS = [field.name for field in FIELDS if field.metadata.get("never_empty")]
@@ -79,7 +80,7 @@ def test_each_setting_can_be_set(field: dataclasses.Field) -> None:
         "LOG_LEVEL": ("DEBUG", "DEBUG"),
         "NON_PUBLIC_MODELS": (DEFAULT, (DEFAULT,)),
         "PAGE": ("off", "off"),
-        "INITIAL_PEERS": ("/ip4/192.0.2.1/tcp/1, /dns/x/tcp/2", ("/ip4/192.0.2.1/tcp/1", "/dns/x/tcp/2")),
+        "INITIAL_PEERS": (f"{PEER}, {PEER}", (PEER, PEER)),
         "SWARM_HOST_MADDRS": ("/ip4/0.0.0.0/tcp/0", ("/ip4/0.0.0.0/tcp/0",)),
         "TRUSTED_PROXIES": ("127.0.0.1, 10.0.0.0/8", ("127.0.0.1", "10.0.0.0/8")),
     }
@@ -147,7 +148,11 @@ def test_bounds_are_positive(name: str, text: str) -> None:
         ("MAX_QUEUE", "-1", "must not be negative"),
         ("RESUME_TIMEOUT", "-0.5", "must not be negative"),
         ("SERVER_THREADS", "-3", "must not be negative"),
-        ("INITIAL_PEERS", "/ip4/192.0.2.1/tcp/1, example.org", "example.org is no multiaddr"),
+        ("INITIAL_PEERS", f"{PEER}, example.org", "example.org is no multiaddr"),
+        ("INITIAL_PEERS", f"{PEER}...", "is no multiaddr"),
+        ("INITIAL_PEERS", "/ip4/192.0.2.1/tcp/31330", ": it must end with /p2p/ and the peer's id"),
+        ("INITIAL_PEERS", f"{PEER},public", "public stands for peers of its own"),
+        ("SWARM_HOST_MADDRS", "/ip4/0.0.0.0/tcp/99999", ": 99999 is no port from 0 to 65535"),
         ("SWARM_HOST_MADDRS", "0.0.0.0", "0.0.0.0 is no multiaddr"),
         ("ALLOWED_HOSTS", "https://chat.example.org", "is no name of a host"),
     ],
@@ -208,6 +213,37 @@ def test_dtype_is_known() -> None:
 def test_settings_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         Settings().MAX_SESSIONS = 5  # type: ignore[misc]
+
+
+# Where the app listens
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "address"),
+    [
+        ("", "", "127.0.0.1:5000"),
+        (" 0.0.0.0 ", " 80 ", "0.0.0.0:80"),
+        ("localhost", "0", "127.0.0.1:0"),
+        ("::", "8080", "[::]:8080"),
+        ("::1", "65535", "[::1]:65535"),
+        ("[::1]", "1", "[::1]:1"),
+    ],
+)
+def test_where_the_app_listens(host: str, port: str, address: str) -> None:
+    assert listening_address({"HOST": host, "PORT": port}) == address
+    assert listening_address({}) == "127.0.0.1:5000"
+
+
+@pytest.mark.parametrize("port", ["65536", "99999", "-1", "x", "5000.0", "1" * 5000, "٣"])
+def test_ports_out_of_range(port: str) -> None:
+    with pytest.raises(ConfigError, match="^PORT=.* is no port: it must be a number from 0 to 65535$"):
+        listening_address({"PORT": port})
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "2001:db8::1", "0:0", "a..b", "fe80::1%no-such-card"])
+def test_addresses_of_other_machines(host: str) -> None:
+    with pytest.raises(ConfigError, match="^HOST=.* is no address of this machine: "):
+        listening_address({"HOST": host})
 
 
 # Models

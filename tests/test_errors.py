@@ -43,6 +43,7 @@ ANSWERS: dict[str, tuple[int, str, int | None]] = {
     "ModelUnavailable": (503, "model_unavailable", None),
     "ModelMismatch": (503, "model_mismatch", None),
     "SwarmUnreachable": (503, "swarm_unreachable", 30),
+    "ClockOff": (503, "swarm_unreachable", 30),
     "BlocksMissing": (503, "blocks_missing", 30),
     "CacheFull": (503, "cache_full", 10),
     "SwarmTimeout": (504, "swarm_timeout", None),

@@ -13,8 +13,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer, FalconForCausalLM
 from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect
 
-from tests.support.client import call, websocket
+from tests.support.client import Socket, call, websocket
 from tests.support.falcon import make_tiny_falcon
 from tests.support.processes import GUNICORN, ROOT, Program, running, survivors
 from tests.test_session import wait_until
@@ -183,6 +184,28 @@ def test_flask_run(tiny_bloom: Path, tmp_path: Path) -> None:
         program.send(signal.SIGINT)
         program.process.wait(timeout=120)
         assert survivors(family) == []
+
+
+def test_ipv6(tmp_path: Path) -> None:
+    """All addresses of the machine, of both kinds: the page, its WebSocket, and which sites are its own."""
+    settings = {"HOST": "::", "MODELS": "/nowhere/model", "CORS_ORIGINS": "http://a.example"}
+    settings["WEBSOCKET_ORIGINS"] = settings["CORS_ORIGINS"]
+    with running(GUNICORN, tmp_path / "log", **settings) as program:
+        program.wait_ready("/healthz")  # over IPv4
+        assert f"Listening at: http://[::]:{program.port} " in program.output
+        url = f"http://[::1]:{program.port}"
+        assert call(url, "/")[0] == 200
+        body = {"inputs": "a", "max_new_tokens": 1}
+        own, foreign = {"Origin": url}, {"Origin": f"http://[::2]:{program.port}"}
+        assert call(url, "/api/v1/generate", body=body, headers=own)[2]["error"]["code"].startswith("model_")
+        assert call(url, "/api/v1/generate", body=body, headers=foreign)[2]["error"]["code"] == "origin_not_allowed"
+        opening = {"type": "open_inference_session", "max_length": 8}
+        address = url.replace("http", "ws") + "/api/v2/generate"
+        with connect(address, additional_headers=own) as connection:
+            assert Socket(connection).ask(opening)["error"]["code"].startswith("model_")
+        with connect(address, additional_headers=foreign) as connection:
+            with pytest.raises(ConnectionClosed, match="origin"):
+                Socket(connection).ask(opening)
 
 
 def test_more_workers_are_refused(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ class Health(BaseModel):
 class ModelState(BaseModel):
     state: State = Field(
         description="rejoining: this program has lost its swarm; stale: it has not read it for long; "
-        "failed: it could not be loaded, or does not answer, and is tried again."
+        "failed: it could not be loaded, its server cannot start, or it does not answer; it is tried again."
     )
     message: str
     view_age: float | None = Field(description="Seconds since it was read which servers there are; null: not yet.")

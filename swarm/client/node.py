@@ -17,6 +17,7 @@ from hivemind.moe.client.remote_expert_worker import RemoteExpertWorker
 from hivemind.p2p import P2P
 from hivemind.proto import crypto_pb2
 
+from swarm.clock import clock_off
 from swarm.errors import SwarmUnreachable
 from swarm.process import kill_descendants
 
@@ -40,7 +41,7 @@ class Node:
         :param failure: the error message if that fails
         :param given_up: polled during the wait, which ends when it returns true
         :param options: for hivemind's ``DHT``
-        :raises SwarmUnreachable: if that fails
+        :raises SwarmUnreachable: if that fails; ClockOff, if that is why
         """
         self.dht = hivemind.DHT(start=False, num_workers=DHT_WORKERS, **options)
         self.maddrs: list[str] = []  # by which others reach this node
@@ -59,7 +60,8 @@ class Node:
         except Exception as error:  # hivemind re-raises any error of its child process
             self._end_process()
             self._close_pipes()
-            raise SwarmUnreachable(f"{failure}: {str(error) or type(error).__name__}") from error
+            unreachable = SwarmUnreachable(f"{failure}: {str(error) or type(error).__name__}")
+            raise clock_off(error) or unreachable from error
         self.dht._p2p_replica = self.p2p  # otherwise hivemind would create it on the event loop and block that
 
     def look(self, seconds: float) -> str | None:

@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import stat
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -63,6 +64,11 @@ def _restore_hivemind_names() -> None:
         for name in names:
             if not hasattr(hivemind, name):
                 setattr(hivemind, name, getattr(home, name))
+
+
+def _keep_sockets_with_temporary_files() -> None:
+    """Let p2pd have its sockets where temporary files can be written: hivemind names /tmp, wherever that is."""
+    hivemind.p2p.P2P._UNIX_SOCKET_PREFIX = f"/unix{tempfile.gettempdir()}/hivemind-"
 
 
 def _end_with_parent(process_class: type) -> None:
@@ -369,6 +375,7 @@ def use_view_reader(read: Callable[[Any], None]) -> None:
 
 
 _restore_hivemind_names()
+_keep_sockets_with_temporary_files()
 _end_with_parent(hivemind.DHT)
 _end_with_parent(hivemind.moe.server.connection_handler.ConnectionHandler)
 _end_with_daemon()

@@ -6,6 +6,9 @@ from swarm.compat import await_dht
 
 import hivemind
 import psutil
+from hivemind.dht.protocol import ValidationError
+
+from swarm.clock import clock_off
 
 # The DHT answers within milliseconds in a local network and within seconds over the internet. After several timeouts
 # in a row it counts as dead.
@@ -24,8 +27,12 @@ class PatientDHT(hivemind.DHT):
 
         :raises ConnectionError: if it ends meanwhile
         :raises TimeoutError: if it takes too long
+        :raises ClockOff: if the swarm has another time
         """
-        await_dht(self, self._ready, timeout or JOIN_TIMEOUT)
+        try:
+            await_dht(self, self._ready, timeout or JOIN_TIMEOUT)
+        except ValidationError as error:
+            raise clock_off(error) or error from None
 
     def run_coroutine(self, coro: Any, return_future: bool = False) -> Any:
         """Run a coroutine in the DHT's process.

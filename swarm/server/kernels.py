@@ -6,7 +6,9 @@ sequence; these loops, compiled by Numba when a server starts, take one or two. 
 bfloat16 where PyTorch does.
 """
 
+import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 import swarm.compat  # noqa: F401
@@ -18,6 +20,8 @@ from numba import carray, njit, types
 from numba.extending import intrinsic, overload
 
 from swarm.families.attention import Scoring
+
+log = logging.getLogger(__name__)
 
 # float32: below this, exp() counts as zero; it would leave the range of normal numbers.
 LOWEST_EXPONENT = -87.0
@@ -83,7 +87,14 @@ def _store_compiled(values, index, value):  # type: ignore[no-untyped-def]  # Nu
     return store_float
 
 
-_compile = njit(nogil=True, fastmath={"reassoc", "nsz", "arcp", "contract", "afn"}, cache=True, error_model="numpy")
+def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a function when it is first called; what is compiled is kept for the next start, if it can be."""
+    options = {"nogil": True, "fastmath": {"reassoc", "nsz", "arcp", "contract", "afn"}, "error_model": "numpy"}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError as error:  # neither beside this file nor in a cache directory can anything be written
+        log.warning("%s; it is compiled at each start, which takes seconds", error)
+        return njit(**options)(function)
 
 
 @njit(inline="always", fastmath=True)

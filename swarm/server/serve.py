@@ -30,10 +30,11 @@ from petals.utils.convert_block import QuantType
 
 from swarm import hardware, weights
 from swarm import lazy_imports as imports
-from swarm.errors import ModelUnavailable
+from swarm.errors import ModelUnavailable, SwarmError
 from swarm.families import attention_share
 from swarm.families.adopt import adopt
 from swarm.families.checkpoint import load_block
+from swarm.lifeline import program_line
 from swarm.options import ServerOptions, parse_args
 from swarm.process import freeze_collector, kill_descendants, set_threads
 from swarm.server.announcing import Announcer
@@ -225,6 +226,7 @@ def begin_anew(server: Server, part: str) -> None:
     :param part: what has died
     """
     log.error("%s of this server has died; leaving the swarm and restarting", part)
+    program_line.say_failed(f"{part} has died")
     if WatchedContainer.current is not None:
         announcer = WatchedContainer.current.dht_announcer
         leaving = threading.Thread(target=announcer.withdraw, name="withdraw", daemon=True)
@@ -242,25 +244,15 @@ def beat() -> None:
 
 
 def report_ready(server: Server) -> None:
-    """Once the blocks are served, log what other machines need to join."""
+    """Once the blocks are served, report that, and log what other machines need to join."""
     while server.module_container is None or not server.module_container.ready.wait(timeout=1):
         if server.stop.wait(0.1):
             return
+    program_line.say_serving()
     info = server.module_container.server_info
     log.info("serving blocks %d:%d of %s", info.start_block, info.end_block, server.dht_prefix)
     for maddr in server.dht.get_visible_maddrs():
         log.info("other servers and clients join with --initial-peers %s", maddr)
-
-
-def end_with_parent() -> None:
-    """Stop when standard input ends: the parent holds its other end, which closes however the parent ends."""
-
-    def watch() -> None:
-        while os.read(0, 1024):
-            pass
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, name="watch-parent", daemon=True).start()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -276,16 +268,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     # after each operator, and waking them takes as long as computing; so only one thread of a batching server has some.
     set_threads(1 if options.batching else operator_threads(options))
     if options.end_with_parent:
-        end_with_parent()
+        program_line.hold()
     bury_children()
     try:
         server = make_server(options)
-    except ModelUnavailable as error:
-        print(error, file=sys.stderr)
-        return 1
-    except Exception:
-        if EARLY_DEATHS not in os.environ or options.end_with_parent:
-            raise  # a parent restarts it, and may know other peers by now
+    except Exception as error:
+        if isinstance(error, ModelUnavailable) or EARLY_DEATHS not in os.environ or options.end_with_parent:
+            if not isinstance(error, SwarmError):
+                raise  # a parent restarts it, and may know other peers by now
+            print(error, file=sys.stderr)
+            program_line.say_failed(error)
+            return 1
         log.exception("the restart of this server failed; retrying")
         kill_descendants()
         start_again(threading.Event())

@@ -10,7 +10,8 @@ import os
 import re
 from pathlib import Path
 
-from swarm.weights.bundled import BUNDLED_MODELS, prepared
+from swarm.places import default_cache_dir
+from swarm.weights.bundled import BUNDLED_MODELS, is_whole, prepared
 from swarm.weights.checks import check_directory, check_hub
 from swarm.weights.fingerprint import Fingerprint, fingerprint
 from swarm.weights.progress import Progress
@@ -22,15 +23,11 @@ __all__ = [
     "default_cache_dir",
     "dht_prefix",
     "fingerprint",
+    "is_to_be_prepared",
     "locate",
 ]
 
 NOBODY = Progress()
-
-
-def default_cache_dir() -> Path:
-    """Return the default directory of prepared models: ``chat-petals`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "chat-petals"
 
 
 def locate(model: str, *, cache_dir: Path, progress: Progress = NOBODY) -> str:
@@ -51,6 +48,11 @@ def locate(model: str, *, cache_dir: Path, progress: Progress = NOBODY) -> str:
         return str(directory)
     check_hub(model)
     return model
+
+
+def is_to_be_prepared(model: str, *, cache_dir: Path) -> bool:
+    """Whether a model is prepared under ``cache_dir``, and has not been yet."""
+    return model in BUNDLED_MODELS and not is_whole(model, cache_dir.absolute() / BUNDLED_MODELS[model].name)
 
 
 def dht_prefix(model: str) -> str | None:

@@ -5,7 +5,8 @@ import os
 from pathlib import Path
 
 from swarm.errors import ModelUnavailable
-from swarm.weights import BUNDLED_MODELS, Progress, default_cache_dir, locate
+from swarm.places import PlaceUnusable, named_cache_dir
+from swarm.weights import BUNDLED_MODELS, Progress, locate
 
 
 def main() -> None:
@@ -13,13 +14,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m swarm.weights", description="Prepare a model's files.")
     default = next(iter(BUNDLED_MODELS))
     parser.add_argument("model", nargs="?", default=default, help="bundled name, directory or hub name (%(default)s)")
-    cache_dir = Path(os.environ.get("CACHE_DIR") or default_cache_dir()).expanduser()  # the app's setting of that name
-    parser.add_argument("--cache-dir", type=Path, default=cache_dir, help="for prepared models (%(default)s)")
+    parser.add_argument("--cache-dir", type=Path, help="for prepared models (CACHE_DIR, or the user's cache directory)")
     arguments = parser.parse_args()
     progress = Progress(lambda line: print(line, flush=True))
     try:
-        place = locate(arguments.model, cache_dir=arguments.cache_dir, progress=progress)
-    except ModelUnavailable as error:
+        # The app's setting of that name.
+        cache_dir = arguments.cache_dir or named_cache_dir(os.environ.get("CACHE_DIR", "").strip())
+        place = locate(arguments.model, cache_dir=cache_dir, progress=progress)
+    except (ModelUnavailable, PlaceUnusable) as error:
         raise SystemExit(str(error)) from None
     print(f"{arguments.model} is ready: {place}")
 

@@ -49,7 +49,7 @@ def prepared(model: str, source: Bundled, cache_dir: Path, progress: Progress) -
     from filelock import FileLock, Timeout
 
     target = cache_dir / source.name
-    if _is_whole(model, target):
+    if is_whole(model, target):
         return target
     progress = progress.of(model.rpartition("/")[2])
     lock = FileLock(cache_dir / f"{source.name}.lock")
@@ -61,16 +61,18 @@ def prepared(model: str, source: Bundled, cache_dir: Path, progress: Progress) -
             progress.say("waiting for another process that prepares it")
             held = lock.acquire(timeout=PREPARATION_LIMIT)
         with held:
-            if not _is_whole(model, target):
+            if not is_whole(model, target):
                 _prepare(model, source, target, progress)
     except Timeout as error:
         raise ModelUnavailable(f"{model}: another process still prepares it after {PREPARATION_LIMIT:g} s") from error
     except OSError as error:
-        raise ModelUnavailable(f"{model}: cannot prepare it in {cache_dir}: {error.strerror or error}") from error
+        raise ModelUnavailable(
+            f"{model}: cannot prepare it in CACHE_DIR={cache_dir}: {error.strerror or error}"
+        ) from error
     return target
 
 
-def _is_whole(model: str, directory: Path) -> bool:
+def is_whole(model: str, directory: Path) -> bool:
     """Whether all files of a prepared model exist and are readable, as far as a quick check can tell."""
     try:
         check_directory(model, directory)
