@@ -48,6 +48,7 @@ BPE_OPTIONS = (
     "end_of_word_suffix",
     "fuse_unk",
     "byte_fallback",
+    "ignore_merges",
 )
 
 _workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="tokenizer")
@@ -193,9 +194,13 @@ def without_cache(backend: Tokenizer) -> tuple[Tokenizer, dict[str, Any]]:
     copy, description = Tokenizer.from_str(text), json.loads(text)
     model = description["model"]
     if model["type"] == "BPE":
+        unknown = {name for name, value in model.items() if value} - {"type", "vocab", "merges", *BPE_OPTIONS}
+        if unknown:
+            raise ValueError(f"its tokenizer has settings that are not supported: {', '.join(sorted(unknown))}")
         copy.model = BPE(
             model["vocab"],
-            [tuple(merge.split(" ")) for merge in model["merges"]],
+            # Files of tokenizers before 0.20 have "a b" for the pair ["a", "b"].
+            [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]],
             cache_capacity=0,
             **{option: model[option] for option in BPE_OPTIONS if model.get(option) is not None},
         )
