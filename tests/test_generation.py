@@ -783,13 +783,37 @@ def test_inputs_become_tokens() -> None:
     )
     session, tokenizer = ScriptedSession([]), TextTokenizer(begins)
     plain = TOKENIZER.encode("Who said")
-    assert encode_inputs("Who said", session, tokenizer) == [begins.bos_token_id, *plain]
+    assert encode_inputs(GenerationParams("Who said"), session, tokenizer) == [begins.bos_token_id, *plain]
     with pytest.raises(InvalidParameter, match="inputs are required"):
-        encode_inputs("", session, tokenizer)
+        encode_inputs(GenerationParams(""), session, tokenizer)
     session.append([5])
-    assert encode_inputs("Who said", session, tokenizer) == plain
-    assert encode_inputs("", session, tokenizer) == []
+    assert encode_inputs(GenerationParams("Who said"), session, tokenizer) == plain
+    assert encode_inputs(GenerationParams(""), session, tokenizer) == []
     assert session.token_ids == [5]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "parts"),
+    [
+        ("<s>a", [("<s>a", False)]),
+        ("[<s>]</s>", [("<s>", True), ("</s>", False)]),
+        ("<s>x[a</s>]b<s>c[</s>]", [("<s>x", False), ("a</s>", True), ("b<s>c", False), ("</s>", True)]),
+        ("<s>]1[2[<s>", [("<s>]1", False), ("2<s>", True)]),  # ends where the next begins, or with the inputs
+        ("[\ufdd0\ufdd1<s>]\ufdd0\ufdd1<s>", [("\ufdd0\ufdd1<s>", True), ("\ufdd0\ufdd1<s>", False)]),
+    ],
+)
+def test_plain_text_in_inputs(inputs: str, parts: list[tuple[str, bool]]) -> None:
+    """Special tokens in it are characters, in a new session and in one that goes on."""
+    params = GenerationParams(inputs, plain_between=("[", "]"))
+    expected = [
+        token_id
+        for text, plain in parts
+        for token_id in TOKENIZER.encode(text, add_special_tokens=False, split_special_tokens=plain)
+    ]
+    session = ScriptedSession([])
+    assert encode_inputs(params, session, TEXTS) == expected
+    session.append([5])
+    assert encode_inputs(params, session, TEXTS) == expected
 
 
 @pytest.mark.parametrize("text", ["hello a", "a  b", "abc 🐝 é"])
