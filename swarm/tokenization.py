@@ -69,6 +69,7 @@ class TextTokenizer:
         self._backend, description = without_cache(tokenizer.backend_tokenizer)
         self._workers = workers or _workers
         self.chat_template: str | dict[str, str] | None = tokenizer.chat_template  # or several by name
+        self.limit: int = tokenizer.model_max_length  # tokens of a text, if it is not nonsense
         self.control_tokens = ControlTokens(tokenizer, self._backend)
         self.special_tokens_map: dict[str, Any] = dict(tokenizer.special_tokens_map)
         vocabulary = self.get_vocab()

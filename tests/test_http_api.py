@@ -54,7 +54,10 @@ def test_plain_text_between_special_tokens(
     assert generated(live_app, **options) == expected
     assert generated(live_app, **options, session_id=opened(live_app)) == expected
     raw = "<s>a\nb</s>\n<s>"
-    assert generated(live_app, inputs=raw, max_new_tokens=6) == expected_text(reference, tokenizer, raw, 6)
+    answer = greedy(reference, tokenizer.encode(raw), 12)
+    texts = [tokenizer.decode(answer[:count], clean_up_tokenization_spaces=False) for count in range(1, 13)]
+    count, text = next((n, text) for n, text in enumerate(texts, 1) if not text.endswith("\ufffd"))
+    assert generated(live_app, inputs=raw, max_new_tokens=count) == text
 
 
 @pytest.mark.parametrize("style", ["query", "form", "json", "multipart", "mixed"])

@@ -417,7 +417,10 @@ def test_preflight_of_a_page_elsewhere(live_app: LiveApp) -> None:
 def test_a_long_conversation_gets_a_longer_session() -> None:
     """Also when the answer's length is left open: not the few tokens that are left of the usual length."""
     assert chat_length(20, None, 2048, 8192) == chat_length(20, 1000, 2048, 8192) == 2048
-    assert chat_length(2000, None, 2048, 8192) == chat_length(2000, 100, 2048, 8192) == 8192
+    assert chat_length(2000, None, 2048, 8192) == chat_length(2000, 100, 2048, 8192) == 4096
+    assert chat_length(4000, None, 2048, 8192) == chat_length(40, 8000, 2048, 8192) == 8192
+    assert chat_length(9000, 99, 2048, 131072) == 16384
+    assert chat_length(2000, None, 2048, 3000) == chat_length(2000, 900, 2048, 3000) == 3000
     assert chat_length(2000, 40, 2048, 8192) == 2048
     assert chat_length(2000, None, 2048, 2048) == 2048
     with pytest.raises(TooLong):

@@ -32,6 +32,7 @@ from swarm import lazy_imports as imports
 from swarm.errors import ModelUnavailable
 from swarm.families.adopt import adopt
 from swarm.families.checkpoint import load_block
+from swarm.lengths import served_length
 from swarm.options import ServerOptions, parse_args
 from swarm.process import freeze_collector, kill_descendants, set_threads
 from swarm.server.announcing import Announcer
@@ -43,6 +44,7 @@ from swarm.server.identity import identity_file, listening_maddrs, remember_madd
 from swarm.server.logs import is_abandoned_step, shorten_refusal
 from swarm.server.restart import EARLY_DEATHS, STOP_TIMEOUT, bury_children, die, start_again
 from swarm.supervision import Part, Watcher
+from swarm.wire.server_info import extended
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +73,7 @@ def make_server(options: ServerOptions) -> Server:
         freeze_collector()
     with identity_file(options) as identity_path:
         server = Server(**arguments, host_maddrs=host_maddrs, identity_path=identity_path)
+    server.server_info = extended(server.server_info, server.inference_max_length)
     if not options.initial_peers:
         remember_maddrs(host_maddrs, server.dht.get_visible_maddrs())
     return server
@@ -93,13 +96,13 @@ def server_arguments(options: ServerOptions, path: str) -> dict[str, Any]:
     """Return what petals' ``Server`` is made with, but for where it listens and who it is.
 
     :param path: of the model, see ``weights.locate``
-    :raises ModelUnavailable: if the model's configuration does not say how many blocks it has
+    :raises ModelUnavailable: if the model's configuration cannot be read
     """
-    public = is_public(options)
+    public, config = is_public(options), read_config(options.model, path)
     device = options.device or hardware.pick_device()
     blocks = options.blocks
     if blocks is None and options.num_blocks is None and device == "cpu":
-        blocks = f"0:{block_count(options.model, path)}"  # petals cannot guess how many fit on a machine without GPU
+        blocks = f"0:{config.num_hidden_layers}"  # petals cannot guess how many fit on a machine without GPU
     return {
         "converted_model_name_or_path": path,
         "dht_prefix": options.dht_prefix or weights.dht_prefix(options.model),
@@ -112,7 +115,7 @@ def server_arguments(options: ServerOptions, path: str) -> dict[str, Any]:
         "torch_dtype": options.dtype or hardware.pick_dtype(device),
         "quant_type": QuantType[options.quant.upper()],
         "attn_cache_tokens": options.attn_cache_tokens,
-        "inference_max_length": options.inference_max_length,
+        "inference_max_length": options.inference_max_length or served_length(config, options.attn_cache_tokens),
         "num_handlers": options.num_handlers,
         # Petals' speed test takes long and needs the internet; in a private swarm every server counts the same.
         "throughput": options.throughput or ("auto" if public else 1.0),
@@ -135,15 +138,17 @@ def operator_threads(options: ServerOptions) -> int:
     return options.threads or hardware.cpu_count()
 
 
-def block_count(model: str, path: str) -> int:
-    """Return the number of transformer blocks of the model.
+def read_config(model: str, path: str) -> Any:
+    """Return a model's configuration, as petals reads it.
 
-    :raises ModelUnavailable: if its configuration does not say
+    :raises ModelUnavailable: if it cannot be read, or does not say how many blocks there are
     """
     from petals import AutoDistributedConfig
 
     try:
-        return int(AutoDistributedConfig.from_pretrained(path).num_hidden_layers)
+        config = AutoDistributedConfig.from_pretrained(path)
+        int(config.num_hidden_layers)
+        return config
     except (OSError, ValueError, AttributeError) as error:
         raise ModelUnavailable(f"{model}: {error}") from error
 
