@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from config import Settings
 from errors import ModelNotFound, ModelNotReady
-from models.catalog import ModelConfig, State, configured
+from models.catalog import AnswerMarkup, ModelConfig, State, configured, markup_of
 from swarm.background import Loop, growing_delays
 from swarm.errors import CacheFull, ModelUnavailable, SwarmError, SwarmUnreachable, format_blocks
 from swarm.waiter import Until
@@ -95,6 +95,16 @@ class ServedModel:
         if missing := state.missing_blocks():
             return ModelStatus("blocks_missing", f"no server holds {format_blocks(missing)}")
         return None
+
+    @property
+    def markup(self) -> AnswerMarkup:
+        """What the model's answers are made of, beside text.
+
+        :raises ModelUnavailable, ModelNotReady: if it failed to load, or is not loaded yet
+        """
+        tokenizer = self.loaded.tokenizer
+        found = tokenizer.chat_template or ""
+        return markup_of(tokenizer.added_tokens, "".join(found.values()) if isinstance(found, dict) else found)
 
     def report(self, message: str) -> None:
         """Report how far the loading is: to the log, and in the state."""

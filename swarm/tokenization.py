@@ -69,6 +69,8 @@ class TextTokenizer:
         self._backend, description = without_cache(tokenizer.backend_tokenizer)
         self._workers = workers or _workers
         self.chat_template: str | dict[str, str] | None = tokenizer.chat_template  # or several by name
+        self.end_token: int | None = tokenizer.eos_token_id
+        self.added_tokens = frozenset(tokenizer.added_tokens_encoder)  # beside the words of the vocabulary
         self.limit: int = tokenizer.model_max_length  # tokens of a text, if it is not nonsense
         self.control_tokens = ControlTokens(tokenizer, self._backend)
         self.special_tokens_map: dict[str, Any] = dict(tokenizer.special_tokens_map)

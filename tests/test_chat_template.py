@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from errors import InvalidParameter, TooLong
 from models import rendering
-from models.catalog import DIALOGUE, KNOWN_MODELS, ModelConfig
+from models.catalog import DIALOGUE, KNOWN_MODELS, THOUGHTS, TOOL_CALLS, AnswerMarkup, ModelConfig, markup_of
 from models.chat_template import ChatPrompt, apply_template
 from swarm.control_tokens import ESCAPED, MARK, beginnings, unmark
 from swarm.tokenization import TextTokenizer
@@ -143,6 +143,30 @@ def test_templates_from_files(tmp_path: Any) -> None:
     owned.chat_template = {"rag": "", "tool_use": ""}
     with pytest.raises(InvalidParameter, match="none by default: rag, tool_use"):
         apply_template(CONFIG, owned, talk("a"))
+
+
+# What answers are made of
+
+
+@pytest.mark.parametrize(
+    ("family", "thoughts", "tool_calls"),
+    [
+        ("llama3", None, None),
+        ("qwen3", "<think>", "<tool_call>"),
+        ("gemma3", None, None),
+        ("mistral", None, None),
+        ("gpt-oss", "<|channel|>analysis<|message|>", None),
+    ],
+)
+def test_thoughts_and_calls_of_tools(family: str, thoughts: str | None, tool_calls: str | None) -> None:
+    found = markup_of(OWNED[family].added_tokens, FAMILIES[family][0])
+    assert found.thoughts == next((row for row in THOUGHTS if row.begin == thoughts), None)
+    assert found.tool_calls == next((row for row in TOOL_CALLS if row.begin == tool_calls), None)
+
+
+def test_tokens_of_a_sibling_are_not_a_model_s_own() -> None:
+    assert markup_of(OWNED["qwen3"].added_tokens, "{{ messages }}") == AnswerMarkup(None, None)
+    assert markup_of((), QWEN_3) == AnswerMarkup(None, None)
 
 
 # Special tokens in what people say

@@ -25,6 +25,7 @@ from generation.lengths import token_budget
 from generation.loop import Chunk, end_tokens, generate
 from generation.parameters import GenerationParams, parse_generation
 from generation.text import CONTEXT_TOKENS, Detokenizer, StopMatcher, encode_inputs
+from swarm.client.model import with_all_ends
 from swarm.errors import BlocksMissing, SessionLengthExceeded
 from swarm.tokenization import TextTokenizer
 from swarm.waiter import PATIENT, Waiter
@@ -790,6 +791,25 @@ def test_inputs_become_tokens() -> None:
     assert encode_inputs(GenerationParams("Who said"), session, tokenizer) == plain
     assert encode_inputs(GenerationParams(""), session, tokenizer) == []
     assert session.token_ids == [5]
+
+
+@pytest.mark.parametrize(
+    ("own", "tokenizer_s", "ends"),
+    [
+        (2, 2, [2]),
+        ([5, 7], 2, [5, 7, 2]),
+        ([5, 2], 2, [5, 2]),
+        (None, 2, [2]),
+        (5, None, [5]),
+        (None, None, None),
+    ],
+)
+def test_all_tokens_that_end_a_text(own: Any, tokenizer_s: int | None, ends: list[int] | None) -> None:
+    """Those of the checkpoint, and the tokenizer's."""
+    checkpoint_s = GenerationConfig(eos_token_id=own, temperature=0.5)
+    found = with_all_ends(checkpoint_s, tokenizer_s)
+    assert (found.eos_token_id, found.temperature, checkpoint_s.eos_token_id) == (ends, 0.5, own)
+    assert end_tokens(found) == frozenset(ends or ())
 
 
 @pytest.mark.parametrize(

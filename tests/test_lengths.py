@@ -102,7 +102,7 @@ def view_of(*servers: tuple[int, int, int | None]) -> SwarmState:
         spans.append(RemoteSpanInfo(PeerID(bytes([0, 36]) + bytes([number]) * 36), start, end, info))
     blocks = [[span for span in spans if span.start <= block < span.end] for block in range(4)]
     manager = Manager(SimpleNamespace(spans_by_priority=spans, spans_containing_block=blocks))
-    return SwarmState(manager, "m")  # type: ignore[arg-type]
+    return SwarmState(manager, "m")
 
 
 @dataclasses.dataclass

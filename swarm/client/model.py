@@ -1,5 +1,6 @@
 """A model whose blocks a swarm computes: tokenizer, embeddings and head here, sessions over the servers."""
 
+import copy
 import logging
 import threading
 from pathlib import Path
@@ -47,7 +48,7 @@ class SwarmModel:
         self.tokenizer = tokenizer
         self.config = model.config
         self.parameters = count_parameters(model)
-        self.generation_config: GenerationConfig = model.generation_config
+        self.generation_config = with_all_ends(model.generation_config, tokenizer.end_token)
         self.head = Head(model)
         self.state = SwarmState(model.transformer.h.sequence_manager, name, relief)
         self.swarm = swarm
@@ -120,6 +121,18 @@ class SwarmModel:
         """Stop following the swarm. Open sessions should be closed before."""
         self.swarm.forget(self.state)
         self.state.close()
+
+
+def with_all_ends(config: GenerationConfig, end_token: int | None) -> GenerationConfig:
+    """Return a checkpoint's settings with all tokens that end a text: its own, and the tokenizer's.
+
+    Checkpoints for chats often have the end of a turn in one place and the end of a document in the other.
+    """
+    own = config.eos_token_id
+    ends = [*(own if isinstance(own, (list, tuple)) else [own]), end_token]
+    found = copy.deepcopy(config)
+    found.eos_token_id = list(dict.fromkeys(end for end in ends if end is not None)) or None
+    return found
 
 
 def count_parameters(model: Any) -> int:
