@@ -22,6 +22,7 @@ class ChatFormat:
     stop: tuple[str, ...]  # texts that end an answer
     first: str  # the first turn and what is before it, where there is a system prompt, ``{system}``
     system: str = ""  # the system prompt of chats that have none of their own
+    alone: str = ""  # the first turn and what is before it, where there is no system prompt; default: ``user``
 
     @property
     def begin(self) -> str:

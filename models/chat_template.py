@@ -50,17 +50,29 @@ def apply_template(
         {**message, "content": mark(message["content"], own=message["role"] == "assistant")} for message in messages
     ]
     if template := template_of(tokenizer):
-        variables = {
-            **tokenizer.special_tokens_map,
-            "messages": messages,
-            "tools": None,
-            "documents": None,
-            "add_generation_prompt": add_generation_prompt,
-        }
         stop = config.chat.stop if config.name in KNOWN_MODELS else ()
-        return ChatPrompt(render(template, variables), False, stop, False)
+        marked = render_messages(template, tokenizer, messages, add_generation_prompt=add_generation_prompt)
+        return ChatPrompt(marked, False, stop, False)
     text = plain_text(config, messages, add_generation_prompt=add_generation_prompt)
     return ChatPrompt(text, True, config.chat.stop, True)
+
+
+def render_messages(
+    template: str,
+    tokenizer: "TextTokenizer",
+    messages: Sequence[Mapping[str, str]],
+    *,
+    add_generation_prompt: bool = True,
+) -> str:
+    """Render a model's template as Transformers does; see ``render``."""
+    variables = {
+        **tokenizer.special_tokens_map,
+        "messages": messages,
+        "tools": None,
+        "documents": None,
+        "add_generation_prompt": add_generation_prompt,
+    }
+    return render(template, variables)
 
 
 def template_of(tokenizer: "TextTokenizer") -> str | None:

@@ -22,6 +22,7 @@ from tests.conftest import LiveApp, serve, tiny_server
 from tests.support.browser import axe_violations, open_browser
 from tests.support.client import websocket
 from tests.support.processes import ROOT
+from tests.support.tiny import make_tiny_bloom, make_tokenizer
 from tests.test_session import wait_until
 
 QUESTION = "Who said that?"
@@ -755,6 +756,39 @@ def test_special_tokens_in_a_question(chat: Chat, tokenizer: PreTrainedTokenizer
     chat.ask("And?")
     (answer, _) = chat.texts()
     assert chat.sent[-1]["inputs"].startswith(f"{first}{begin}{answer}{end}\n\nHuman: {begin}And?{end}")
+
+
+TEMPLATE = """{% for message in messages %}<s>{{ message.role }}
+{{ message.content }}</s>
+{% endfor %}{% if add_generation_prompt %}<s>assistant
+{% endif %}"""
+
+
+def test_a_model_with_a_chat_template(context: BrowserContext, chat_app: LiveApp, tmp_path: Path) -> None:
+    """Of which the page knows nothing but what the template makes of a conversation."""
+    model = make_tiny_bloom(tmp_path / "tiny-template", n_layer=2)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(model)
+    with LocalSwarm() as local:
+        local.start_server(tiny_server(model, "0:2"))
+        peers = tuple(local.swarm.initial_peers)
+        settings = dataclasses.replace(chat_app.service.settings, MODELS=(str(model),), INITIAL_PEERS=peers)
+        with serve(settings) as app:
+            chat = Chat(context.new_page())
+            chat.page.goto(app.url)
+            chat.ready()
+            chat.settle(temperature=0, max_answer_tokens=8)
+            chat.ask("Hi")
+            chat.ask("And?")
+            chat.settle(system="Be brief.")
+            chat.ask("Well?")
+            first, second, third = chat.inputs()
+            answer, *_ = chat.texts()
+    assert first == "<s>user\nHi</s>\n<s>assistant\n"
+    assert "</s>\n<s>user\nAnd?</s>\n<s>assistant\n".endswith(second)
+    assert third.startswith(f"<s>system\nBe brief.</s>\n<s>user\nHi</s>\n<s>assistant\n{answer}</s>\n<s>user\nAnd?</s>")
+    assert chat.errors == []
 
 
 def test_system_prompt(chat: Chat) -> None:

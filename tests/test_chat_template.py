@@ -10,13 +10,23 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from errors import InvalidParameter, TooLong
 from models import rendering
-from models.catalog import DIALOGUE, KNOWN_MODELS, THOUGHTS, TOOL_CALLS, AnswerMarkup, ModelConfig, markup_of
+from models.catalog import (
+    DIALOGUE,
+    KNOWN_MODELS,
+    THOUGHTS,
+    TOOL_CALLS,
+    AnswerMarkup,
+    ChatFormat,
+    ModelConfig,
+    markup_of,
+)
 from models.chat_template import ChatPrompt, apply_template
+from models.derived_format import derive_format
 from swarm.control_tokens import ESCAPED, MARK, beginnings, unmark
 from swarm.tokenization import TextTokenizer
 from tests.support.chat_templates import FAMILIES, QWEN_3
@@ -167,6 +177,77 @@ def test_thoughts_and_calls_of_tools(family: str, thoughts: str | None, tool_cal
 def test_tokens_of_a_sibling_are_not_a_model_s_own() -> None:
     assert markup_of(OWNED["qwen3"].added_tokens, "{{ messages }}") == AnswerMarkup(None, None)
     assert markup_of((), QWEN_3) == AnswerMarkup(None, None)
+
+
+# The page's chat format
+
+
+@pytest.mark.parametrize("family", ["llama3", "qwen3", "gemma3", "mistral"])
+def test_the_page_writes_what_the_template_writes(family: str) -> None:
+    plain, owned = PLAIN[family], OWNED[family]
+    found = derive_format(owned)
+    assert found is not None
+    blank = " " * (family == "mistral")  # which its models write themselves
+    texts = ("Who?", f"{blank}Nobody.", "Really?", f"{blank}Yes.", "{text} $&")
+
+    def written(first: str) -> str:
+        turns = [found.turn_end + found.user.replace("{text}", text) for text in texts[2::2]]
+        return first.replace("{text}", texts[0]) + "".join(map("".join, zip(texts[1::2], turns, strict=True)))
+
+    expected = plain.apply_chat_template(talk(*texts), tokenize=False, add_generation_prompt=True)
+    assert written(found.alone) == expected
+    if family == "mistral":
+        return  # whose system prompt moves to the last question
+    with_system = talk(*texts, system="Be brief.")
+    expected = plain.apply_chat_template(with_system, tokenize=False, add_generation_prompt=True)
+    assert written(found.first.replace("{system}", "Be brief.")) == expected
+    assert found.user.startswith(found.stop)
+
+
+def test_a_template_that_takes_no_system_prompt() -> None:
+    owned = TextTokenizer(PLAIN["gemma3"])
+    owned.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+        "<s>{{ m.role }}:{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<s>assistant:{% endif %}"
+    )
+    found = derive_format(owned)
+    assert found == ChatFormat(
+        user="</s><s>user:{text}</s><s>assistant:",
+        turn_end="",
+        stop=("</s>",),
+        first="<s>user:{system}\n\n{text}</s><s>assistant:",
+        alone="<s>user:{text}</s><s>assistant:",
+    )
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        None,
+        FAMILIES["gpt-oss"][0],  # an answer begins with a channel
+        "{% for m in messages %}{{ m.content }}{% endfor %}",  # no token ends an answer
+        "{{ messages | length }}{% for m in messages %}{{ m.content }}</s>{% endfor %}",
+        "{{ messages[0].content }}{{ messages[0].content }}</s>",
+        "{{ raise_exception('never') }}",
+        "{% for %}",
+    ],
+)
+def test_templates_that_the_page_cannot_write(template: str | None) -> None:
+    owned = TextTokenizer(make_tokenizer())
+    owned.chat_template = template
+    assert derive_format(owned) is None
+
+
+def test_the_beginning_that_the_tokenizer_writes_is_not_written_twice() -> None:
+    tokenizer = tokenizer_of("gemma3")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    owned = TextTokenizer(tokenizer)
+    found = derive_format(owned)
+    assert found is not None and found.alone.startswith("<start_of_turn>")
+    text = found.alone.replace("{text}", "hi")
+    assert owned.encode(text) == tokens_of(apply_template(CONFIG, owned, talk("hi")), owned)
 
 
 # Special tokens in what people say

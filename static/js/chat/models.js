@@ -29,7 +29,9 @@ export class Models {
 
   /** @returns {object | undefined} the model of this name, if it is served */
   find(name) {
-    return this.#all.find((model) => model.name === name);
+    const found = this.#all.find((model) => model.name === name);
+    // While a model loads, the page does not know yet what its template is.
+    return found && { ...found, chat: this.#states.get(name)?.chat ?? found.chat };
   }
 
   /** The model of a chat, which may have been imported, or whose model is served no more. */

@@ -6,6 +6,7 @@
  * @typedef {object} ChatFormat
  * @property {string} system the system prompt of chats that have none of their own
  * @property {string} first the first turn where there is a system prompt: "{system}", "{text}"
+ * @property {string} alone the same where there is none; empty: `user`
  * @property {string} user a question, "{text}" standing for its text; ends where the answer begins
  * @property {string} turn_end what stands between an answer and the next question
  * @property {string[]} stop the texts that end an answer
@@ -35,7 +36,7 @@ export function transcript(path, format, model, system = format.system) {
   let ended = ""; // what of the way to the next turn is in the context already
   for (const { question, answer } of turns(path)) {
     if (pieces.length === 0) {
-      pieces.push(...filled(system ? format.first : format.user, { system, text: question }));
+      pieces.push(...filled(system ? format.first : format.alone || format.user, { system, text: question }));
     } else {
       const turn = filled(format.turn_end + format.user, { text: question });
       pieces.push(...(textOf(turn).startsWith(ended) ? after(turn, ended.length) : turn));
