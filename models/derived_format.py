@@ -55,9 +55,8 @@ def derived(render: Render, control_tokens: list[str]) -> ChatFormat:
     except ApiError:  # it takes no system prompt: then it stands before the first question
         first = alone.replace("{text}", "{system}\n\n{text}")
     found = ChatFormat(user=turn, turn_end="", stop=(stop,), first=first, alone=alone)
-    later = "".join(
-        blank + said + turn.replace("{text}", text) for said, text in zip(TURNS[1::2], TURNS[2::2], strict=True)
-    )
+    pairs = zip(TURNS[1::2], TURNS[2::2], strict=True)
+    later = "".join(blank + said + turn.replace("{text}", text) for said, text in pairs)
     if render(*TURNS) != alone.replace("{text}", asked) + later:
         raise ValueError("what is said later changes what was written before")
     return found
