@@ -64,7 +64,6 @@ PRIVATE_NAMES = {
     "swarm.compat": "its patches replace parts of petals and hivemind",
     "swarm.wire": "reads what peers send with the extensions that hivemind's serialiser keeps to itself",
     "swarm.control_tokens": "Transformers does not tell in public what a chat template writes",
-    "models.rendering": "Transformers' environment of chat templates has no public name",
     "swarm.packed_linear": "PyTorch has no public name for oneDNN's packed matrix product",
     "swarm.client.node": "hivemind's DHT gives up neither its process nor its daemon by a public name",
     "swarm.client.routing": "petals' manager of routes has no public way to be read without its thread",

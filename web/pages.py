@@ -211,7 +211,7 @@ def page_settings(served: ServedModel) -> dict[str, Any]:
     model = served.config
     return {
         "name": model.name,
-        "max_length": model.session_length,
+        "max_length": min(model.session_length, served.model.max_length if served.model else model.session_length),
         "title": model.shown_title,
         "chat": dataclasses.asdict(served.chat),
         "generation": dict(model.generation),

@@ -30,8 +30,9 @@ export class Models {
   /** @returns {object | undefined} the model of this name, if it is served */
   find(name) {
     const found = this.#all.find((model) => model.name === name);
-    // While a model loads, the page does not know yet what its template is.
-    return found && { ...found, chat: this.#states.get(name)?.chat ?? found.chat };
+    // While a model loads, it is not known yet what its template is, and how little it may read.
+    const { chat, context_length: length } = this.#states.get(name) ?? {};
+    return found && { ...found, chat: chat ?? found.chat, max_length: Math.min(found.max_length, length ?? Infinity) };
   }
 
   /** The model of a chat, which may have been imported, or whose model is served no more. */
