@@ -48,7 +48,7 @@ def generate_text() -> Response:
         session = named_session(service, session_id, model_name, waiter)
     else:
         model = service.find(g.caller, model_name).loaded
-        input_ids = encode_beginning(params.inputs, model.tokenizer, model.max_length)
+        input_ids = encode_beginning(params, model.tokenizer, model.max_length)
         needed = needed_length(params, len(input_ids))
         if params.stop_sequence is not None:
             # Rounds may continue to the end of the session: to the length asked for, without the room beyond.
@@ -57,7 +57,7 @@ def generate_text() -> Response:
         session = service.sessions.temporary(model, length, owner=g.caller.owner, client=g.caller.client, waiter=waiter)
     with service.answering(g.caller, session, params, waiter, undo=True) as answer:
         if input_ids is None:
-            input_ids = answer.encode(params.inputs)
+            input_ids = answer.encode()
         chunks = [chunk for _, chunk in answer.generate(input_ids)]
         if chunks[-1].finish_reason == "cancelled":
             raise Cancelled("the client has hung up")

@@ -80,13 +80,13 @@ class InferenceSession:
     last_used: float = 0.0  # the registry's clock
     released: bool = False  # whether its attention cache was freed since its last use
 
-    def encode(self, text: str) -> list[int]:
-        """Turn a request's text into tokens that continue the session.
+    def encode(self, params: GenerationParams) -> list[int]:
+        """Turn a request's inputs into tokens that continue the session.
 
         :raises InvalidParameter: if there is nothing to continue
         :raises SessionLengthExceeded: if the text cannot fit
         """
-        return encode_inputs(text, self.session, self.model.tokenizer)
+        return encode_inputs(params, self.session, self.model.tokenizer)
 
     def generate(
         self, input_ids: list[int], params: GenerationParams, waiter: Waiter = PATIENT

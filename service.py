@@ -43,12 +43,12 @@ class Answer:
         """The text so far of each row."""
         return ["".join(pieces) for pieces in self._pieces.values()]
 
-    def encode(self, text: str) -> list[int]:
-        """Turn text into tokens that continue the session.
+    def encode(self) -> list[int]:
+        """Turn the request's inputs into tokens that continue the session.
 
         :raises InvalidParameter, SessionLengthExceeded: if there is nothing to continue, or the text cannot fit
         """
-        return self.session.encode(text)
+        return self.session.encode(self._params)
 
     def score(self, token_ids: list[int], count: int) -> list[TokenLogprob]:
         """Return how likely each token of a prompt is, but for its first."""

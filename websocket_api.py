@@ -273,7 +273,7 @@ class Connection:
         session = self.service.sessions.use(entry.session_id, wait=wait, waiter=stream)
         with self.service.answering(caller, session, params, stream) as answer:
             stream.compute()
-            chunks = answer.generate(answer.encode(params.inputs))
+            chunks = answer.generate(answer.encode())
             for group in rounds(stream.follow(chunks), params):
                 stream.send(response_of(group), entry.length)
 

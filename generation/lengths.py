@@ -45,15 +45,18 @@ def stateless_length(needed: int, longest: int) -> int:
 
 
 def chat_length(prompt: int, wanted: int | None, usual: int, longest: int) -> int:
-    """Return the length of a chat's session: that of a conversation on the page, so that next turns find room in it.
+    """Return the length of a chat's session: that of a conversation on the page, so that next turns find room in it, or
+    twice as much, and so on.
 
-    :param wanted: tokens that the answer may have; None: as many as there is room for, at least a quarter of the usual
+    :param wanted: tokens that the answer may have; None: as many as there is room for, if it can be a quarter of the
+        usual length
     :raises TooLong: if even the longest is too short
     """
-    if prompt + (usual // 4 if wanted is None else wanted) <= usual:
-        return usual
     check_length(prompt, wanted or 1, longest)
-    return longest
+    length = usual
+    while length < longest and prompt + (usual // 4 if wanted is None else wanted) > length:
+        length = min(2 * length, longest)  # no more attention cache than it needs
+    return length
 
 
 def check_length(prompt: int, wanted: int, longest: int) -> None:

@@ -71,6 +71,11 @@ class GenerationParams:
     """
 
     inputs: str = parameter("", "New input; may be left out when a session is continued.")
+    plain_between: tuple[str, ...] = parameter(
+        (),
+        "Two texts: what stands in inputs between the first and the second is plain text, without special tokens.",
+        maximum=MAX_STOP_LENGTH,
+    )
     max_length: int | None = parameter(None, "Tokens, prefix included.", minimum=1, maximum=MAX_TOKENS)
     max_new_tokens: int | None = parameter(
         None, "Tokens to generate; exactly one of this and max_length is required.", minimum=1, maximum=MAX_TOKENS
@@ -136,6 +141,8 @@ def parse_generation(values: Mapping[str, Any]) -> GenerationParams:
         if (value := row.read(values)) is not None:
             given[name] = value
     params = GenerationParams(**given)
+    if params.plain_between and (len(params.plain_between) != 2 or len({*params.plain_between}) != 2):
+        raise InvalidParameter("plain_between must be two different texts")
     if (params.max_length is None) == (params.max_new_tokens is None):
         raise InvalidParameter("exactly one of max_length and max_new_tokens is required")
     return params

@@ -9,7 +9,7 @@ itself (33 ms for BLOOM's 250,000 words), when a few hundred words have all the 
 import functools
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ FIRST_LOOK = 256
 # What is less likely than the likeliest by this power of e changes no sum, and beyond it floating-point numbers become
 # denormal, with which processors are many times slower.
 SMALLEST_EXPONENT = -80.0
+# Of checkpoints that say nothing, as in Transformers' `generate`; its GenerationConfig has None for them.
+UNSET: Mapping[str, Any] = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}
 
 
 class OwnPenalties(LogitsProcessor):
@@ -142,12 +144,12 @@ class Sampler:
         """
 
         def setting(name: str) -> Any:
-            given = getattr(params, name)
-            return getattr(defaults, name) if given is None else given
+            said = (getattr(params, name), getattr(defaults, name, None), UNSET[name])
+            return next(value for value in said if value is not None)
 
         self._processors = LogitsProcessorList()
         penalty = setting("repetition_penalty")
-        if penalty not in (None, 1.0):
+        if penalty != 1.0:
             self._processors.append(RepetitionPenaltyLogitsProcessor(penalty))
         self._penalties: OwnPenalties | None = None
         if params.presence_penalty or params.frequency_penalty:
@@ -159,7 +161,7 @@ class Sampler:
         self._random = random.Random()
         self._generator: torch.Generator | None = None  # in its place, if there is a seed
         if params.do_sample:
-            if (temperature := setting("temperature")) not in (None, 1.0):
+            if (temperature := setting("temperature")) != 1.0:
                 self._processors.append(TemperatureLogitsWarper(temperature))
             self._candidates = Candidates(setting("top_k"), setting("top_p"), params.min_p)
             if params.seed is not None:

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from errors import InvalidParameter
+from generation.parameters import GenerationParams
 from generation.session import Session
+from swarm.control_tokens import ControlTokens
 from swarm.tokenization import TextTokenizer
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -124,25 +126,43 @@ class StopMatcher:
         return held
 
 
-def encode_inputs(text: str, session: Session, tokenizer: TextTokenizer) -> list[int]:
-    """Turn input text into tokens that continue the session; a new session begins as the model's texts begin.
+def encode_inputs(params: GenerationParams, session: Session, tokenizer: TextTokenizer) -> list[int]:
+    """Turn a request's inputs into tokens that continue the session; a new session begins as the model's texts begin.
 
     :raises InvalidParameter: if there is nothing to continue
     :raises SessionLengthExceeded: if the text cannot fit the session
     """
-    if session.token_ids:
-        return tokenizer.encode(text, add_special_tokens=False, room=session.max_length) if text else []
-    return encode_beginning(text, tokenizer, session.max_length)
+    if not session.token_ids:
+        return encode_beginning(params, tokenizer, session.max_length)
+    text = marked_inputs(params, tokenizer.control_tokens)
+    return tokenizer.encode(text, add_special_tokens=False, room=session.max_length, marked=True) if text else []
 
 
-def encode_beginning(text: str, tokenizer: TextTokenizer, room: int) -> list[int]:
-    """Turn text that a new session begins with into tokens.
+def encode_beginning(params: GenerationParams, tokenizer: TextTokenizer, room: int) -> list[int]:
+    """Turn inputs that a new session begins with into tokens.
 
     :param room: tokens of the session
     :raises InvalidParameter: if there is nothing to begin with
     :raises SessionLengthExceeded: if the text cannot fit the session
     """
-    token_ids = tokenizer.encode(text, room=room) if text else []
+    text = marked_inputs(params, tokenizer.control_tokens)
+    token_ids = tokenizer.encode(text, room=room, marked=True) if text else []
     if not token_ids:
         raise InvalidParameter("inputs are required, and must not be empty, for a new session")
     return token_ids
+
+
+def marked_inputs(params: GenerationParams, control_tokens: ControlTokens) -> str:
+    """Return a request's inputs for ``TextTokenizer.encode``, with marks in what is plain text.
+
+    What is plain ends where the next begins, if it does not end before.
+    """
+    if not params.plain_between:
+        return control_tokens.escape(params.inputs)
+    begin, end = params.plain_between
+    first, *others = params.inputs.split(begin)
+    text = control_tokens.escape(first)
+    for other in others:
+        plain, _, after = other.partition(end)
+        text += control_tokens.mark(plain) + control_tokens.escape(after)
+    return text

@@ -5,7 +5,7 @@ An unknown model works too, with ``DIALOGUE``. Importing this loads nothing but 
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -22,11 +22,58 @@ class ChatFormat:
     stop: tuple[str, ...]  # texts that end an answer
     first: str  # the first turn and what is before it, where there is a system prompt, ``{system}``
     system: str = ""  # the system prompt of chats that have none of their own
+    alone: str = ""  # the first turn and what is before it, where there is no system prompt; default: ``user``
 
     @property
     def begin(self) -> str:
         """What is before the first turn, in chats that have no system prompt of their own."""
         return self.first.replace("{system}", self.system).removesuffix(self.user) if self.system else ""
+
+
+@dataclass(frozen=True)
+class Markup:
+    """What stands around a part of an answer that is not for the reader."""
+
+    begin: str
+    end: str
+    tokens: tuple[str, ...]  # of the tokenizers that have it, and in the templates that write it
+
+
+# How models mark their thoughts, and their calls of tools.
+THOUGHTS = (
+    Markup("<think>", "</think>", ("<think>", "</think>")),
+    Markup("[THINK]", "[/THINK]", ("[THINK]", "[/THINK]")),
+    Markup("<|channel|>analysis<|message|>", "<|end|>", ("<|channel|>", "<|message|>", "<|end|>")),
+)
+TOOL_CALLS = (
+    Markup("<tool_call>", "</tool_call>", ("<tool_call>", "</tool_call>")),
+    Markup("[TOOL_CALLS]", "</s>", ("[TOOL_CALLS]",)),
+    Markup("<|python_tag|>", "<|eom_id|>", ("<|python_tag|>",)),
+    Markup("<|channel|>commentary", "<|call|>", ("<|channel|>", "<|call|>")),
+)
+
+
+@dataclass(frozen=True)
+class AnswerMarkup:
+    """What a model's answers are made of, beside text."""
+
+    thoughts: Markup | None
+    tool_calls: Markup | None
+
+
+def markup_of(tokens: Collection[str], template: str) -> AnswerMarkup:
+    """Return what a model's answers are made of.
+
+    Tokenizers have tokens that a model was never taught to use, such as those of a sibling; the template tells.
+
+    :param tokens: that its tokenizer has beside words
+    :param template: for chats; empty: it has none
+    """
+
+    def first(known: Sequence[Markup]) -> Markup | None:
+        return next((row for row in known if all(token in tokens and token in template for token in row.tokens)), None)
+
+    return AnswerMarkup(first(THOUGHTS), first(TOOL_CALLS))
 
 
 @dataclass(frozen=True)

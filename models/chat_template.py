@@ -1,37 +1,42 @@
 """Conversations to text: the model's own chat template, or a plain format for models that have none."""
 
-import functools
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING
 
-from jinja2 import Template, TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-from errors import InvalidParameter, TooLong
+from errors import InvalidParameter
 from models.catalog import KNOWN_MODELS, ModelConfig
+from models.rendering import render
 
-# Templates come with checkpoints. Sensible ones write a conversation once, within milliseconds, and the largest that a
-# request holds by default has 2**20 bytes. An endless loop is stopped as well, unless it writes nothing.
-MAX_RENDERED = 2**22  # characters
-RENDER_TIMEOUT = 5.0  # seconds
+if TYPE_CHECKING:
+    from swarm.tokenization import TextTokenizer
 
 
 @dataclass(frozen=True)
 class ChatPrompt:
     """A conversation as the model reads it, up to where its answer begins."""
 
-    text: str
+    marked: str  # for ``TextTokenizer.encode``: special tokens in what people have said are marked as plain text
     add_special_tokens: bool  # whether the tokenizer adds those that texts of the model begin with
     stop: tuple[str, ...]  # texts that end the answer, beside the model's own end of text
     strip: bool  # whether an answer's blank beginning is part of the format
 
+    @property
+    def text(self) -> str:
+        """The text that the model reads."""
+        from swarm.control_tokens import unmark
+
+        return unmark(self.marked)
+
 
 def apply_template(
-    config: ModelConfig, tokenizer: Any, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+    config: ModelConfig,
+    tokenizer: "TextTokenizer",
+    messages: Sequence[Mapping[str, str]],
+    *,
+    add_generation_prompt: bool = True,
 ) -> ChatPrompt:
-    """Write a conversation as the model reads it.
+    """Write a conversation as the model reads it. Special tokens in it are plain text.
 
     :param messages: with ``role``, one of system, user and assistant, and ``content``
     :param add_generation_prompt: end with what an answer begins after
@@ -40,45 +45,47 @@ def apply_template(
     """
     if not messages:
         raise InvalidParameter("messages must not be empty")
-    known = config.name in KNOWN_MODELS
-    if getattr(tokenizer, "chat_template", None):
-        try:
-            text = render(tokenizer, messages, add_generation_prompt=add_generation_prompt)
-        except (TemplateError, TypeError, ArithmeticError) as error:  # what the template or its expressions raise
-            raise InvalidParameter(f"messages do not fit the model's chat template: {error}") from None
-        return ChatPrompt(text, False, config.chat.stop if known else (), False)
+    mark = tokenizer.control_tokens.mark
+    messages = [
+        {**message, "content": mark(message["content"], own=message["role"] == "assistant")} for message in messages
+    ]
+    if template := template_of(tokenizer):
+        stop = config.chat.stop if config.name in KNOWN_MODELS else ()
+        marked = render_messages(template, tokenizer, messages, add_generation_prompt=add_generation_prompt)
+        return ChatPrompt(marked, False, stop, False)
     text = plain_text(config, messages, add_generation_prompt=add_generation_prompt)
     return ChatPrompt(text, True, config.chat.stop, True)
 
 
-def render(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
-    """Write a conversation with the tokenizer's chat template, as Transformers does, but within bounds.
-
-    :raises TemplateError: if the template refuses it
-    :raises TooLong: if it becomes too long, or takes too long
-    """
-    pieces = compile_template(tokenizer.chat_template).generate(
-        messages=[dict(message) for message in messages],
-        add_generation_prompt=add_generation_prompt,
+def render_messages(
+    template: str,
+    tokenizer: "TextTokenizer",
+    messages: Sequence[Mapping[str, str]],
+    *,
+    add_generation_prompt: bool = True,
+) -> str:
+    """Render a model's template as Transformers does; see ``render``."""
+    variables = {
         **tokenizer.special_tokens_map,
-    )
-    text, size, deadline = [], 0, time.monotonic() + RENDER_TIMEOUT
-    for piece in pieces:
-        text.append(piece)
-        size += len(piece)
-        if size > MAX_RENDERED or time.monotonic() > deadline:
-            raise TooLong(f"{len(messages)} messages are more than the model's chat template makes a prompt of")
-    return "".join(text)
+        "messages": messages,
+        "tools": None,
+        "documents": None,
+        "add_generation_prompt": add_generation_prompt,
+    }
+    return render(template, variables)
 
 
-@functools.lru_cache(maxsize=16)  # of the models' templates, which no user sends
-def compile_template(template: str) -> Template:
-    def refuse(message: str) -> NoReturn:
-        raise TemplateError(message)
+def template_of(tokenizer: "TextTokenizer") -> str | None:
+    """Return the model's chat template for conversations without tools; None: it has none.
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = refuse
-    return environment.from_string(template)
+    :raises InvalidParameter: if it has several, none of which is the default
+    """
+    template = tokenizer.chat_template
+    if not isinstance(template, dict):
+        return template
+    if "default" not in template:
+        raise InvalidParameter(f"the model has chat templates, but none by default: {', '.join(sorted(template))}")
+    return template["default"]
 
 
 def plain_text(config: ModelConfig, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:

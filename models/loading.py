@@ -4,6 +4,7 @@ Nothing heavy is imported before ``start``: importing the app costs nothing.
 """
 
 import contextlib
+import datetime
 import logging
 import re
 import threading
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING
 
 from config import Settings
 from errors import ModelNotFound, ModelNotReady
-from models.catalog import ModelConfig, State, configured
+from models.catalog import KNOWN_MODELS, AnswerMarkup, ChatFormat, ModelConfig, State, configured, markup_of
+from models.derived_format import derive_format
 from swarm.background import Loop, growing_delays
 from swarm.errors import CacheFull, ClockOff, ModelUnavailable, SwarmError, SwarmUnreachable, format_blocks
 from swarm.waiter import Until
@@ -60,6 +62,7 @@ class ServedModel:
         self.fraction: float | None = None  # how much of that is done, where it is known
         self.server: LocalServer | None = None  # of the embedded swarm; it is started again if it dies
         self.ready = False  # whether it has answered once
+        self._derived: tuple[datetime.date, ChatFormat] | None = None  # see ``chat``
 
     @property
     def status(self) -> ModelStatus:
@@ -97,6 +100,26 @@ class ServedModel:
                 return failed(f"its server fails: {failure}", self.server.retry_in)
             return ModelStatus("blocks_missing", f"no server holds {format_blocks(missing)}")
         return None
+
+    @property
+    def markup(self) -> AnswerMarkup:
+        """What the model's answers are made of, beside text.
+
+        :raises ModelUnavailable, ModelNotReady: if it failed to load, or is not loaded yet
+        """
+        tokenizer = self.loaded.tokenizer
+        found = tokenizer.chat_template or ""
+        return markup_of(tokenizer.added_tokens, "".join(found.values()) if isinstance(found, dict) else found)
+
+    @property
+    def chat(self) -> ChatFormat:
+        """How the page writes conversations: as the catalogue says, or else the model's template, if it can be had."""
+        if self.model is None or self.config.name in KNOWN_MODELS:
+            return self.config.chat
+        today = datetime.date.today()  # templates may write it
+        if self._derived is None or self._derived[0] != today:
+            self._derived = today, derive_format(self.model.tokenizer) or self.config.chat
+        return self._derived[1]
 
     def report(self, message: str) -> None:
         """Report how far the loading is: to the log, and in the state."""

@@ -35,7 +35,7 @@ def chat_task(body: ChatRequest, config: ModelConfig, model: "SwarmModel", chat:
 
     :raises InvalidParameter, TooLong: if it is nothing, or too much
     """
-    token_ids = model.tokenizer.encode(chat.text, chat.add_special_tokens, room=model.max_length)
+    token_ids = model.tokenizer.encode(chat.marked, chat.add_special_tokens, room=model.max_length, marked=True)
     if not token_ids:
         raise InvalidParameter("these messages give an empty prompt with the model's chat template", "messages")
     wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens

@@ -18,6 +18,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from swarm.control_tokens import MARK, ControlTokens
 from swarm.errors import SessionLengthExceeded, TokenizerBusy
 
 Result = TypeVar("Result")
@@ -67,7 +68,11 @@ class TextTokenizer:
             raise ValueError(f"its tokenizer, a {type(tokenizer).__name__}, has no fast version")
         self._backend, description = without_cache(tokenizer.backend_tokenizer)
         self._workers = workers or _workers
-        self.chat_template: str | None = getattr(tokenizer, "chat_template", None)
+        self.chat_template: str | dict[str, str] | None = tokenizer.chat_template  # or several by name
+        self.end_token: int | None = tokenizer.eos_token_id
+        self.added_tokens = frozenset(tokenizer.added_tokens_encoder)  # beside the words of the vocabulary
+        self.limit: int = tokenizer.model_max_length  # tokens of a text, if it is not nonsense
+        self.control_tokens = ControlTokens(tokenizer, self._backend)
         self.special_tokens_map: dict[str, Any] = dict(tokenizer.special_tokens_map)
         vocabulary = self.get_vocab()
         self.size = len(vocabulary)
@@ -127,22 +132,32 @@ class TextTokenizer:
             return MAX_TEXT
         return room * self._characters_per_token
 
-    def encode(self, text: str, add_special_tokens: bool = True, *, room: int | None = None) -> list[int]:
+    def encode(
+        self, text: str, add_special_tokens: bool = True, *, room: int | None = None, marked: bool = False
+    ) -> list[int]:
         """Convert a text to token ids; see ``encode_all``."""
-        return self.encode_all([text], add_special_tokens, room=room)[0]
+        return self.encode_all([text], add_special_tokens, room=room, marked=marked)[0]
 
     def encode_all(
-        self, texts: Sequence[str], add_special_tokens: bool = True, *, room: int | None = None
+        self,
+        texts: Sequence[str],
+        add_special_tokens: bool = True,
+        *,
+        room: int | None = None,
+        marked: bool = False,
     ) -> list[list[int]]:
         """Convert texts to token ids.
 
         :param add_special_tokens: whether to add those that the model's texts begin or end with
         :param room: tokens that each may have; refuses early what cannot fit, so results may still be longer
+        :param marked: the texts have marks where special tokens are plain text, see ``ControlTokens``
         :raises SessionLengthExceeded: if a text certainly has more tokens
         :raises TokenizerBusy: if too many long texts are being tokenized
         """
+        if not marked:
+            texts = list(map(self.control_tokens.escape, texts))
         most = self.most_characters(room)
-        if any(len(text) - sum(map(text.count, self._vanishing)) > most for text in texts if len(text) > most):
+        if any(len(text) - self._vanishing_in(text) > most for text in texts if len(text) > most):
             bound = f"{most} characters" if room is None else f"the {most} characters that {room} tokens can have"
             raise SessionLengthExceeded(f"a text of {max(map(len, texts))} characters is longer than {bound}")
 
@@ -152,6 +167,10 @@ class TextTokenizer:
             return [encoding.ids for encoding in encodings]
 
         return self._run(encode, sum(map(len, texts)))
+
+    def _vanishing_in(self, text: str) -> int:
+        """Return how many characters of a text are in no token."""
+        return sum(map(text.count, self._vanishing)) + text.count(MARK) * len(MARK)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Convert token ids to text, with special tokens and with spaces unchanged.

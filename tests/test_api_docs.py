@@ -32,7 +32,7 @@ def short_app(live_app: LiveApp) -> Iterator[LiveApp]:
         patch.setattr("openai_api.reading.DEFAULT_MAX_TOKENS", 2)
         model = live.service.models.served[live.model_name].model
         assert model is not None
-        model.max_length = SHORT
+        model.context_length = SHORT
         yield live
 
 

@@ -25,6 +25,7 @@ from generation.lengths import token_budget
 from generation.loop import Chunk, end_tokens, generate
 from generation.parameters import GenerationParams, parse_generation
 from generation.text import CONTEXT_TOKENS, Detokenizer, StopMatcher, encode_inputs
+from swarm.client.model import with_all_ends
 from swarm.errors import BlocksMissing, SessionLengthExceeded
 from swarm.tokenization import TextTokenizer
 from swarm.waiter import PATIENT, Waiter
@@ -783,13 +784,56 @@ def test_inputs_become_tokens() -> None:
     )
     session, tokenizer = ScriptedSession([]), TextTokenizer(begins)
     plain = TOKENIZER.encode("Who said")
-    assert encode_inputs("Who said", session, tokenizer) == [begins.bos_token_id, *plain]
+    assert encode_inputs(GenerationParams("Who said"), session, tokenizer) == [begins.bos_token_id, *plain]
     with pytest.raises(InvalidParameter, match="inputs are required"):
-        encode_inputs("", session, tokenizer)
+        encode_inputs(GenerationParams(""), session, tokenizer)
     session.append([5])
-    assert encode_inputs("Who said", session, tokenizer) == plain
-    assert encode_inputs("", session, tokenizer) == []
+    assert encode_inputs(GenerationParams("Who said"), session, tokenizer) == plain
+    assert encode_inputs(GenerationParams(""), session, tokenizer) == []
     assert session.token_ids == [5]
+
+
+@pytest.mark.parametrize(
+    ("own", "tokenizer_s", "ends"),
+    [
+        (2, 2, [2]),
+        ([5, 7], 2, [5, 7, 2]),
+        ([5, 2], 2, [5, 2]),
+        (None, 2, [2]),
+        (5, None, [5]),
+        (None, None, None),
+    ],
+)
+def test_all_tokens_that_end_a_text(own: Any, tokenizer_s: int | None, ends: list[int] | None) -> None:
+    """Those of the checkpoint, and the tokenizer's."""
+    checkpoint_s = GenerationConfig(eos_token_id=own, temperature=0.5)
+    found = with_all_ends(checkpoint_s, tokenizer_s)
+    assert (found.eos_token_id, found.temperature, checkpoint_s.eos_token_id) == (ends, 0.5, own)
+    assert end_tokens(found) == frozenset(ends or ())
+
+
+@pytest.mark.parametrize(
+    ("inputs", "parts"),
+    [
+        ("<s>a", [("<s>a", False)]),
+        ("[<s>]</s>", [("<s>", True), ("</s>", False)]),
+        ("<s>x[a</s>]b<s>c[</s>]", [("<s>x", False), ("a</s>", True), ("b<s>c", False), ("</s>", True)]),
+        ("<s>]1[2[<s>", [("<s>]1", False), ("2<s>", True)]),  # ends where the next begins, or with the inputs
+        ("[\ufdd0\ufdd1<s>]\ufdd0\ufdd1<s>", [("\ufdd0\ufdd1<s>", True), ("\ufdd0\ufdd1<s>", False)]),
+    ],
+)
+def test_plain_text_in_inputs(inputs: str, parts: list[tuple[str, bool]]) -> None:
+    """Special tokens in it are characters, in a new session and in one that goes on."""
+    params = GenerationParams(inputs, plain_between=("[", "]"))
+    expected = [
+        token_id
+        for text, plain in parts
+        for token_id in TOKENIZER.encode(text, add_special_tokens=False, split_special_tokens=plain)
+    ]
+    session = ScriptedSession([])
+    assert encode_inputs(params, session, TEXTS) == expected
+    session.append([5])
+    assert encode_inputs(params, session, TEXTS) == expected
 
 
 @pytest.mark.parametrize("text", ["hello a", "a  b", "abc 🐝 é"])

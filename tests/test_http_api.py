@@ -39,6 +39,27 @@ def opened(live_app: LiveApp, max_length: int = 256, **params: object) -> str:
     return body["session_id"]
 
 
+def test_plain_text_between_special_tokens(
+    live_app: LiveApp, reference: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """In a session and without one; raw inputs are what they were."""
+    parts = [("<s>a\n", False), ("b</s>", True), ("\n<s>", False)]
+    plain = [
+        token_id
+        for text, is_plain in parts
+        for token_id in tokenizer.encode(text, add_special_tokens=False, split_special_tokens=is_plain)
+    ]
+    expected = tokenizer.decode(greedy(reference, plain, 6), clean_up_tokenization_spaces=False)
+    options = {"inputs": "<s>a\n[b</s>]\n<s>", "plain_between": ["[", "]"], "max_new_tokens": 6}
+    assert generated(live_app, **options) == expected
+    assert generated(live_app, **options, session_id=opened(live_app)) == expected
+    raw = "<s>a\nb</s>\n<s>"
+    answer = greedy(reference, tokenizer.encode(raw), 12)
+    texts = [tokenizer.decode(answer[:count], clean_up_tokenization_spaces=False) for count in range(1, 13)]
+    count, text = next((n, text) for n, text in enumerate(texts, 1) if not text.endswith("\ufffd"))
+    assert generated(live_app, inputs=raw, max_new_tokens=count) == text
+
+
 @pytest.mark.parametrize("style", ["query", "form", "json", "multipart", "mixed"])
 def test_parameters_in_every_style(
     live_app: LiveApp, reference: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase, style: str

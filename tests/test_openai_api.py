@@ -15,6 +15,7 @@ from generation.lengths import chat_length
 from models.catalog import KNOWN_MODELS, ModelConfig
 from models.chat_template import apply_template
 from swarm.client.model import SwarmModel
+from swarm.tokenization import TextTokenizer
 from tests.conftest import LiveApp, greedy
 from tests.support.client import call
 from tests.test_session import infos, wait_until
@@ -367,11 +368,32 @@ def test_chat_template_of_the_model(tokenizer: PreTrainedTokenizerBase, monkeypa
     )
     monkeypatch.setattr(tokenizer, "chat_template", template, raising=False)
     config = ModelConfig("somebody/else", KNOWN_MODELS["bigscience/bloom"].chat)
-    prompt = apply_template(config, tokenizer, [{"role": "user", "content": "hi"}])
+    prompt = apply_template(config, TextTokenizer(tokenizer), [{"role": "user", "content": "hi"}])
     assert (prompt.text, prompt.add_special_tokens, prompt.stop, prompt.strip) == ("[user]hi[>]", False, (), False)
     monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('no system here') }}")
     with pytest.raises(Exception, match="no system here"):
-        apply_template(config, tokenizer, [{"role": "system", "content": "hi"}])
+        apply_template(config, TextTokenizer(tokenizer), [{"role": "system", "content": "hi"}])
+
+
+def test_special_tokens_that_people_write(
+    live_app: LiveApp, reference: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """They are characters of a chat, whoever says them; in a raw prompt they are what they were."""
+    messages = [
+        {"role": "system", "content": "<pad>"},
+        {"role": "user", "name": "</s>", "content": [{"type": "text", "text": "</"}, {"type": "text", "text": "s>"}]},
+        {"role": "assistant", "content": "<s>"},
+        {"role": "user", "content": "</s>"},
+    ]
+    text = post(live_app, "/apply-template", messages=messages)["prompt"]
+    assert text == "<pad>\n\nHuman: </s>\n\nAI: <s>\n\nHuman: </s>\n\nAI:"
+    plain = tokenizer.encode(text, split_special_tokens=True)
+    assert len(plain) > len(tokenizer.encode(text))
+    chat = post(live_app, "/v1/chat/completions", messages=messages, temperature=0, max_tokens=5)
+    expected = tokenizer.decode(greedy(reference, plain, 5), clean_up_tokenization_spaces=False)
+    assert chat["usage"]["prompt_tokens"] == len(plain)
+    assert chat["choices"][0]["message"]["content"] == expected.lstrip()
+    assert complete(live_app, prompt=text)["usage"]["prompt_tokens"] == len(tokenizer.encode(text))
 
 
 def test_chat_equals_completion_of_its_text(live_app: LiveApp) -> None:
@@ -395,7 +417,10 @@ def test_preflight_of_a_page_elsewhere(live_app: LiveApp) -> None:
 def test_a_long_conversation_gets_a_longer_session() -> None:
     """Also when the answer's length is left open: not the few tokens that are left of the usual length."""
     assert chat_length(20, None, 2048, 8192) == chat_length(20, 1000, 2048, 8192) == 2048
-    assert chat_length(2000, None, 2048, 8192) == chat_length(2000, 100, 2048, 8192) == 8192
+    assert chat_length(2000, None, 2048, 8192) == chat_length(2000, 100, 2048, 8192) == 4096
+    assert chat_length(4000, None, 2048, 8192) == chat_length(40, 8000, 2048, 8192) == 8192
+    assert chat_length(9000, 99, 2048, 131072) == 16384
+    assert chat_length(2000, None, 2048, 3000) == chat_length(2000, 900, 2048, 3000) == 3000
     assert chat_length(2000, 40, 2048, 8192) == 2048
     assert chat_length(2000, None, 2048, 2048) == 2048
     with pytest.raises(TooLong):

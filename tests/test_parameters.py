@@ -32,7 +32,7 @@ from web.schemas import GenerateRequest
 DIGITS = 4300
 WHOLE_NUMBERS = ("max_length", "max_new_tokens", "top_k", "seed")
 NUMBERS = ("temperature", "top_p", "repetition_penalty")
-TEXTS = ("inputs", "stop_sequence", "extra_stop_sequences")
+TEXTS = ("inputs", "plain_between", "stop_sequence", "extra_stop_sequences")
 NOT_A_NUMBER = [
     True,
     False,
@@ -95,6 +95,7 @@ def test_defaults() -> None:
         "max_time": None,
         "stop_sequence": None,
         "extra_stop_sequences": (),
+        "plain_between": (),
     }
 
 
@@ -231,6 +232,12 @@ def test_bounds_of_stop_sequences() -> None:
     assert parse(extra_stop_sequences=[*most, ""]).extra_stop_sequences == tuple(most)
     for value in ([*most, "x"], ["x" * (MAX_STOP_LENGTH + 1)], "x" * (MAX_STOP_LENGTH + 1)):
         assert "takes at most 64 texts of 1024 characters" in refusal("extra_stop_sequences", value)
+
+
+@pytest.mark.parametrize("value", ["a", ["a"], ["a", "a"], ["a", ""], ["a", "b", "c"]])
+def test_plain_between_is_two_texts(value: Any) -> None:
+    assert parse(plain_between=["a", "b"]).plain_between == ("a", "b")
+    assert refusal("plain_between", value) == "plain_between must be two different texts"
 
 
 def test_all_stop_sequences() -> None:

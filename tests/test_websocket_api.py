@@ -36,6 +36,14 @@ def test_one_answer_without_a_stop_sequence(live_app: LiveApp) -> None:
     assert reply["outputs"] == generated(live_app, inputs=PROMPTS[0], max_new_tokens=12)
 
 
+def test_plain_text_between_special_tokens(live_app: LiveApp) -> None:
+    options = {"inputs": "<s>a\n[b</s>]\n<s>", "plain_between": ["[", "]"], "max_new_tokens": 6}
+    with websocket(live_app.websocket_url) as ws:
+        ws.open(64)
+        (reply,) = ws.generate(**options)
+    assert reply["outputs"] == generated(live_app, **options)
+
+
 @pytest.mark.parametrize(("prompt", "size"), list(itertools.product(PROMPTS, (1, 3))))
 def test_streamed_equals_unstreamed(live_app: LiveApp, prompt: str, size: int) -> None:
     """Rounds of ``size`` tokens until a stop sequence, against one response of many tokens."""

@@ -233,7 +233,7 @@ def test_knows_the_capital_of_france(llama: Any, tokenizer: Any) -> None:
     import torch
 
     chat = [{"role": "user", "content": "What is the capital of France?"}]
-    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")["input_ids"]
     assert llama.dtype == torch.float32
     answer = llama.generate(prompt, do_sample=False, max_new_tokens=20)[0, prompt.shape[1] :]
     assert tokenizer.decode(answer) == "The capital of France is Paris.<|im_end|>"

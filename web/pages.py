@@ -1,5 +1,6 @@
 """The pages for people, and the files that they load: all from this program, none from elsewhere."""
 
+import dataclasses
 import functools
 import gzip
 import secrets
@@ -25,7 +26,8 @@ from admission.access import COOKIE_AGE, PAGE_TOKEN_AGE, PageCookie
 from admission.callers import Caller
 from errors import ROOT, InvalidParameter, OriginNotAllowed, Unauthorized
 from generation.parameters import require_text
-from models.catalog import ModelConfig, configured
+from models.catalog import configured
+from models.loading import ServedModel
 from service import Service, get_service
 from web.browsers import BROWSER_COOKIE, KEY_COOKIE, browser_id, is_foreign, is_secure
 from web.callers import find_address
@@ -83,7 +85,7 @@ def index() -> Response:
         "index.html",
         service,
         caller,
-        models=[page_settings(model) for model in models],
+        models=[page_settings(service.models.find(model.name)) for model in models],
         default_model=default if default in names else names[0],
     )
 
@@ -204,18 +206,13 @@ def vendor_file(package: str, name: str) -> Response:
     return send_from_directory(NODE_MODULES / PACKAGES[package], name, max_age=VENDOR_AGE)
 
 
-def page_settings(model: ModelConfig) -> dict[str, Any]:
-    """Return how the page names a model and talks to it."""
+def page_settings(served: ServedModel) -> dict[str, Any]:
+    """Return how the page names a model and talks to it, as far as that is known now."""
+    model = served.config
     return {
         "name": model.name,
-        "max_length": model.session_length,
+        "max_length": min(model.session_length, served.model.max_length if served.model else model.session_length),
         "title": model.shown_title,
-        "chat": {
-            "system": model.chat.system,
-            "first": model.chat.first,
-            "user": model.chat.user,
-            "turn_end": model.chat.turn_end,
-            "stop": model.chat.stop,
-        },
+        "chat": dataclasses.asdict(served.chat),
         "generation": dict(model.generation),
     }

@@ -111,6 +111,17 @@ class ServerInfo(BaseModel):
     ping: float | None = Field(description="Seconds there and back; null: not measured, or it does not answer.")
 
 
+class PageFormat(BaseModel):
+    """Turns of a conversation; {text} is a question, {system} the system prompt."""
+
+    user: str = Field(description="A turn, up to where the answer begins.")
+    turn_end: str = Field(description="Between an answer and the next turn.")
+    stop: list[str] = Field(description="Texts that end an answer.")
+    first: str = Field(description="The first turn, with a system prompt.")
+    system: str = Field(description="The system prompt of chats that have none of their own.")
+    alone: str = Field(description="The first turn, without a system prompt; empty: as the others.")
+
+
 class ModelInfo(BaseModel):
     name: str
     title: str
@@ -122,6 +133,7 @@ class ModelInfo(BaseModel):
     licence: str | None
     link: str | None = Field(description="Where to read about the model.")
     context_length: int | None = Field(description="Tokens of the longest session.")
+    chat: PageFormat | None = Field(description="How the chat page writes conversations for the model.")
     num_blocks: int | None
     blocks: list[int] = Field(description="For each block the number of servers that hold it.")
     servers: list[ServerInfo]

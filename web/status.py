@@ -112,6 +112,7 @@ def model_report(served: ServedModel) -> dict[str, Any]:
         "licence": config.licence or None,
         "link": config.link,
         "context_length": model.max_length if model else None,
+        "chat": dataclasses.asdict(served.chat) if model else None,
         "num_blocks": model.state.num_blocks if model else None,
         "blocks": model.state.holders() if model else [],
         "servers": server_reports(model.state.servers()) if model else [],

@@ -212,7 +212,7 @@ class Chain:
             return gap
         state, patience = self.terms.state, self.terms.limits.recovery_timeout
         try:
-            route = state.route(gap.start, gap.end, self._cache_tokens, search.tried)
+            route = state.route(gap.start, gap.end, self._cache_tokens, search.tried, length=self.terms.max_length)
         except BlocksMissing as error:
             state.refresh()
             raise ServerFailed(error, patience) from error

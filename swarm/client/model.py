@@ -1,5 +1,6 @@
 """A model whose blocks a swarm computes: tokenizer, embeddings and head here, sessions over the servers."""
 
+import copy
 import logging
 import threading
 from pathlib import Path
@@ -20,12 +21,11 @@ from swarm.client.session import SwarmSession
 from swarm.client.terms import SessionLimits, SessionTerms
 from swarm.errors import ModelUnavailable, SessionLengthExceeded
 from swarm.families.adopt import adopt
+from swarm.lengths import context_length, stock_length
 from swarm.tokenization import TextTokenizer
 
 log = logging.getLogger(__name__)
 
-# The longest session that a stock petals server accepts, without and with grouped-query attention.
-STOCK_MAX_LENGTH, STOCK_MAX_LENGTH_GROUPED = 2048, 8192  # tokens
 DEFAULT_HISTORY_BYTES = 2**30  # for hidden states kept to restore lost spans
 # Transformers patches torch.nn while it loads: one model at a time in a process.
 LOADING = threading.Lock()
@@ -53,14 +53,15 @@ class SwarmModel:
         self.tokenizer = tokenizer
         self.config = model.config
         self.parameters = count_parameters(model)
-        self.generation_config: GenerationConfig = model.generation_config
+        self.generation_config = with_all_ends(model.generation_config, tokenizer.end_token)
         self.head = Head(model)
         self.state = SwarmState(model.transformer.h.sequence_manager, name, relief, fingerprint)
         self.swarm = swarm
         swarm.follow(self.state)
         self.limits = limits
         self.budget = budget
-        self.max_length = longest_session(model.config)
+        # Tokens of a text, as the model was made; one that does not say is trusted as far as stock servers go.
+        self.context_length = context_length(model.config, tokenizer.limit) or stock_length(model.config)
 
     @classmethod
     def load(
@@ -108,13 +109,18 @@ class SwarmModel:
         limits = limits or SessionLimits()
         return cls(name, swarm, model.to(device).eval(), tokenizer, limits, budget, relief, weights.fingerprint(path))
 
+    @property
+    def max_length(self) -> int:
+        """How many tokens a session may have: as many as the model allows, and its servers do."""
+        return min(self.context_length, self.state.longest_session())
+
     def open_session(self, max_length: int, rows: int = 1) -> SwarmSession:
         """Open an inference session for up to ``max_length`` tokens per row. Its first step chooses the servers.
 
         :raises SessionLengthExceeded: if the model or its servers do not accept a session this long
         """
-        if max_length > self.max_length:
-            raise SessionLengthExceeded(f"{max_length} tokens exceed the {self.max_length} that {self.name} allows")
+        if max_length > (longest := self.max_length):
+            raise SessionLengthExceeded(f"{max_length} tokens exceed the {longest} that {self.name} allows")
         return SwarmSession(self.head, SessionTerms(self.state, self.limits, self.budget, max_length, rows))
 
     def close(self) -> None:
@@ -123,16 +129,21 @@ class SwarmModel:
         self.state.close()
 
 
+def with_all_ends(config: GenerationConfig, end_token: int | None) -> GenerationConfig:
+    """Return a checkpoint's settings with all tokens that end a text: its own, and the tokenizer's.
+
+    Checkpoints for chats often have the end of a turn in one place and the end of a document in the other.
+    """
+    own = config.eos_token_id
+    ends = [*(own if isinstance(own, (list, tuple)) else [own]), end_token]
+    found = copy.deepcopy(config)
+    found.eos_token_id = list(dict.fromkeys(end for end in ends if end is not None)) or None
+    return found
+
+
 def count_parameters(model: Any) -> int:
     """Return how many parameters a petals model has, including those of the blocks on other servers."""
     with torch.device("meta"):  # takes neither memory nor time
         block = model.config.block_class(model.config)
     here = sum(parameter.numel() for parameter in model.parameters())
     return here + len(model.transformer.h) * sum(parameter.numel() for parameter in block.parameters())
-
-
-def longest_session(config: Any) -> int:
-    """Return how many tokens a session may have: the model's own limit or that of stock servers, the smaller one."""
-    grouped = getattr(config, "num_key_value_groups", 1) > 1
-    served = STOCK_MAX_LENGTH_GROUPED if grouped else STOCK_MAX_LENGTH
-    return min(served, getattr(config, "max_position_embeddings", None) or served)

@@ -21,6 +21,7 @@ from petals.utils.random import sample_up_to
 from swarm.background import FIRST_DELAY, Loop
 from swarm.client.cheapest_route import cheapest_route
 from swarm.errors import BlocksMissing, CacheFull, SessionLengthExceeded, SwarmError
+from swarm.lengths import stock_length
 from swarm.weights import Fingerprint
 
 log = logging.getLogger(__name__)
@@ -82,6 +83,8 @@ class SwarmState:
         self.manager = manager
         self.model = model
         self.num_blocks = len(manager)
+        self._stock_length = stock_length(manager.config)
+        self._longest_session = self._stock_length  # as last read
         self._relief = relief
         self.cache_turn = asyncio.Lock()  # held by the session that waits for attention cache; on the event loop only
         period = manager.config.update_period
@@ -197,6 +200,20 @@ class SwarmState:
         """Return for each block how many known servers hold it."""
         return [len(spans) for spans in self.manager.state.sequence_info.spans_containing_block]
 
+    def longest_session(self) -> int:
+        """Return how many tokens a session may have on servers that together hold all blocks, as last read.
+
+        Blocks that no server holds at the moment do not count. Takes no lock.
+        """
+        blocks = self.manager.state.sequence_info.spans_containing_block
+        if found := [max(map(self._takes, spans)) for spans in blocks if spans]:
+            self._longest_session = min(found)
+        return self._longest_session
+
+    def _takes(self, span: RemoteSpanInfo) -> int:
+        """Return the longest session that a server accepts; a stock server does not say."""
+        return getattr(span.server_info, "longest_session", None) or self._stock_length
+
     def servers(self) -> list[ServerView]:
         """Return all known servers that are online, longest span first, as last read; asks no server."""
         manager = self.manager
@@ -220,12 +237,13 @@ class SwarmState:
         ]
 
     def route(
-        self, start: int, end: int, cache_tokens: int, avoid: Collection[PeerID] = frozenset()
+        self, start: int, end: int, cache_tokens: int, avoid: Collection[PeerID] = frozenset(), *, length: int = 0
     ) -> list[RemoteSpanInfo]:
         """Return spans that together compute blocks [start, end) with the lowest expected latency.
 
         :param cache_tokens: tokens of attention cache that the session needs; servers without them are avoided
         :param avoid: ids of peers to avoid, as long as the others have all blocks
+        :param length: tokens of the session; servers that take none this long are avoided
         :raises BlocksMissing: if no known server holds one of the blocks
         """
         manager = self.manager
@@ -233,13 +251,12 @@ class SwarmState:
             spans = list(manager.state.sequence_info.spans_by_priority)
         pings = manager.ping_aggregator.to_dict()
         others = [span for span in spans if span.peer_id not in avoid]
-        found = cheapest_route(others, start, end, pings, cache_tokens)
-        if found is None:
-            found = cheapest_route(spans, start, end, pings, cache_tokens)
-        if found is None:
-            held = {block for span in spans for block in range(span.start, span.end)}
-            raise BlocksMissing(self.model, [block for block in range(start, end) if block not in held])
-        return found
+        long_enough = [span for span in others if self._takes(span) >= length]
+        for some in (long_enough, others, spans):
+            if (found := cheapest_route(some, start, end, pings, cache_tokens)) is not None:
+                return found
+        held = {block for span in spans for block in range(span.start, span.end)}
+        raise BlocksMissing(self.model, [block for block in range(start, end) if block not in held])
 
     def has_others(self, start: int, end: int, avoid: Collection[PeerID]) -> bool:
         """Whether the peers outside ``avoid`` together have blocks [start, end)."""

@@ -24,6 +24,7 @@ from petals.data_structures import CHAIN_DELIMITER
 from petals.server import handler as petals_handler
 from petals.utils.misc import is_dummy
 
+from swarm.lengths import STOCK_LENGTH_GROUPED
 from swarm.server.channel import HandlerChannel
 from swarm.wire.messages import MAX_MESSAGE, bound_total, limit_messages
 from swarm.wire.packing import read_metadata
@@ -48,8 +49,8 @@ class TransformerConnectionHandler(petals_handler.TransformerConnectionHandler):
 
     async def add_p2p_handlers(self, *args: Any, **kwargs: Any) -> None:
         hidden_size = next(iter(self.module_backends.values())).outputs_schema[0].shape[-1]
-        # A step may hold all the tokens of a session, and deep prompts.
-        limit_messages(MAX_MESSAGE + 4 * hidden_size * self.inference_max_length)
+        # A step may bring all the tokens of a session that a stock server takes, and deep prompts besides.
+        limit_messages(MAX_MESSAGE + 4 * hidden_size * min(self.inference_max_length, STOCK_LENGTH_GROUPED))
         if self.channel is not None:
             await self.channel.connect()
         await super().add_p2p_handlers(*args, **kwargs)

@@ -34,6 +34,7 @@ from swarm.errors import ModelUnavailable, SwarmError
 from swarm.families import attention_share
 from swarm.families.adopt import adopt
 from swarm.families.checkpoint import load_block
+from swarm.lengths import served_length
 from swarm.lifeline import program_line
 from swarm.options import ServerOptions, parse_args
 from swarm.process import freeze_collector, kill_descendants, set_threads
@@ -47,6 +48,7 @@ from swarm.server.identity import identity_file, listening_maddrs, remember_madd
 from swarm.server.logs import is_abandoned_step, shorten_refusal
 from swarm.server.restart import EARLY_DEATHS, STOP_TIMEOUT, bury_children, die, start_again
 from swarm.supervision import Part, Watcher
+from swarm.wire.server_info import extended
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +79,7 @@ def make_server(options: ServerOptions) -> Server:
         freeze_collector()
     with identity_file(options) as identity_path:
         server = Server(**arguments, host_maddrs=host_maddrs, identity_path=identity_path)
+    server.server_info = extended(server.server_info, server.inference_max_length)
     if not options.initial_peers:
         remember_maddrs(host_maddrs, server.dht.get_visible_maddrs())
     return server
@@ -124,7 +127,7 @@ def server_arguments(options: ServerOptions, path: str) -> dict[str, Any]:
         "torch_dtype": options.dtype or hardware.pick_dtype(device),
         "quant_type": QuantType[options.quant.upper()],
         "attn_cache_tokens": petals_cache_tokens(options.attn_cache_tokens, config),
-        "inference_max_length": options.inference_max_length,
+        "inference_max_length": options.inference_max_length or served_length(config, options.attn_cache_tokens),
         "num_handlers": options.num_handlers,
         # Petals' speed test is slow and needs the internet; in a private swarm all servers count the same.
         "throughput": options.throughput or ("auto" if public else 1.0),
@@ -148,14 +151,16 @@ def operator_threads(options: ServerOptions) -> int:
 
 
 def read_config(model: str, path: str) -> Any:
-    """Return petals' configuration of the model.
+    """Return a model's configuration, as petals reads it.
 
-    :raises ModelUnavailable: if it cannot be read
+    :raises ModelUnavailable: if it cannot be read, or does not say how many blocks there are
     """
     from petals import AutoDistributedConfig
 
     try:
-        return AutoDistributedConfig.from_pretrained(path)
+        config = AutoDistributedConfig.from_pretrained(path)
+        int(config.num_hidden_layers)
+        return config
     except (OSError, ValueError, AttributeError) as error:
         raise ModelUnavailable(f"{model}: {error}") from error
 

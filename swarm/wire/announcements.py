@@ -15,6 +15,7 @@ from swarm.wire.text import MAX_NAME, MAX_TEXT, Malformed, clean, quoted
 MAX_RPS = 1e6  # requests per second; a small block on the best GPU does 10,000 or so
 MAX_BLOCKS = 10_000  # of a model
 MAX_ADAPTERS = 64
+MAX_SESSION = 10**9  # tokens
 MAX_PINGS = 256
 
 
@@ -76,13 +77,15 @@ def read_peer_id(text: object) -> PeerID:
 
 
 def read_announcement(value: object, block: int) -> Any:
-    """Return what a server announces about itself, as petals' ``ServerInfo``.
+    """Return what a server announces about itself.
 
     :param value: (state, throughput, the rest)
     :param block: the number of the block whose key it is stored under
     :raises Malformed: if it cannot be true
     """
-    from petals.data_structures import ServerInfo, ServerState
+    from petals.data_structures import ServerState
+
+    from swarm.wire.server_info import AnnouncedInfo
 
     match value:
         case [state, throughput]:
@@ -97,7 +100,8 @@ def read_announcement(value: object, block: int) -> Any:
         end = read_integer(end, "end_block", block + 1, MAX_BLOCKS)
     cache = rest.get("cache_tokens_left")
     relay = rest.get("using_relay")
-    return ServerInfo(
+    longest = rest.get("longest_session")
+    return AnnouncedInfo(
         state=ServerState(read_integer(state, "state", 0, 2)),
         throughput=min(read_number(throughput, "throughput", high=math.inf), MAX_RPS),
         start_block=start,
@@ -113,6 +117,7 @@ def read_announcement(value: object, block: int) -> Any:
         using_relay=relay if isinstance(relay, bool) else None,
         cache_tokens_left=None if cache is None else read_integer(cache, "cache_tokens_left", 0, 2**62),
         next_pings=_pings(rest.get("next_pings")),
+        longest_session=None if longest is None else read_integer(longest, "longest_session", 1, MAX_SESSION),
     )
 
 

@@ -103,7 +103,7 @@ export class Answering {
     let error = null;
     try {
       const options = { signal: run.abort.signal, position: conversation.position(answer.id), point };
-      for await (const message of run.session.answer(textOf(run), parametersOf(run), options)) this.#take(run, message);
+      for await (const message of run.session.answer(transcriptOf(run), parametersOf(run), options)) this.#take(run, message);
     } catch (caught) {
       error = caught;
     }
@@ -197,7 +197,7 @@ export class Answering {
 }
 
 /** The conversation up to an answer, as its model reads it. */
-function textOf({ conversation, answer, model }) {
+function transcriptOf({ conversation, answer, model }) {
   const { chat, tree } = conversation;
   const path = tree.pathTo(answer.id);
   const start = Math.max(0, path.findIndex(({ id }) => id === chat.forgotten));

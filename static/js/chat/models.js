@@ -29,7 +29,10 @@ export class Models {
 
   /** @returns {object | undefined} the model of this name, if it is served */
   find(name) {
-    return this.#all.find((model) => model.name === name);
+    const found = this.#all.find((model) => model.name === name);
+    // While a model loads, it is not known yet what its template is, and how little it may read.
+    const { chat, context_length: length } = this.#states.get(name) ?? {};
+    return found && { ...found, chat: chat ?? found.chat, max_length: Math.min(found.max_length, length ?? Infinity) };
   }
 
   /** The model of a chat, which may have been imported, or whose model is served no more. */

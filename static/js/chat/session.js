@@ -6,6 +6,7 @@
 import { pause } from "../shared/pause.js";
 import { DOWN, readiness } from "./readiness.js";
 import { ConnectionLost, InferenceSocket, RequestFailed, ResponseTimeout } from "./socket.js";
+import { inputsAfter, textOf } from "./transcript.js";
 
 const PATIENCE_MS = 20_000; // with a model that has failed, or a server that cannot be reached, before an answer begins
 const RESUME_TIMEOUT = 60; // seconds that the server keeps an answer without its connection, until it says its own
@@ -71,7 +72,7 @@ export class ChatSession {
    * {swarm: {route | lost | prefill}}; and, while there is no connection, {status: words}. If the connection is lost the
    * answer goes on by itself, from where it is; the text that was yielded stays valid.
    *
-   * @param {string} transcript what the model is to read, up to where it goes on
+   * @param {import("./transcript.js").Piece[]} transcript what the model is to read, up to where it goes on
    * @param {object} parameters of the protocol's `generate`
    * @param {object} options
    * @param {AbortSignal} options.signal gives the answer up
@@ -85,7 +86,7 @@ export class ChatSession {
     this.#stopAsked = false;
     const run = { transcript, parameters, signal, position, text: "", tokens: 0, isNew: point === null, again: false };
     let how = point ? "resume" : "generate";
-    if (point) this.#restore(point, transcript);
+    if (point) this.#restore(point, textOf(transcript));
     let patientUntil = performance.now() + this.#patience;
     signal.addEventListener("abort", () => this.close(), { once: true });
     for (;;) {
@@ -158,14 +159,15 @@ export class ChatSession {
 
   async *#generate(run) {
     const { transcript, parameters, signal, position, text } = run;
-    const whole = transcript + text;
+    const pieces = [...transcript, { text, plain: true }];
+    const whole = textOf(pieces);
     if (!this.#socket?.isOpen || !whole.startsWith(this.#held)) yield* this.#open(whole, position, signal);
-    const inputs = whole.slice(this.#held.length);
+    const inputs = inputsAfter(pieces, this.#held.length);
     this.#before = this.#held;
     this.#held = whole;
     this.#answers += 1;
     this.#received = 0;
-    const messages = this.#socket.generate({ inputs, ...parameters, ...bound(parameters, run.tokens) });
+    const messages = this.#socket.generate({ ...inputs, ...parameters, ...bound(parameters, run.tokens) });
     yield { begun: true };
     yield* this.#follow(run, messages);
   }
@@ -218,14 +220,14 @@ export class ChatSession {
     this.#answers = 0;
   }
 
-  #restore({ sessionId, answers, received, length, resumeTimeout = RESUME_TIMEOUT }, transcript) {
+  #restore({ sessionId, answers, received, length, resumeTimeout = RESUME_TIMEOUT }, held) {
     this.close();
     this.#sessionId = sessionId;
     this.#answers = answers;
     this.#received = received;
     this.#length = length;
     this.#resumeTimeout = resumeTimeout;
-    this.#held = transcript;
+    this.#held = held;
     this.#before = null;
   }
 

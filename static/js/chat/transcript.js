@@ -6,10 +6,21 @@
  * @typedef {object} ChatFormat
  * @property {string} system the system prompt of chats that have none of their own
  * @property {string} first the first turn where there is a system prompt: "{system}", "{text}"
+ * @property {string} alone the same where there is none; empty: `user`
  * @property {string} user a question, "{text}" standing for its text; ends where the answer begins
  * @property {string} turn_end what stands between an answer and the next question
  * @property {string[]} stop the texts that end an answer
  */
+
+/**
+ * A part of a transcript.
+ *
+ * @typedef {object} Piece
+ * @property {string} text
+ * @property {boolean} plain whether somebody has written it: special tokens in it are characters
+ */
+
+const PLAIN_BETWEEN = ["\ufdd2", "\ufdd3"]; // two noncharacters: no text that is meant for others has them
 
 /**
  * The conversation exactly as it is to stand in the model's context, up to where the answer goes on.
@@ -18,23 +29,56 @@
  * @param {ChatFormat} format
  * @param {string} model its name: what ended another model's answers is not part of the context
  * @param {string} [system] the system prompt; default: the model's own
+ * @returns {Piece[]}
  */
 export function transcript(path, format, model, system = format.system) {
-  let text = "";
+  const pieces = [];
   let ended = ""; // what of the way to the next turn is in the context already
   for (const { question, answer } of turns(path)) {
-    // Functions, for in a replacement text "$&" and its like would not stand for themselves.
-    const asked = format.user.replace("{text}", () => question);
-    if (text === "") {
-      text = system ? format.first.replace(/\{(system|text)\}/g, (_, name) => (name === "text" ? question : system)) : asked;
+    if (pieces.length === 0) {
+      pieces.push(...filled(system ? format.first : format.alone || format.user, { system, text: question }));
     } else {
-      const turn = format.turn_end + asked;
-      text += turn.startsWith(ended) ? turn.slice(ended.length) : turn;
+      const turn = filled(format.turn_end + format.user, { text: question });
+      pieces.push(...(textOf(turn).startsWith(ended) ? after(turn, ended.length) : turn));
     }
     ended = (answer.model === model && answer.stopSequence) || "";
-    text += answer.text + ended;
+    pieces.push({ text: answer.text, plain: true }, { text: ended, plain: false });
   }
-  return text;
+  return pieces;
+}
+
+/** A template whose "{name}" are replaced by texts that somebody has written. */
+function filled(template, texts) {
+  const parts = template.split(/\{(system|text)\}/); // every other one is a name
+  return parts.map((part, i) => (i % 2 ? { text: texts[part], plain: true } : { text: part, plain: false }));
+}
+
+/** @param {Piece[]} pieces */
+export function textOf(pieces) {
+  return pieces.map(({ text }) => text).join("");
+}
+
+/** What comes after so many characters. */
+function after(pieces, length) {
+  const left = [];
+  for (const { text, plain } of pieces) {
+    left.push({ text: text.slice(length), plain });
+    length = Math.max(0, length - text.length);
+  }
+  return left;
+}
+
+/**
+ * The protocol's inputs for what comes after so many characters.
+ *
+ * @param {Piece[]} pieces
+ */
+export function inputsAfter(pieces, length) {
+  const [begin, end] = PLAIN_BETWEEN;
+  const safe = (text) => text.replaceAll(begin, "\ufffd").replaceAll(end, "\ufffd");
+  const written = after(pieces, length).filter(({ text }) => text);
+  const inputs = written.map(({ text, plain }) => (plain ? begin + safe(text) + end : text)).join("");
+  return { inputs, plain_between: PLAIN_BETWEEN };
 }
 
 /**
