@@ -12,6 +12,7 @@ from petals.server.block_utils import resolve_block_dtype
 from petals.utils.disk_cache import DEFAULT_CACHE_DIR
 from torch import nn
 
+from swarm.families import files  # noqa: F401  petals reads files by it
 from swarm.families.layers import SwarmLayer
 
 log = logging.getLogger(__name__)

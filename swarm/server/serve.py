@@ -264,5 +264,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         kill_descendants()
         start_again(threading.Event())
         return 1
-    serve(server, report_ready)
+    try:
+        serve(server, report_ready)
+    except ModelUnavailable as error:  # the files of a block, which are looked at only now
+        print(error, file=sys.stderr)
+        return 1
     return 0

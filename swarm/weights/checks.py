@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from swarm.errors import ModelUnavailable
+from swarm.weights.pickles import read_pickle
 
 # Seconds for each connection to the hub and for each answer from it.
 HUB_TIMEOUT = 5.0
@@ -85,8 +86,11 @@ def _check_weights(model: str, file: Path) -> None:
         # torch before 1.6 wrote bare pickles, later versions write zip files.
         if start != b"\x80" and not zipfile.is_zipfile(file):
             raise ModelUnavailable(f"{model}: {file} is broken: it is not a whole PyTorch file")
+        read_pickle(file)
     except OSError as error:
         raise ModelUnavailable(f"{model}: cannot read {file}: {error.strerror or error}") from error
+    except (RuntimeError, EOFError) as error:  # what torch raises for what is no file of its own
+        raise ModelUnavailable(f"{model}: {file} is broken: {str(error).partition(chr(10))[0]}") from error
     except SafetensorError as error:
         raise ModelUnavailable(f"{model}: {file} is broken: {error}") from error
 
