@@ -1,5 +1,6 @@
 """The formats that a checkpoint's weights may have: in parts, pickled, quantised."""
 
+import contextlib
 import os
 import pickle
 import shutil
@@ -148,5 +149,6 @@ def test_malicious_pickles_are_refused_and_do_not_run(qwen: Path, tmp_path: Path
     with pytest.raises(ModelUnavailable, match="convert the model to safetensors"):  # and does not try for ever
         load_block(str(directory), 0, config=config, torch_dtype=torch.float32)
     assert not trap.exists()
-    torch.load(file, weights_only=False)  # that it is a trap, if nothing guards against it
+    with contextlib.suppress(RuntimeError):  # that the bare pickle is no weights
+        torch.load(file, weights_only=False)  # nothing guards against it, and it is a trap
     assert trap.exists()
