@@ -142,7 +142,9 @@ def test_malicious_pickles_are_refused_and_do_not_run(qwen: Path, tmp_path: Path
         file.write_bytes(pickle.dumps(Malicious(trap), protocol=2))
     with pytest.raises(ModelUnavailable) as refused:
         weights.locate(str(directory), cache_dir=tmp_path)
-    sentence = f"{file} holds more than weights (posix.mkdir), which could run any code: convert the model to safetensors"
+    sentence = (
+        f"{file} holds more than weights (posix.mkdir), which could run any code: convert the model to safetensors"
+    )
     assert str(refused.value) == sentence
     adopt(str(directory))
     config = AutoDistributedConfig.from_pretrained(str(directory))

@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 
 from swarm import weights
 from swarm.errors import ModelUnavailable
-from swarm.weights import bundled
+from swarm.weights import bundled, preparing
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ROOT = Path(__file__).parent.parent
@@ -152,7 +152,7 @@ def test_prepared_model_is_found_at_once(preparation: Preparation, monkeypatch: 
     def fail(*_: object) -> None:
         raise AssertionError("must not convert again")
 
-    monkeypatch.setattr(bundled, "convert", fail)
+    monkeypatch.setattr(preparing, "convert", fail)
     lines: list[str] = []
     place = weights.locate(MODEL, cache_dir=preparation.cache_dir, progress=weights.Progress(lines.append))
     assert place == str(preparation.place)
@@ -177,7 +177,7 @@ def test_half_written_file_is_prepared_anew(
     def convert(file: Path, directory: Path, *_: object) -> None:
         shutil.copytree(preparation.place, directory, copy_function=os.link, dirs_exist_ok=True)
 
-    monkeypatch.setattr(bundled, "convert", convert)
+    monkeypatch.setattr(preparing, "convert", convert)
     assert weights.locate(MODEL, cache_dir=tmp_path) == str(place)
     assert (place / name).read_bytes() == (preparation.place / name).read_bytes()
 
@@ -193,7 +193,7 @@ def test_all_files_are_on_disk_before_the_directory_has_its_name(
     def fsync(number: int) -> None:
         written.append(os.readlink(f"/proc/self/fd/{number}"))
 
-    monkeypatch.setattr(bundled, "convert", convert)
+    monkeypatch.setattr(preparing, "convert", convert)
     monkeypatch.setattr(os, "fsync", fsync)
     place = Path(weights.locate(MODEL, cache_dir=tmp_path))
     partial = f"{place}.partial"
@@ -323,7 +323,7 @@ def test_cache_cannot_be_written(tmp_path: Path) -> None:
 def test_waiting_for_another_process_has_a_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from filelock import FileLock
 
-    monkeypatch.setattr(bundled, "PREPARATION_LIMIT", 0.1)
+    monkeypatch.setattr(preparing, "PREPARATION_LIMIT", 0.1)
     lines: list[str] = []
     with (
         FileLock(tmp_path / f"{weights.BUNDLED_MODELS[MODEL].name}.lock"),
