@@ -9,6 +9,7 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
+from sentencepiece import SentencePieceProcessor
 from transformers import AutoModelForCausalLM
 
 ARCHITECTURES = {
@@ -33,10 +34,13 @@ PERMUTED = ("llama", "mistral", "mixtral", "smollm3", "granite")
 CONTROL, NORMAL = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
 
 
-def write_gguf(checkpoint: Path, file: Path, kind: str = "F32", **extra: Any) -> Path:
+def write_gguf(
+    checkpoint: Path, file: Path, kind: str = "F32", sentencepiece: Path | None = None, **extra: Any
+) -> Path:
     """Write a checkpoint as a GGUF file.
 
     :param kind: of the matrices: F32, F16, Q8_0, ...
+    :param sentencepiece: a model of SentencePiece that takes the tokenizer's place
     :param extra: further settings, with "__" for "." in their names; "arch" stands for the architecture
     """
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
@@ -44,7 +48,10 @@ def write_gguf(checkpoint: Path, file: Path, kind: str = "F32", **extra: Any) ->
     architecture = ARCHITECTURES[config.model_type]
     writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[architecture])
     add_settings(writer, config)
-    add_tokenizer(writer, checkpoint)
+    if sentencepiece is None:
+        add_tokenizer(writer, checkpoint)
+    else:
+        add_sentencepiece(writer, sentencepiece, config.vocab_size)
     for name, value in extra.items():
         key = name.replace("__", ".").replace("arch.", f"{writer.arch}.")
         add = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
@@ -152,6 +159,31 @@ def add_tokenizer(writer: gguf.GGUFWriter, checkpoint: Path) -> None:
     writer.add_chat_template("{% for message in messages %}{{ message['content'] }}{% endfor %}")
 
 
+def add_sentencepiece(writer: gguf.GGUFWriter, file: Path, size: int) -> None:
+    """:param size: of the vocabulary, which is filled up to it"""
+    model = SentencePieceProcessor(str(file))
+    numbers = range(model.vocab_size())
+    missing = range(size - len(numbers))
+    kinds = [
+        gguf.TokenType.UNKNOWN
+        if model.IsUnknown(number)
+        else CONTROL
+        if model.IsControl(number)
+        else gguf.TokenType.BYTE
+        if model.IsByte(number)
+        else NORMAL
+        for number in numbers
+    ]
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([*(model.IdToPiece(number) for number in numbers), *(f"[PAD{i}]" for i in missing)])
+    writer.add_token_scores([*(model.GetScore(number) for number in numbers), *(-10000.0 for _ in missing)])
+    writer.add_token_types([*kinds, *(gguf.TokenType.UNUSED for _ in missing)])
+    writer.add_bos_token_id(model.bos_id())
+    writer.add_eos_token_id(model.eos_id())
+    writer.add_unk_token_id(model.unk_id())
+
+
 def tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield names as gguf's tables know them, and tensors as llama.cpp wants them."""
     config = model.config
@@ -164,6 +196,8 @@ def tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
             tensor = permuted(tensor, config.num_attention_heads)
         if config.model_type in PERMUTED and ".k_proj." in name:
             tensor = permuted(tensor, config.num_key_value_heads)
+        if config.model_type == "bloom":
+            name = name.removeprefix("transformer.")
         if "query_key_value" in name:
             tensor = ungrouped(tensor, config)
         if ".experts." in name:

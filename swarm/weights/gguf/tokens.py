@@ -144,10 +144,10 @@ def surround(tokenizer: Any, given: Mapping[str, Any]) -> None:
             tokenizer.post_processor = processors.Sequence([])
         return
     first, last = (None if number is None else given["tokens"][number] for number in (bos, eos))
-    single = [token for token in (first, "$A", last) if token is not None]
-    special = [(token, number) for token, number in ((first, bos), (last, eos)) if token is not None]
+    around = {token: number for token, number in ((first, bos), (last, eos)) if token is not None}
+    texts = [[token for token in (first, text, last) if token is not None] for text in ("$A", "$B:1")]
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=single, pair=[*single, *(f"{token}:1" for token in single)], special_tokens=list(dict(special).items())
+        single=texts[0], pair=texts[0] + texts[1], special_tokens=list(around.items())
     )
 
 
