@@ -1,6 +1,7 @@
 """The formats that a checkpoint's weights may have: in parts, pickled, quantised."""
 
 import contextlib
+import json
 import os
 import pickle
 import shutil
@@ -10,10 +11,12 @@ from typing import Any
 
 import swarm.compat  # noqa: F401
 
+import numpy as np
 import pytest
 import torch
 from petals import AutoDistributedConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, FineGrainedFP8Config
 
 from swarm import weights
 from swarm.client.model import SwarmModel
@@ -81,12 +84,17 @@ def test_a_server_reads_only_the_parts_that_hold_its_blocks(parts: Path, tmp_pat
 
 
 @pytest.fixture(scope="module")
-def served_parts(parts: Path) -> Iterator[SwarmModel]:
+def local() -> Iterator[LocalSwarm]:
     with LocalSwarm() as local:
-        local.start_server(tiny_server(parts, "0:4"))
-        model = load_model(parts, local)
-        yield model
-        model.close()
+        yield local
+
+
+@pytest.fixture(scope="module")
+def served_parts(parts: Path, local: LocalSwarm) -> Iterator[SwarmModel]:
+    local.start_server(tiny_server(parts, "0:4"))
+    model = load_model(parts, local)
+    yield model
+    model.close()
 
 
 def test_client_and_server_of_a_model_in_parts(served_parts: SwarmModel, parts: Path, qwen: Path) -> None:
@@ -154,3 +162,161 @@ def test_malicious_pickles_are_refused_and_do_not_run(qwen: Path, tmp_path: Path
     with contextlib.suppress(RuntimeError):  # that the bare pickle is no weights
         torch.load(file, weights_only=False)  # nothing guards against it, and it is a trap
     assert trap.exists()
+
+
+# Quantised
+
+
+def rewritten(source: Path, directory: Path, quantised: dict[str, Any], state: dict[str, torch.Tensor]) -> Path:
+    """Write a copy of a checkpoint with other weights, which its configuration says are quantised."""
+    shutil.copytree(source, directory, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((source / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "quantization_config": quantised}))
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, directory / "model.safetensors")
+    return directory
+
+
+def to_fp8(source: Path, directory: Path, size: tuple[int, int] | None, *more: str) -> Path:
+    """Write a copy of a checkpoint as Qwen's and DeepSeek's are in FP8.
+
+    :param size: rows and columns of the blocks that have a scale; None: each matrix has one
+    :param more: weights that are quantised beside the matrices of the blocks
+    """
+    state = load_file(source / "model.safetensors")
+    for name, weight in list(state.items()):
+        if name in more or (".layers." in name and "norm" not in name and weight.ndim == 2):
+            scales = torch.rand(
+                *(-(-length // part) for length, part in zip(weight.shape, size or weight.shape, strict=True))
+            )
+            state[f"{name}_scale_inv"] = (scales + 0.5) / 100 if size else (scales.mean() + 0.5) / 100
+            state[name] = (weight * 100).to(torch.float8_e4m3fn)
+    settings = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": size}
+    return rewritten(source, directory, settings, state)
+
+
+@pytest.mark.parametrize("variant", ["qwen3", "qwen3_moe", "gemma3"])
+def test_fp8_is_what_transformers_makes_of_it(variant: str, tmp_path: Path) -> None:
+    directory = to_fp8(make_tiny_family(tmp_path / "original", variant), tmp_path / "fp8", (16, 16))
+    plain = AutoModelForCausalLM.from_pretrained(
+        directory, quantization_config=FineGrainedFP8Config(dequantize=True), dtype=torch.float32
+    )
+    assert_same_blocks(load_blocks(directory), plain, rtol=1e-6)
+
+
+def test_fp8_of_matrices_that_blocks_do_not_divide(qwen: Path, tmp_path: Path) -> None:
+    """The last block of rows or columns is then smaller."""
+    directory = to_fp8(qwen, tmp_path / "fp8", (48, 40))
+    state = load_file(directory / "model.safetensors")
+    for number, block in enumerate(load_blocks(directory)):
+        for name, weight in block.named_parameters():
+            stored = state[f"model.layers.{number}.{name}"]
+            if (scales := state.get(f"model.layers.{number}.{name}_scale_inv")) is not None:
+                rows, columns = stored.shape
+                spread = np.kron(scales.numpy(), np.ones((48, 40), np.float32))[:rows, :columns]
+                assert np.array_equal(weight.detach().numpy(), stored.float().numpy() * spread)
+            else:
+                assert torch.equal(weight, stored)
+
+
+def test_fp8_with_one_scale_for_a_matrix(qwen: Path, tmp_path: Path) -> None:
+    directory = to_fp8(qwen, tmp_path / "fp8", None)
+    state = load_file(directory / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    expected = state[name].float() * state[f"{name}_scale_inv"]
+    assert torch.equal(load_blocks(directory)[0].mlp.up_proj.weight, expected)
+
+
+def test_fp8_without_scales_is_refused(qwen: Path, tmp_path: Path) -> None:
+    state = load_file(to_fp8(qwen, tmp_path / "fp8", (16, 16)) / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    del state[f"{name}_scale_inv"]
+    directory = rewritten(qwen, tmp_path / "less", {"quant_method": "fp8", "weight_block_size": [16, 16]}, state)
+    with pytest.raises(ValueError, match="there are no scales for mlp.up_proj.weight"):
+        load_blocks(directory)
+
+
+def test_clients_of_quantised_models(qwen: Path, local: LocalSwarm, tmp_path: Path) -> None:
+    """A client needs embeddings, norm and head, which are mostly not quantised; it refuses those that are."""
+    options: dict[str, Any] = {"cache_dir": tmp_path, "device": "cpu", "torch_dtype": "float32"}
+    good = to_fp8(qwen, tmp_path / "good", (16, 16))
+    model = SwarmModel.load(str(good), local.swarm, **options)
+    embeddings = load_file(qwen / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(model.head.embed(range(9))[0], embeddings[:9])
+    model.close()
+    bad = to_fp8(qwen, tmp_path / "bad", (16, 16), "model.embed_tokens.weight")
+    with pytest.raises(ModelUnavailable) as refused:
+        SwarmModel.load(str(bad), local.swarm, **options)
+    assert str(refused.value) == (
+        f"{bad}: embeddings or a head that are quantised (model.embed_tokens.weight_scale_inv) are not supported: "
+        "take the original model, or a GGUF file of it"
+    )
+
+
+FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def to_mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Quantise matrices as gpt-oss has them: 32 inputs of an output share a power of two.
+
+    :param weight: [experts, in, out]
+    :returns: two values in each byte, [experts, out, in / 32, 16]; exponents, [experts, out, in / 32]; and the matrices
+        that they stand for
+    """
+    groups = weight.transpose(1, 2).unflatten(2, (-1, 32))
+    exponents = groups.abs().amax(-1).log2().floor() - 2
+    scaled = groups / 2 ** exponents[..., None]
+    codes = (scaled[..., None] - FP4).abs().argmin(-1).to(torch.uint8)
+    blocks = codes[..., ::2] | codes[..., 1::2] << 4
+    values = FP4[codes.long()] * 2 ** exponents[..., None]
+    return blocks, (exponents + 127).to(torch.uint8), values.flatten(2).transpose(1, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mxfp4_of_gpt_oss(tmp_path: Path, dtype: torch.dtype) -> None:
+    original = make_tiny_family(tmp_path / "original", "gpt_oss")
+    state = load_file(original / "model.safetensors")
+    rounded = {}
+    for name, weight in list(state.items()):
+        if name.endswith(("gate_up_proj", "down_proj")):
+            state[f"{name}_blocks"], state[f"{name}_scales"], rounded[name] = to_mxfp4(state.pop(name))
+            assert (rounded[name] - weight).abs().max() < weight.abs().max() / 5
+    assert len(rounded) == 2 * 4
+    directory = rewritten(original, tmp_path / "mxfp4", {"quant_method": "mxfp4"}, state)
+    adopt(str(directory))
+    config = AutoDistributedConfig.from_pretrained(str(directory))
+    for number in range(4):
+        block = load_block(str(directory), number, config=config, torch_dtype=dtype)
+        for name, weight in block.named_parameters():
+            key = f"model.layers.{number}.{name}"
+            assert torch.equal(weight, (rounded[key] if key in rounded else state[key]).to(dtype)), name
+
+
+@pytest.mark.parametrize(
+    ("variant", "settings", "name"),
+    [
+        ("llama", {"quant_method": "awq", "bits": 4}, "AWQ"),
+        ("llama", {"quant_method": "gptq", "bits": 4}, "GPTQ"),
+        ("qwen3", {"quant_method": "compressed-tensors", "format": "pack-quantized"}, "compressed-tensors"),
+        ("qwen3", {"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
+        ("qwen3", {"load_in_8bit": True}, "bitsandbytes"),
+        ("qwen3", {"quant_method": "mxfp4"}, "MXFP4"),
+        ("gpt_oss", {"quant_method": "quark"}, "quark"),
+    ],
+)
+def test_what_is_quantised_otherwise_is_refused(
+    variant: str, settings: dict[str, Any], name: str, tmp_path: Path
+) -> None:
+    original = make_tiny_family(tmp_path / "original", variant)
+    directory = rewritten(original, tmp_path / "quantised", settings, load_file(original / "model.safetensors"))
+    with pytest.raises(ModelUnavailable) as refused:
+        adopt(str(directory))
+    assert str(refused.value) == (
+        f"{directory}: weights quantised by {name} are not supported for {variant}: "
+        "take the original model, its FP8 version, or a GGUF file of it"
+    )
+
+
+def test_quantised_models_of_petals_families_are_refused(tiny_bloom: Path, tmp_path: Path) -> None:
+    directory = rewritten(tiny_bloom, tmp_path / "fp8", {"quant_method": "fp8"}, {})
+    with pytest.raises(ModelUnavailable, match="weights quantised by FP8 are not supported for bloom"):
+        adopt(str(directory))

@@ -8,6 +8,7 @@ from swarm.errors import ModelUnavailable
 from swarm.families import FAMILIES, PETALS_FAMILIES
 from swarm.families.classes import register, restore_bloom
 from swarm.families.petals_blocks import restore_blocks
+from swarm.families.quantised import check_quantisation
 
 
 def adopt(path: str) -> None:
@@ -16,7 +17,9 @@ def adopt(path: str) -> None:
     :param path: what ``from_pretrained`` takes, see ``swarm.weights.locate``
     :raises ModelUnavailable: if the family, or something in the configuration, is not supported
     """
-    model_type = AutoConfig.from_pretrained(path).model_type
+    config = AutoConfig.from_pretrained(path)
+    model_type = config.model_type
+    check_quantisation(path, model_type, getattr(config, "quantization_config", None))
     if model_type in PETALS_FAMILIES:
         restore_blocks()
         restore_bloom()

@@ -14,6 +14,7 @@ from torch import nn
 
 from swarm.families import files  # noqa: F401  petals reads files by it
 from swarm.families.layers import SwarmLayer
+from swarm.families.quantised import dequantised
 
 log = logging.getLogger(__name__)
 
@@ -35,10 +36,10 @@ def load_block(model: str, number: int, *, config: Any, torch_dtype: Any = "auto
         block: Any = config.block_class(config, number)
     options["cache_dir"] = options.get("cache_dir") or DEFAULT_CACHE_DIR
     state = petals_loading._load_state_dict_from_repo(model, f"{config.block_prefix}.{number}.", **options)
-    state = fuse_experts(state, block)
     try:
+        state = fuse_experts(dequantised(state, getattr(config, "quantisation", None), dtype), block)
         block.load_state_dict({name: converted(tensor, dtype) for name, tensor in state.items()}, assign=True)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, KeyError) as error:
         raise ValueError(f"block {number} of {model}: {error}") from error
     log.info("loaded block %d of %s", number, model)
     return block.eval()
