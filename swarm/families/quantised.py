@@ -6,7 +6,6 @@ from typing import Any
 import swarm.compat  # noqa: F401
 
 import torch
-from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from swarm.errors import ModelUnavailable
 from swarm.families import FAMILIES
@@ -68,12 +67,24 @@ def dequantised(state: State, settings: Mapping[str, Any] | None, dtype: torch.d
         state.pop(weight.removesuffix("weight") + "activation_scale", None)
     for name in [name for name in state if name.endswith("_blocks")]:
         stem = name.removesuffix("_blocks")
-        # Every power of two that MXFP4 scales by is one of bfloat16 and float32, but not of float16.
-        exact = torch.bfloat16 if dtype == torch.float16 else dtype
-        state[stem] = convert_moe_packed_tensors(state.pop(name), state.pop(f"{stem}_scales"), dtype=exact).to(dtype)
+        state[stem] = from_mxfp4(state.pop(name), state.pop(f"{stem}_scales"), dtype)
     if left := [name for name, weight in state.items() if weight.dtype in QUANTISED]:
         raise ValueError(f"there are no scales for {', '.join(sorted(left))}")
     return state
+
+
+def from_mxfp4(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the matrices of all experts, [experts, in, out].
+
+    :param blocks: two values in each byte, [experts, out, in / 32, 16]
+    :param scales: exponents, [experts, out, in / 32]
+    """
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors  # not at once: few models need it
+
+    # Every power of two that MXFP4 scales by is one of bfloat16 and float32, but not of float16.
+    exact = torch.bfloat16 if dtype == torch.float16 else dtype
+    matrices: torch.Tensor = convert_moe_packed_tensors(blocks, scales, dtype=exact).to(dtype)
+    return matrices
 
 
 def from_fp8(weight: torch.Tensor, scales: torch.Tensor, size: tuple[int, int] | None) -> torch.Tensor:

@@ -58,15 +58,15 @@ class Architecture:
 def common(settings: Settings, model_type: str, model_class: str) -> Config:
     """Return what the configurations of all families of Llama's kind have in common."""
     hidden, heads = settings.take("embedding_length"), settings.take("attention.head_count")
-    groups = settings.take("attention.head_count_kv")
-    if not isinstance(heads, int) or not isinstance(groups, int):
-        raise ValueError("its blocks have different numbers of attention heads")
+    groups, feed_forward = settings.take("attention.head_count_kv"), settings.take("feed_forward_length")
+    if not all(isinstance(number, int) for number in (heads, groups, feed_forward)):
+        raise ValueError("its blocks differ in their numbers of attention heads or in their size")
     config: Config = {
         "architectures": [model_class],
         "model_type": model_type,
         "vocab_size": vocabulary(settings),
         "hidden_size": hidden,
-        "intermediate_size": settings.get("feed_forward_length"),
+        "intermediate_size": feed_forward,
         "num_hidden_layers": settings.take("block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": groups,
