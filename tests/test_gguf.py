@@ -1,5 +1,6 @@
 """GGUF files: written from tiny checkpoints with gguf's own tables, converted, and compared with the checkpoints."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -18,9 +19,13 @@ from swarm import weights
 from swarm.errors import ModelUnavailable
 from swarm.families.adopt import adopt
 from swarm.families.checkpoint import load_block
+from swarm.local import LocalSwarm
+from swarm.weights.gguf.architectures import ARCHITECTURES
 from swarm.weights.gguf.tokens import eos_token_ids, splitter
+from tests.conftest import greedy, load_model, tiny_server
 from tests.support.families import make_tiny_family
 from tests.support.gguf_files import write_gguf
+from tests.support.processes import ROOT
 from tests.support.tiny import CORPUS, make_tiny_bloom, make_tiny_falcon, save_random
 
 # What a file does not say and llama.cpp takes for granted.
@@ -317,3 +322,30 @@ def train_sentencepiece(directory: Path) -> Path:
         split_digits=True,
     )
     return directory / "spm.model"
+
+
+# In use
+
+
+def test_a_swarm_of_a_gguf_file(checkpoints: Any, tmp_path: Path) -> None:
+    """Client and server are told the file only, and meet under its name."""
+    file = write_gguf(checkpoints("gemma3"), tmp_path / "model.gguf")
+    reference = AutoModelForCausalLM.from_pretrained(checkpoints("gemma3"), dtype="auto").eval()
+    token_ids = AutoTokenizer.from_pretrained(checkpoints("gemma3"))(TEXTS[0]).input_ids
+    expected = greedy(reference, token_ids, 12)
+    with LocalSwarm() as local:
+        options = dataclasses.replace(tiny_server(file, "0:7"), cache_dir=tmp_path)
+        local.start_server(options)
+        model = load_model(file, local)
+        answer: list[int] = []
+        with model.open_session(64) as session:
+            while len(answer) < len(expected):
+                answer.append(int(session.step(answer[-1:] or token_ids).argmax()))
+        model.close()
+    assert answer == expected
+
+
+def test_documented_architectures() -> None:
+    documents = (ROOT / "docs" / "models.md").read_text()
+    (line,) = re.findall(r"\*\*Architectures\*\*: (.*?)\.\n", documents, re.DOTALL)
+    assert set(re.findall("`(.*?)`", line)) == set(ARCHITECTURES)
