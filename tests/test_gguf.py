@@ -27,6 +27,9 @@ from tests.support.families import make_tiny_family
 from tests.support.gguf_files import write_gguf
 from tests.support.processes import ROOT
 from tests.support.tiny import CORPUS, make_tiny_bloom, make_tiny_falcon, save_random
+from tests.test_weights import FakeHub, hub, locate_all
+
+__all__ = ["hub"]  # a fixture
 
 # What a file does not say and llama.cpp takes for granted.
 FIXED: dict[str, dict[str, Any]] = {
@@ -167,6 +170,24 @@ def test_names_on_the_hub(checkpoints: Any, tmp_path: Path, monkeypatch: pytest.
     assert weights.locate(name, cache_dir=tmp_path / "cache") == weights.locate(str(file), cache_dir=tmp_path / "cache")
     assert weights.dht_prefix(name) == weights.dht_prefix(str(file))
     assert set(asked) == {("owner/name", "files/model.gguf")}
+
+
+def test_files_are_downloaded_from_the_hub(
+    checkpoints: Any, tmp_path: Path, hub: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_gguf(checkpoints("llama"), tmp_path / "model.gguf")
+    monkeypatch.setitem(FakeHub.FILES, "/org/good/resolve/main/files/model.gguf", file.read_bytes())
+    names = ["org/good:files/model.gguf", "org/missing:model.gguf", "org/bare:model.gguf"]
+    place, *refusals = locate_all(hub, tmp_path / "hub", *names)
+    assert Path(place).name == Path(weights.locate(str(file), cache_dir=tmp_path / "cache")).name
+    problem = "ModelUnavailable: cannot get org/{} from the hub: {}"
+    assert refusals == [
+        problem.format("missing", "there is no such model, or it is private"),
+        problem.format("bare", "it has no model.gguf"),
+    ]
+    assert FakeHub.requests.count("GET org/good") == 1
+    assert locate_all(hub, tmp_path / "hub", names[0]) == [place]
+    assert FakeHub.requests.count("GET org/good") == 1
 
 
 def refusal(name: Path | str, tmp_path: Path) -> str:

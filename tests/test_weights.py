@@ -437,6 +437,7 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
         "missing": (401, "RepoNotFound"),
         "sick": (500, ""),
     }
+    FILES: dict[str, bytes] = {}  # others than config.json, by their paths
     requests: list[str] = []
 
     def do_HEAD(self) -> None:
@@ -450,6 +451,7 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
         self.requests.append(f"{self.command} {owner}/{name}")
         status, code = self.REFUSALS.get(name, (200, ""))
         body = self.CONFIGS.get(name, b"") if rest == ["resolve", "main", "config.json"] else b""
+        body = self.FILES.get(self.path, body)
         self.send_response(status)
         self.send_header("X-Error-Code", code)
         self.send_header("X-Repo-Commit", "0" * 40)
