@@ -164,6 +164,39 @@ def test_malicious_pickles_are_refused_and_do_not_run(qwen: Path, tmp_path: Path
     assert trap.exists()
 
 
+def test_malicious_pickles_of_the_hub_are_refused(qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Petals takes a file that it cannot read for a damaged download, and downloads it again, forever."""
+    trap = tmp_path / "trap"
+    directory = pickled(qwen, tmp_path / "pickled", malice=Malicious(trap))
+
+    def cached(name: str, filename: str, **_: object) -> str | None:
+        return str(directory / filename) if (directory / filename).is_file() else None
+
+    adopt(str(directory))
+    config = AutoDistributedConfig.from_pretrained(str(directory))
+    monkeypatch.setattr("petals.server.from_pretrained.get_file_from_repo", cached)
+    options: dict[str, Any] = {"config": config, "torch_dtype": torch.float32, "cache_dir": str(tmp_path)}
+    with pytest.raises(ModelUnavailable, match=r"\(posix.mkdir\), which could run any code"):
+        load_block("owner/name", 0, **options)
+    pickled(qwen, tmp_path / "good")
+    shutil.copy(tmp_path / "good" / "pytorch_model.bin", directory)
+    assert load_block("owner/name", 0, **options).get_parameter("mlp.up_proj.weight").shape == (160, 64)
+    assert not trap.exists()
+
+
+def test_clients_refuse_malicious_pickles(
+    qwen: Path, local: LocalSwarm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also those of a model on the hub, whose files nobody looks at before they are loaded."""
+    directory = pickled(qwen, tmp_path / "pickled", malice=Malicious(tmp_path / "trap"))
+    monkeypatch.setattr(weights, "locate", lambda name, **_: name)
+    with pytest.raises(
+        ModelUnavailable, match="^.*/pickled holds more than weights.*: convert the model to safetensors$"
+    ):
+        SwarmModel.load(str(directory), local.swarm, cache_dir=tmp_path, device="cpu", torch_dtype="float32")
+    assert not (tmp_path / "trap").exists()
+
+
 # Quantised
 
 

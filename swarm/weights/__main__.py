@@ -12,7 +12,9 @@ def main() -> None:
     """Prepare a model ahead of time and print where it is."""
     parser = argparse.ArgumentParser(prog="python -m swarm.weights", description="Prepare a model's files.")
     default = next(iter(BUNDLED_MODELS))
-    parser.add_argument("model", nargs="?", default=default, help="bundled name, directory or hub name (%(default)s)")
+    parser.add_argument(
+        "model", nargs="?", default=default, help="bundled name, directory, GGUF file or hub name (%(default)s)"
+    )
     cache_dir = Path(os.environ.get("CACHE_DIR") or default_cache_dir()).expanduser()  # the app's setting of that name
     parser.add_argument("--cache-dir", type=Path, default=cache_dir, help="for prepared models (%(default)s)")
     arguments = parser.parse_args()
