@@ -85,6 +85,24 @@ def test_converted_files_compute_what_the_checkpoints_do(variant: str, checkpoin
     assert generation == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
 
 
+LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 20000.0}
+LOCAL = {"rope_type": "default", "rope_theta": 10000.0}
+
+
+@pytest.mark.parametrize(
+    ("variant", "rotation"),
+    [
+        ("llama", LINEAR),
+        ("qwen3", LINEAR),
+        ("llama", {**LINEAR, "rope_type": "yarn", "original_max_position_embeddings": 64}),
+        ("gemma3", {"full_attention": LINEAR, "sliding_attention": LOCAL}),  # so are those from 4B
+    ],
+)
+def test_scaled_rotations(variant: str, rotation: dict[str, Any], tmp_path: Path) -> None:
+    settings = {**FIXED.get(variant, {}), "rope_parameters": rotation}
+    assert_converted(make_tiny_family(tmp_path / "model", variant, **settings), tmp_path)
+
+
 def make_tiny_falcon_7b(directory: Path) -> Path:
     options = {"num_hidden_layers": 2, "multi_query": True, "alibi": False, "bias": False}
     return save_random(FalconForCausalLM, FalconConfig, directory, **options)
@@ -221,6 +239,7 @@ def test_broken_files(checkpoints: Any, tmp_path: Path) -> None:
         ("qwen3", {"arch__attention__clamp_kqv": 1.5}, "not understood: qwen3.attention.clamp_kqv"),
         ("llama", {"arch__rope__scaling__type": "longrope"}, "its rotation is scaled by 'longrope'"),
         ("llama", {"arch__rope__scaling__type": "yarn"}, "it has no 'llama.rope.scaling.original_context_length'"),
+        ("llama", {"arch__rope__scaling__factor": 4.0}, "its rotation is scaled by 4.0, and it does not say how"),
         ("llama", {"split__count": 2}, "merge them with llama-gguf-split --merge"),
         ("olmo2", {"arch__attention__sliding_window": 8}, "not understood: olmo2.attention.sliding_window"),
         ("llama", {"tokenizer__ggml__add_sep_token": True}, "its tokenizer adds separators"),

@@ -44,6 +44,8 @@ def declared_scaling(settings: Settings) -> dict[str, Any]:
     if kind == "none" and linear != 1.0:
         kind, factor = "linear", linear
     if kind == "none":
+        if factor != 1.0:
+            raise ValueError(f"its rotation is scaled by {factor}, and it does not say how")
         return {}
     if kind == "linear":
         return {"rope_type": "linear", "factor": factor} if factor != 1.0 else {}
