@@ -30,8 +30,8 @@ MAY_IMPORT = {
     "inference_sessions": f"admission generation errors {SWARM} swarm.client",
     "front": "admission admission.addresses config errors",
     "admission": f"admission.addresses generation config errors {SWARM}",
-    "models": f"models.catalog config errors {SWARM} swarm.client swarm.families swarm.weights swarm.local swarm.compat "
-    "swarm.options",
+    "models": f"models.catalog config errors {SWARM} swarm.client swarm.families swarm.weights swarm.local "
+    "swarm.compat swarm.options",
     "generation": f"errors {SWARM} swarm.client",
     "config": f"admission.addresses errors {SWARM} swarm.weights",
     "errors": "swarm.errors",

@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 
 from swarm import weights
 from swarm.errors import ModelUnavailable
-from swarm.weights import bundled
+from swarm.weights import bundled, preparing
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ROOT = Path(__file__).parent.parent
@@ -153,7 +153,7 @@ def test_prepared_model_is_found_at_once(preparation: Preparation, monkeypatch: 
     def fail(*_: object) -> None:
         raise AssertionError("must not convert again")
 
-    monkeypatch.setattr(bundled, "convert", fail)
+    monkeypatch.setattr(preparing, "convert", fail)
     lines: list[str] = []
     place = weights.locate(MODEL, cache_dir=preparation.cache_dir, progress=weights.Progress(lines.append))
     assert place == str(preparation.place)
@@ -178,7 +178,7 @@ def test_half_written_file_is_prepared_anew(
     def convert(file: Path, directory: Path, *_: object) -> None:
         shutil.copytree(preparation.place, directory, copy_function=os.link, dirs_exist_ok=True)
 
-    monkeypatch.setattr(bundled, "convert", convert)
+    monkeypatch.setattr(preparing, "convert", convert)
     assert weights.locate(MODEL, cache_dir=tmp_path) == str(place)
     assert (place / name).read_bytes() == (preparation.place / name).read_bytes()
 
@@ -194,7 +194,7 @@ def test_all_files_are_on_disk_before_the_directory_has_its_name(
     def fsync(number: int) -> None:
         written.append(os.readlink(f"/proc/self/fd/{number}"))
 
-    monkeypatch.setattr(bundled, "convert", convert)
+    monkeypatch.setattr(preparing, "convert", convert)
     monkeypatch.setattr(os, "fsync", fsync)
     place = Path(weights.locate(MODEL, cache_dir=tmp_path))
     partial = f"{place}.partial"
@@ -324,7 +324,7 @@ def test_cache_cannot_be_written(tmp_path: Path) -> None:
 def test_waiting_for_another_process_has_a_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from filelock import FileLock
 
-    monkeypatch.setattr(bundled, "PREPARATION_LIMIT", 0.1)
+    monkeypatch.setattr(preparing, "PREPARATION_LIMIT", 0.1)
     lines: list[str] = []
     with (
         FileLock(tmp_path / f"{weights.BUNDLED_MODELS[MODEL].name}.lock"),
@@ -440,6 +440,7 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
         "missing": (401, "RepoNotFound"),
         "sick": (500, ""),
     }
+    FILES: dict[str, bytes] = {}  # others than config.json, by their paths
     requests: list[str] = []
 
     def do_HEAD(self) -> None:
@@ -453,6 +454,7 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
         self.requests.append(f"{self.command} {owner}/{name}")
         status, code = self.REFUSALS.get(name, (200, ""))
         body = self.CONFIGS.get(name, b"") if rest == ["resolve", "main", "config.json"] else b""
+        body = self.FILES.get(self.path, body)
         self.send_response(status)
         self.send_header("X-Error-Code", code)
         self.send_header("X-Repo-Commit", "0" * 40)

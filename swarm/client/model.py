@@ -4,6 +4,7 @@ import copy
 import logging
 import threading
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from swarm.compat import shared_dht
@@ -23,6 +24,7 @@ from swarm.errors import ModelUnavailable, SessionLengthExceeded
 from swarm.families.adopt import adopt
 from swarm.lengths import context_length, stock_length
 from swarm.tokenization import TextTokenizer
+from swarm.weights.pickles import refusal
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +103,10 @@ class SwarmModel:
                     torch_dtype=torch_dtype if torch_dtype == "auto" else getattr(torch, torch_dtype),
                     update_period=update_period,
                     show_route=False,
+                    weights_only=True,  # of files that are pickles
                 )
+        except UnpicklingError as error:
+            raise ModelUnavailable(refusal(name, error)) from error
         except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
             # transformers raises all of these for files that are missing, cut short or of another kind.
             raise ModelUnavailable(f"{name}: {error}") from error

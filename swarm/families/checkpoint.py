@@ -14,7 +14,9 @@ from petals.utils.disk_cache import DEFAULT_CACHE_DIR
 from torch import nn
 
 from swarm.errors import ModelUnavailable
+from swarm.families import files  # noqa: F401  petals reads files by it
 from swarm.families.layers import SwarmLayer
+from swarm.families.quantised import dequantised
 
 NAMED = 3  # tensors that a message names
 
@@ -40,6 +42,10 @@ def load_block(model: str, number: int, *, config: Any, torch_dtype: Any = "auto
     prefix = f"{config.block_prefix}.{number}."
     state = petals_loading._load_state_dict_from_repo(model, prefix, **options)
     state = {name: tensor for name, tensor in state.items() if not ignored(name)}
+    try:
+        state = dequantised(state, getattr(config, "quantisation", None), dtype)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ModelUnavailable(f"block {number} of {model}: {error}") from error
     if reason := differences(state, block, prefix):
         raise ModelUnavailable(f"{model}: {reason}")
     state = fuse_experts(state, block)

@@ -25,6 +25,7 @@ from transformers.models.falcon.modeling_falcon import FalconForCausalLM, Falcon
 from transformers.utils import ModelOutput
 
 from swarm.families.layers import SwarmLayer
+from swarm.families.quantised import check_ends
 
 
 class FamilyConfig(ClientConfig, PTuneConfig, LMHeadConfig):
@@ -157,6 +158,17 @@ class LlamaCausalNames(FamilyCausalLM):
 
     model: FamilyModel
 
+    @classmethod
+    def from_pretrained(cls, path: Any, *args: Any, output_loading_info: bool = False, **options: Any) -> Any:
+        """Load the model as Transformers does.
+
+        :raises ModelUnavailable: if its embeddings or head are quantised
+        """
+        loader: Any = super()
+        model, info = loader.from_pretrained(path, *args, output_loading_info=True, **options)
+        check_ends(str(path), info["unexpected_keys"])
+        return (model, info) if output_loading_info else model
+
     @property
     def transformer(self) -> FamilyModel:
         return self.model
@@ -211,12 +223,17 @@ def use_classes(
 
 
 def _read_config(base: Any, cls: Any, path: Any, *args: Any, dht_prefix: str | None = None, **options: Any) -> Any:
-    """Read a configuration, and name the blocks of a model of the hub as all servers do."""
+    """Read a configuration, and name the blocks of a model of the hub as all servers do.
+
+    Blocks are dequantised by ``quantisation``, see ``swarm.families.quantised``.
+    """
     if dht_prefix is None and path is not None and not os.path.isdir(path):
         dht_prefix = hub_prefix(cls.model_type, str(path))
     result = super(base, cls).from_pretrained(path, *args, dht_prefix=dht_prefix, **options)
     config = result[0] if isinstance(result, tuple) else result
     config.use_cache = True
+    # Out of Transformers' sight, which would make modules that compute with quantised weights.
+    config.quantisation = config.__dict__.pop("quantization_config", None)
     return result
 
 

@@ -49,7 +49,7 @@ WITHOUT_EFFECT: Mapping[str, Any] = {
 SAME_AS = {"experts_per_token": "num_experts_per_tok", "num_experts": "num_local_experts"}
 LAYER_TYPES = ("full_attention", "sliding_attention")
 # How weights may be quantised in the checkpoint, by quantization_config's quant_method.
-QUANTISED: frozenset[str] = frozenset()
+QUANTISED = frozenset({"fp8", "mxfp4"})  # swarm.families.quantised says for which families
 
 
 def read_supported(path: str) -> Any:

@@ -290,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     try:
         serve(server, report_ready)
-    except ModelUnavailable as error:
+    except ModelUnavailable as error:  # the files of a block, which are looked at only now
         print(error, file=sys.stderr)
         return 1
     return 0

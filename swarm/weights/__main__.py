@@ -13,7 +13,9 @@ def main() -> None:
     """Prepare a model ahead of time and print where it is."""
     parser = argparse.ArgumentParser(prog="python -m swarm.weights", description="Prepare a model's files.")
     default = next(iter(BUNDLED_MODELS))
-    parser.add_argument("model", nargs="?", default=default, help="bundled name, directory or hub name (%(default)s)")
+    parser.add_argument(
+        "model", nargs="?", default=default, help="bundled name, directory, GGUF file or hub name (%(default)s)"
+    )
     parser.add_argument("--cache-dir", type=Path, help="for prepared models (CACHE_DIR, or the user's cache directory)")
     arguments = parser.parse_args()
     progress = Progress(lambda line: print(line, flush=True))

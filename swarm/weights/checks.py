@@ -5,10 +5,12 @@ import os
 import queue
 import threading
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from swarm.errors import ModelUnavailable
+from swarm.weights.pickles import read_pickle
 
 # Seconds for each connection to the hub and for each answer from it.
 HUB_TIMEOUT = 5.0
@@ -85,13 +87,30 @@ def _check_weights(model: str, file: Path) -> None:
         # torch before 1.6 wrote bare pickles, later versions write zip files.
         if start != b"\x80" and not zipfile.is_zipfile(file):
             raise ModelUnavailable(f"{model}: {file} is broken: it is not a whole PyTorch file")
+        read_pickle(file)
     except OSError as error:
         raise ModelUnavailable(f"{model}: cannot read {file}: {error.strerror or error}") from error
+    except (RuntimeError, EOFError) as error:  # what torch raises for what is no file of its own
+        raise ModelUnavailable(f"{model}: {file} is broken: {str(error).partition(chr(10))[0]}") from error
     except SafetensorError as error:
         raise ModelUnavailable(f"{model}: {file} is broken: {error}") from error
 
 
 def check_hub(model: str) -> None:
+    from huggingface_hub import hf_hub_download
+
+    file = cached_file(model, "config.json")
+    if file is None:
+        ask_hub(model, "config.json", lambda: hf_hub_download(model, "config.json", etag_timeout=HUB_TIMEOUT))
+        file = cached_file(model, "config.json")
+    _check_config(model, Path(file or ""))
+
+
+def cached_file(model: str, name: str) -> str | None:
+    """Return the path of a file in the hub's cache; None if it has to be downloaded.
+
+    :raises ModelUnavailable: if the hub knows no such names, or may not be asked
+    """
     from huggingface_hub import constants, try_to_load_from_cache
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
@@ -99,41 +118,42 @@ def check_hub(model: str) -> None:
         validate_repo_id(model)
     except HFValidationError as error:
         raise ModelUnavailable(f"{model!r} is neither a directory nor a valid name on the hub") from error
-    file = try_to_load_from_cache(model, "config.json")
-    if not isinstance(file, str):
-        if constants.HF_HUB_OFFLINE:
-            raise ModelUnavailable(f"cannot get {model} from the hub: not in its cache, and HF_HUB_OFFLINE is set")
-        file = _download_config(model)
-    _check_config(model, Path(file))
+    file = try_to_load_from_cache(model, name)
+    if isinstance(file, str):
+        return file
+    if constants.HF_HUB_OFFLINE:
+        raise ModelUnavailable(f"cannot get {model} from the hub: not in its cache, and HF_HUB_OFFLINE is set")
+    return None
 
 
-def _download_config(model: str) -> str:
-    """Download the model's config.json into the hub's cache, in one attempt, and return its path.
+def ask_hub(model: str, file: str, ask: Callable[[], object]) -> None:
+    """Ask the hub something about a file, in one attempt.
 
     This runs in its own thread: HUB_TIMEOUT bounds each attempt, but neither the lookup of the hub's name nor the
     number of its addresses. When the limit is reached, the thread is left to its own timeouts.
+
+    :param ask: may raise what huggingface_hub does
+    :raises ModelUnavailable: if it did, or did not return within HUB_LIMIT
     """
-    from huggingface_hub import hf_hub_download
+    results: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
 
-    results: queue.SimpleQueue[str | Exception] = queue.SimpleQueue()
-
-    def download() -> None:
+    def run() -> None:
         try:
-            results.put(hf_hub_download(model, "config.json", etag_timeout=HUB_TIMEOUT))
+            ask()
+            results.put(None)
         except Exception as error:
             results.put(error)
 
-    threading.Thread(target=download, name=f"hub-{model}", daemon=True).start()
+    threading.Thread(target=run, name=f"hub-{model}", daemon=True).start()
     try:
-        result = results.get(timeout=HUB_LIMIT)
+        error = results.get(timeout=HUB_LIMIT)
     except queue.Empty:
         raise ModelUnavailable(f"cannot get {model} from the hub: no answer within {HUB_LIMIT:g} s") from None
-    if isinstance(result, Exception):
-        raise ModelUnavailable(f"cannot get {model} from the hub: {_hub_reason(result)}") from result
-    return result
+    if error is not None:
+        raise ModelUnavailable(f"cannot get {model} from the hub: {hub_reason(error, file)}") from error
 
 
-def _hub_reason(error: Exception) -> str:
+def hub_reason(error: Exception, file: str) -> str:
     """Say in a few words why the hub did not serve a file."""
     import requests
     from huggingface_hub import constants, utils
@@ -145,7 +165,7 @@ def _hub_reason(error: Exception) -> str:
     if isinstance(error, utils.RepositoryNotFoundError):
         return "there is no such model, or it is private"
     if isinstance(error, utils.EntryNotFoundError):
-        return "it has no config.json"
+        return f"it has no {file}"
     if isinstance(error, requests.Timeout):
         return f"no answer from {constants.ENDPOINT} within {HUB_TIMEOUT:g} s"
     if isinstance(error, requests.ConnectionError):

@@ -81,25 +81,27 @@ VARIANTS: Mapping[str, tuple[str, dict[str, Any]]] = {
 
 @alone
 def make_tiny_family(directory: Path, variant: str, **options: Any) -> Path:
-    """Write a random checkpoint of one of ``VARIANTS``, of four layers."""
+    """Write a random checkpoint of one of ``VARIANTS``, of four layers.
+
+    :param options: settings that this one shall have in place of the variant's
+    """
     stem, settings = VARIANTS[variant]
     tokenizer = make_tokenizer()
     torch.manual_seed(0)
-    config = getattr(transformers, f"{stem}Config")(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=160,
-        max_position_embeddings=512,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        initializer_range=0.2,
-        **settings,
-        **options,
-    )
+    usual = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 160,
+        "max_position_embeddings": 512,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "initializer_range": 0.2,
+    }
+    config = getattr(transformers, f"{stem}Config")(**{**usual, **settings, **options})
     model = getattr(transformers, f"{stem.removesuffix('Text')}ForCausalLM")(config)
     return save_stirred(model, tokenizer, directory)
 
