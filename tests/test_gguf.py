@@ -26,7 +26,7 @@ from tests.conftest import greedy, load_model, tiny_server
 from tests.support.families import make_tiny_family
 from tests.support.gguf_files import write_gguf
 from tests.support.processes import ROOT
-from tests.support.tiny import CORPUS, save_random
+from tests.support.tiny import CORPUS, make_tiny_bloom, save_random
 from tests.test_weights import FakeHub, hub, locate_all
 
 __all__ = ["hub"]  # a fixture
@@ -108,7 +108,7 @@ def make_tiny_falcon_7b(directory: Path) -> Path:
     return save_random(FalconForCausalLM, FalconConfig, directory, **options)
 
 
-@pytest.mark.parametrize("make", [make_tiny_bloom_7b])
+@pytest.mark.parametrize("make", [make_tiny_bloom, make_tiny_falcon_7b])
 def test_families_of_petals(make: Any, tmp_path: Path) -> None:
     assert_converted(make(tmp_path / "model"), tmp_path)
 
