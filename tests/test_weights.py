@@ -1,6 +1,7 @@
 """Where models come from. The bundled model is really converted, once, and the hub is a local HTTP server."""
 
 import copy
+import hashlib
 import http.server
 import json
 import math
@@ -20,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from swarm import weights
@@ -227,6 +229,17 @@ def test_config_is_what_the_file_says(preparation: Preparation) -> None:
     assert config | expected == config
     generation = json.loads((preparation.place / "generation_config.json").read_text())
     assert generation == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+
+
+def test_weights_are_those_of_their_version(preparation: Preparation) -> None:
+    """Prepared directories are kept: whoever changes what they contain has to increment ``preparing._CONVERSION``."""
+    digest = hashlib.sha256()
+    with safe_open(preparation.place / "model.safetensors", "numpy") as file:
+        for name in sorted(file.keys()):
+            digest.update(name.encode())
+            digest.update(file.get_tensor(name).tobytes())
+    assert digest.hexdigest() == "785e20b3e653276b0579b744214a1186d730ba80af04f397f642d6432e5e0154"
+    assert preparation.place.name.endswith("-v1")
 
 
 def test_knows_the_capital_of_france(llama: Any, tokenizer: Any) -> None:
