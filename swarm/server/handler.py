@@ -2,7 +2,8 @@
 
 The handler speaks petals' ``rpc_inference``, with two additions, which the first response of a session reports in its
 metadata. ``rewind``: a step may carry ``start_from_position``, as of petals 2.3; the session drops what follows.
-``spread``: hidden states of one sequence stand for all sequences of the session; they are computed once.
+``spread``: hidden states of one sequence stand for all sequences of the session; they are computed once. A response's
+``earliest`` is how far back the session can go from now on, see ``swarm.server.attention_cache.Reach``.
 """
 
 import asyncio
@@ -23,6 +24,7 @@ from petals.data_structures import CHAIN_DELIMITER
 from petals.server import handler as petals_handler
 from petals.utils.misc import is_dummy
 
+from swarm.server.attention_cache import CacheDescriptor, Reach
 from swarm.server.channel import HandlerChannel
 from swarm.wire.messages import MAX_MESSAGE, bound_total, limit_messages
 from swarm.wire.packing import read_metadata
@@ -30,7 +32,7 @@ from swarm.wire.requests import SessionRequest, check_call, read_arguments, read
 from swarm.wire.text import Malformed
 
 # Sent with a session's first response; see the module's docstring.
-ABILITIES = MSGPackSerializer.dumps({"rewind": True, "spread": True})
+ABILITIES = {"rewind": True, "spread": True}
 # A server pushes a step once it has answered its own, so one is waited for and one may be on its way.
 MAX_PUSHED = 4
 
@@ -94,11 +96,11 @@ class TransformerConnectionHandler(petals_handler.TransformerConnectionHandler):
         memory_cache = self.module_backends[uids[0]].memory_cache
         session = None
         try:
-            descriptor = self.cache_descriptor(len(uids), wanted.batch_size, wanted.max_length)
+            descriptor = self.cache_descriptor(first, first + len(uids), wanted.batch_size, wanted.max_length)
             async with memory_cache.allocate_cache(descriptor, timeout=wanted.alloc_timeout) as (handle,):
                 session = await channel.open(handle, first, first + len(uids))
                 steps: Any = self._iterate_inference_steps(request, requests, wanted.session_id, uids, context)
-                responses: Any = self._compute_steps(channel, session, steps, wanted, len(uids))
+                responses: Any = self._compute_steps(channel, session, steps, wanted, descriptor)
                 async with contextlib.aclosing(steps), contextlib.aclosing(responses):
                     async for response in responses:
                         yield response
@@ -113,13 +115,20 @@ class TransformerConnectionHandler(petals_handler.TransformerConnectionHandler):
         session: int,
         steps: AsyncIterator[tuple[runtime_pb2.ExpertRequest, dict[str, Any]]],
         wanted: SessionRequest,
-        num_blocks: int,
+        descriptor: CacheDescriptor,
     ) -> AsyncIterator[runtime_pb2.ExpertResponse]:
-        position, abilities = 0, ABILITIES
+        position, reach, told, news = 0, Reach(descriptor), 0, dict[str, Any](ABILITIES)
+        num_blocks = len(descriptor.windows)
         schema = next(iter(self.module_backends.values())).outputs_schema[0]
         async for request, metadata in steps:
             step = read_step(
-                request, metadata, wanted, position=position, num_blocks=num_blocks, hidden_size=schema.shape[-1]
+                request,
+                metadata,
+                wanted,
+                position=position,
+                num_blocks=num_blocks,
+                hidden_size=schema.shape[-1],
+                earliest=reach.earliest,
             )
             hidden = step.hidden
             if hidden.numel() > 0:  # a client may send no tokens, to see whether the session has room
@@ -131,9 +140,12 @@ class TransformerConnectionHandler(petals_handler.TransformerConnectionHandler):
                     step.hypotheses,
                 )
             position = step.start + hidden.shape[1]
+            reach.advance(step.start, position)
+            if reach.earliest != told:
+                told = news["earliest"] = reach.earliest
             output = serialize_torch_tensor(hidden.to(schema.dtype), schema.compression, allow_inplace=True)
-            yield runtime_pb2.ExpertResponse(tensors=[output], metadata=abilities)
-            abilities = b""
+            yield runtime_pb2.ExpertResponse(tensors=[output], metadata=MSGPackSerializer.dumps(news) if news else b"")
+            news = {}
 
     async def _iterate_inference_steps(self, *args: Any) -> AsyncIterator[tuple[Any, dict]]:
         async for request, metadata in super()._iterate_inference_steps(*args):

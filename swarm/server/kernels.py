@@ -108,6 +108,7 @@ def _attend(
     new: Any,
     addresses: Any,
     positions: Any,
+    capacities: Any,
     slopes: Any,
     scale: Any,
     window: Any,
@@ -126,14 +127,25 @@ def _attend(
         begin = 0
         if window is not None:
             begin = max(0, length - window)
-        cache = carray(_pointer(addresses[row], new), (length, 2, kv_heads, size))
-        cache[length - 1] = new[row]
+        # The slot of position j is j - offset, or, from there on, j - offset - capacity.
+        capacity, offset, last = length, 0, length - 1
+        if capacities is not None:
+            capacity = capacities[row]
+            offset = begin - begin % capacity
+            last %= capacity
+        cache = carray(_pointer(addresses[row], new), (capacity, 2, kv_heads, size))
+        cache[last] = new[row]
         for head in range(kv_heads):
             for g in range(group):
                 for d in range(size):
                     query[g, d] = _load(queries[row, head, g], d) * scale
             for j in range(begin, length):
-                keys = cache[j, 0, head]
+                slot = j
+                if capacities is not None:
+                    slot -= offset
+                    if slot >= capacity:
+                        slot -= capacity
+                keys = cache[slot, 0, head]
                 for d in range(size):
                     value[d] = _load(keys, d)
                 for g in range(group):
@@ -161,7 +173,12 @@ def _attend(
                     scores[g, j] /= weight
             total[:] = 0
             for j in range(begin, length):
-                values = cache[j, 1, head]
+                slot = j
+                if capacities is not None:
+                    slot -= offset
+                    if slot >= capacity:
+                        slot -= capacity
+                values = cache[slot, 1, head]
                 for d in range(size):
                     value[d] = _load(values, d)
                 for g in range(group):
@@ -235,13 +252,16 @@ class Attention:
         addresses: np.ndarray,
         positions: np.ndarray,
         scoring: Scoring,
+        capacities: np.ndarray | None = None,
     ) -> torch.Tensor:
         """For each new token, write its key and value, and attend to all keys that it sees.
 
         :param queries: [tokens, key/value heads, query heads of each, head size]
         :param new: keys and values, [tokens, 2, key/value heads, head size]
-        :param addresses: of each token's sequence's cache, [max length, 2, key/value heads, head size] contiguous
+        :param addresses: of each token's sequence's cache, [capacity, 2, key/value heads, head size] contiguous
         :param positions: of the tokens in their sequences; tokens of a sequence are in order
+        :param capacities: of the sequences' caches, for each token: they are rings, and hold the window of each token,
+            whose slots are positions modulo capacity; None: they hold all positions
         :returns: [tokens, heads times head size]
         """
         outputs = torch.empty(queries.shape, dtype=queries.dtype)
@@ -250,6 +270,7 @@ class Attention:
             array(new),
             addresses,
             positions,
+            capacities,
             self._slopes,
             np.float32(scoring.scale),
             scoring.window,

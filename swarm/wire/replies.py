@@ -7,20 +7,22 @@ from dataclasses import dataclass
 import torch
 from hivemind.proto import runtime_pb2
 
-from swarm.wire.packing import read_metadata, read_number
+from swarm.wire.packing import read_integer, read_metadata, read_number
 from swarm.wire.tensors import FLOATING, is_finite, read_tensor
 from swarm.wire.text import Malformed, quoted
 
 # Room in a reply beside its tensors: names of dtypes, metadata, or the text of an error.
 SLACK = 64 * 2**10  # bytes
+MAX_POSITION = 2**62  # of a token
 
 
 @dataclass(frozen=True)
 class Abilities:
     """What a server of this project can do beyond petals; see ``swarm.server.handler``."""
 
-    rewind: bool
-    spread: bool
+    rewind: bool = False
+    spread: bool = False
+    earliest: int = 0  # position to which the session can go back, beside 0, if it can at all
 
 
 def reply_limit(shape: Sequence[int]) -> int:
@@ -47,16 +49,18 @@ def read_hidden(tensors: Sequence[runtime_pb2.Tensor], shape: Sequence[int]) -> 
     return hidden
 
 
-def read_abilities(metadata: bytes) -> Abilities:
-    """Return the server's abilities from the first reply of a session.
+def read_abilities(metadata: bytes, before: Abilities = Abilities()) -> Abilities:
+    """Return the server's abilities from a reply.
 
+    :param before: what earlier replies of the session have said; what this one does not mention is unchanged
     :raises Malformed: if the metadata cannot be read
     """
     reported = read_metadata(metadata)
-    rewind, spread = reported.get("rewind", False), reported.get("spread", False)
+    rewind, spread = reported.get("rewind", before.rewind), reported.get("spread", before.spread)
     if type(rewind) is not bool or type(spread) is not bool:
         raise Malformed(f"it reports abilities {quoted(reported)}")
-    return Abilities(rewind, spread)
+    earliest = read_integer(reported.get("earliest", before.earliest), "earliest", 0, MAX_POSITION)
+    return Abilities(rewind, spread, earliest)
 
 
 def read_silence(info: bytes) -> float:
