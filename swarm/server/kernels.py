@@ -102,6 +102,16 @@ def _exp(x: Any) -> Any:
     return p * _float_of_bits(np.uint32((np.int32(n) + np.int32(127)) << np.int32(23)))
 
 
+@njit(inline="always")
+def _ring_slot(position: Any, offset: Any, capacity: Any) -> Any:
+    """Return position modulo capacity, for positions of [offset, offset + 2 * capacity): division would take longer.
+
+    :param offset: a multiple of the capacity
+    """
+    slot = position - offset
+    return slot - capacity if slot >= capacity else slot
+
+
 @_compile
 def _attend(
     queries: Any,
@@ -127,7 +137,6 @@ def _attend(
         begin = 0
         if window is not None:
             begin = max(0, length - window)
-        # The slot of position j is j - offset, or, from there on, j - offset - capacity.
         capacity, offset, last = length, 0, length - 1
         if capacities is not None:
             capacity = capacities[row]
@@ -142,9 +151,7 @@ def _attend(
             for j in range(begin, length):
                 slot = j
                 if capacities is not None:
-                    slot -= offset
-                    if slot >= capacity:
-                        slot -= capacity
+                    slot = _ring_slot(j, offset, capacity)
                 keys = cache[slot, 0, head]
                 for d in range(size):
                     value[d] = _load(keys, d)
@@ -175,9 +182,7 @@ def _attend(
             for j in range(begin, length):
                 slot = j
                 if capacities is not None:
-                    slot -= offset
-                    if slot >= capacity:
-                        slot -= capacity
+                    slot = _ring_slot(j, offset, capacity)
                 values = cache[slot, 1, head]
                 for d in range(size):
                     value[d] = _load(values, d)
