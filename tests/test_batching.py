@@ -34,6 +34,7 @@ from swarm.errors import SessionLengthExceeded
 from swarm.families.adopt import adopt
 from swarm.families.checkpoint import load_block
 from swarm.local import LocalSwarm
+from swarm.server.attention_cache import CacheDescriptor
 from swarm.server.batching import CPU_MIXED, CPU_PREFILL, TURN_TOKENS, Batcher, next_batch
 from swarm.server.blocks import Part, RaggedBlocks
 from swarm.server.cache import SharedMemoryCache
@@ -106,7 +107,7 @@ def test_ragged_blocks_equal_petals_blocks(family: type, by_kernel: bool, tiny_b
     torch.manual_seed(0)
     lengths, hidden_size = [5, 9, 30], blocks.config.hidden_size
     sequences = [torch.randn(length, hidden_size) for length in lengths]
-    caches = [blocks.cache_descriptor(4, 1, 64).make_zeros()[:, 0] for _ in lengths]
+    caches = [blocks.cache_descriptor(0, 4, 1, 64).make_zeros().sequences[0] for _ in lengths]
     outputs: list[list[torch.Tensor]] = [[] for _ in lengths]
     # Batches of pieces: prompts, single tokens and both together.
     with torch.inference_mode():
@@ -124,7 +125,7 @@ def test_a_part_of_the_span(tiny_llama: Path) -> None:
     """A session may need only some of a server's blocks; its cache is for those."""
     blocks, modules = ragged(tiny_llama)
     hidden = torch.randn(6, 64)
-    cache = blocks.cache_descriptor(2, 1, 8).make_zeros()[:, 0]
+    cache = blocks.cache_descriptor(1, 3, 1, 8).make_zeros().sequences[0]
     with torch.inference_mode():
         output = blocks.forward(hidden.clone(), [Part(cache, 0, 6)], 1, 3)
     torch.testing.assert_close(output, petals_outputs(modules[1:3], hidden), rtol=1e-4, atol=1e-4)
@@ -205,7 +206,7 @@ class Bench:
     async def open(
         self, max_length: int, first: int = 0, last: int = 4, batch_size: int = 1, channel: HandlerChannel | None = None
     ) -> int:
-        descriptor = self.blocks.cache_descriptor(last - first, batch_size, max_length)
+        descriptor = self.blocks.cache_descriptor(first, last, batch_size, max_length)
         return await (channel or self.channel).open(self.allocate(descriptor), first, last)
 
     async def step(self, session: int, start: int, hidden: torch.Tensor) -> torch.Tensor:
@@ -328,7 +329,7 @@ def test_sessions_that_are_given_up_while_a_batch_runs(tiny_llama: Path, monkeyp
     given_up = 0
 
     async def hang_up(bench: Bench, steps: bool) -> None:
-        handle = bench.allocate(blocks.cache_descriptor(4, 1, 8))
+        handle = bench.allocate(blocks.cache_descriptor(0, 4, 1, 8))
         session = await bench.channel.open(handle, 0, 4)
         step = asyncio.create_task(bench.step(session, 0, torch.randn(1, 64)))
         if steps:
@@ -360,7 +361,7 @@ def test_a_session_is_given_up_before_the_batcher_has_seen_it(tiny_llama: Path) 
 
     async def scenario() -> None:
         async with Bench(blocks) as bench:
-            handle = bench.allocate(blocks.cache_descriptor(4, 1, 8))
+            handle = bench.allocate(blocks.cache_descriptor(0, 4, 1, 8))
             session = await bench.channel.open(handle, 0, 4)
             bench.free(handle)
             bench.batcher.start()
@@ -492,7 +493,7 @@ def test_a_session_that_cannot_be_computed_is_refused(tiny_llama: Path, first: A
     async def scenario() -> None:
         async with Bench(blocks) as bench:
             bench.batcher.start()
-            handle = bench.allocate(blocks.cache_descriptor(4, rows, 8))
+            handle = bench.allocate(blocks.cache_descriptor(0, 4, rows, 8))
             session = await bench.channel.open(handle, first, last)
             with pytest.raises(RuntimeError, match="blocks"):
                 await bench.step(session, 0, torch.randn(1, 64))
@@ -548,7 +549,8 @@ def test_who_has_had_a_turn_lets_others_go_first(tiny_llama: Path) -> None:
 def make_step(tokens: int, rows: int = 1, **options: Any) -> Step:
     """A step by itself, of a session of 4 blocks."""
     channel: Any = None
-    session = Session(channel, 0, torch.zeros(4, rows, 256, 2, 2, 16), 0, 4)
+    descriptor = CacheDescriptor((None,) * 4, rows, 256, 2, 16, torch.float32, CPU)
+    session = Session(channel, 0, descriptor.make_zeros(), 0, 4)
     return Step(session, 0, torch.randn(rows, tokens, 64), **options)
 
 

@@ -71,7 +71,7 @@ def test_alibi_is_rounded_to_bfloat16(checkpoint: Callable[[str], Path]) -> None
     config, blocks = load_blocks(path)
     assert_close(as_petals_calls(blocks, inputs, [(0, 300), (300, 520)]), outputs)
     batching = ragged(blocks, config, 520)
-    cache = batching.cache_descriptor(len(blocks), 1, 520).make_zeros()[:, 0]
+    cache = batching.cache_descriptor(0, len(blocks), 1, 520).make_zeros().sequences[0]
     with torch.inference_mode():
         rows = [batching.forward(inputs[:500].clone(), [Part(cache, 0, 500)], 0, len(blocks))]
         for start in range(500, 520):

@@ -26,7 +26,7 @@ class Kept:
         self.token_ids = list(token_ids)
         self.position = len(token_ids) - 1
         self.max_length = max_length
-        self.rewinds = rewinds
+        self.rewinds_to = lambda length: rewinds
         self.closed = False
 
     def truncate(self, length: int) -> None:

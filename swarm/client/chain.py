@@ -82,7 +82,7 @@ class Chain:
         self._account_history()
 
     def truncate_soon(self, length: int) -> concurrent.futures.Future[None]:
-        """Truncate all spans to their first ``length`` tokens; spans whose servers cannot rewind become gaps."""
+        """Truncate all spans to their first ``length`` tokens; spans whose servers cannot go back become gaps."""
         return RemoteExpertWorker.run_coroutine(self._truncate(length), return_future=True)
 
     async def _truncate(self, length: int) -> None:
@@ -90,7 +90,7 @@ class Chain:
             span.history.truncate(length)
             if isinstance(span, Gap) or span.processed <= length:
                 continue
-            if span.rewinds:
+            if span.rewinds_to(length):
                 span.truncate(length)
             elif span.history.complete:
                 span.close()

@@ -77,11 +77,10 @@ class SwarmSession:
         """The newest losses of servers, oldest first. Thread-safe."""
         return self._chain.losses
 
-    @property
-    def rewinds(self) -> bool:
-        """Whether ``truncate`` costs nothing: all servers of the session can rewind."""
-        spans = self._chain.spans
-        return bool(spans) and all(isinstance(span, Span) and span.rewinds for span in spans)
+    def rewinds_to(self, length: int) -> bool:
+        """Whether truncating to ``length`` costs nothing: all servers of the session can go back that far."""
+        spans = tuple(self._chain.spans)  # see ``route``
+        return bool(spans) and all(isinstance(span, Span) and span.rewinds_to(length) for span in spans)
 
     @property
     def recoveries(self) -> int:
@@ -205,7 +204,7 @@ class SwarmSession:
     def truncate(self, length: int) -> None:
         """Truncate the session to its first ``length`` tokens. Not during a step, and not on the event-loop thread.
 
-        Servers that cannot rewind, such as stock ones, are dropped; the next step recomputes their blocks.
+        Servers that cannot go back so far are dropped, stock ones always; the next step recomputes their blocks.
         """
         if length < self.position:
             self._chain.truncate_soon(length).result(timeout=LOOP_TIMEOUT)

@@ -90,9 +90,7 @@ class Span:
         self.peer_id = info.peer_id
         self.history = history
         self.processed = 0  # tokens in the server's attention cache
-        # What the server can do; its first reply says so.
-        self.rewinds = False  # forget tokens
-        self.spreads = False  # compute for all rows what is sent once
+        self._abilities = Abilities()  # what the server can do; its replies say so
         self._must_rewind = False  # whether the next request must ask it to rewind
         self._terms = terms
         manager = terms.state.manager
@@ -124,6 +122,15 @@ class Span:
             return outputs[0]
         rows = max(output.shape[0] for output in outputs)
         return torch.cat([output.expand(rows, -1, -1) for output in outputs], dim=1)
+
+    @property
+    def spreads(self) -> bool:
+        """Whether the server computes for all rows what is sent once."""
+        return self._abilities.spread
+
+    def rewinds_to(self, length: int) -> bool:
+        """Whether the server can forget all but its first ``length`` tokens."""
+        return self._abilities.rewind and (length == 0 or length >= self._abilities.earliest)
 
     def truncate(self, length: int) -> None:
         """Have the server forget all but its first ``length`` tokens, with the next step."""
@@ -159,9 +166,8 @@ class Span:
 
     def _read(self, response: runtime_pb2.ExpertResponse, shape: torch.Size) -> torch.Tensor:
         if response.metadata:
-            abilities = read_abilities(response.metadata)
-            self._check_model(abilities)
-            self.rewinds, self.spreads = abilities.rewind, abilities.spread
+            self._abilities = read_abilities(response.metadata, self._abilities)
+            self._check_model(self._abilities)
         return read_hidden(response.tensors, shape)
 
     def _check_model(self, abilities: Abilities) -> None:

@@ -113,8 +113,8 @@ class WarmSessions:
                 processed = session.token_ids[: session.position]
                 shared = min(common_prefix(processed, token_ids), len(token_ids) - 1)
                 lost = len(processed) - shared
-                # Servers that cannot rewind would have to recompute everything.
-                if shared > common and lost <= shared and (lost == 0 or session.rewinds):
+                # Servers that cannot go back would have to recompute everything.
+                if shared > common and lost <= shared and (lost == 0 or session.rewinds_to(shared)):
                     best, common = kept, shared
             if best is None:
                 return None

@@ -219,7 +219,7 @@ class Batcher(threading.Thread):
         key = (channel, message.session)
         try:
             with self._memory_cache.use_cache(message.handle) as (cache,):
-                check_opening(message, cache, len(self.blocks.blocks))
+                check_opening(message, cache, self.blocks.windows)
             self._sessions[key] = Session(*key, cache, message.first, message.last)
         except CacheIsGone as error:  # the client has hung up: no steps will come
             self._refused[key] = str(error)
@@ -253,9 +253,10 @@ class Batcher(threading.Thread):
         session = self._sessions.get(key)
         if session is None:
             raise ValueError(self._refused.get(key, "there is no such session"))
-        check_step(request, session.cache.shape, self.blocks.config.hidden_size)
+        check_step(request, session, self.blocks.config.hidden_size)
         hidden = from_bytes(request.hidden, self.blocks.dtype, request.shape)
         step = Step(session, request.start, hidden, request.prompts, request.hypotheses)
+        session.reach.advance(step.start, step.start + step.left)
         self._queues.setdefault((session.first, session.last), []).append(step)
         self._away.pop(session, None)
         session.turnaround = time.monotonic() - session.replied
@@ -343,7 +344,8 @@ def next_batch(steps: Sequence[Step], prefill_tokens: int, mixed_tokens: int) ->
     """Return the pieces of the steps that the next batch computes.
 
     Steps that decode or verify take part whole, oldest first, up to ``prefill_tokens``. Prompts, and other steps of
-    more than ``mixed_tokens``, share a budget of tokens, oldest first.
+    more than ``mixed_tokens``, share a budget of tokens, oldest first. No piece has more tokens of a sequence than
+    the session's cache takes at once.
 
     :param prefill_tokens: that budget if no step decodes or verifies, and the limit of those that do
     :param mixed_tokens: that budget beside steps that decode or verify
@@ -352,7 +354,7 @@ def next_batch(steps: Sequence[Step], prefill_tokens: int, mixed_tokens: int) ->
     others: list[Step] = []
     room = prefill_tokens
     for step in steps:
-        if step.kind is StepKind.PREFILL or step.size > mixed_tokens:
+        if step.kind is StepKind.PREFILL or step.size > mixed_tokens or step.left > step.session.cache.longest:
             others.append(step)
         elif step.size <= room:
             batch.append(Piece(step, step.left, 0, step.rows))
@@ -362,7 +364,7 @@ def next_batch(steps: Sequence[Step], prefill_tokens: int, mixed_tokens: int) ->
     tokens = mixed_tokens if batch else prefill_tokens
     for step in others:
         if tokens > 0:
-            count = step.width or max(1, min(step.left, tokens // step.rows))
+            count = step.width or max(1, min(step.left, step.session.cache.longest, tokens // step.rows))
             sequences = min(step.rows - step.row, max(1, tokens // count))
             batch.append(Piece(step, count, step.row, sequences))
             tokens -= count * sequences

@@ -8,7 +8,6 @@ from typing import Any
 
 import swarm.compat  # noqa: F401
 
-import torch
 from petals.server.memory_cache import MemoryCache
 
 log = logging.getLogger(__name__)
@@ -27,8 +26,9 @@ class SharedMemoryCache(MemoryCache):
         self._failures: dict[int, str] = {}  # why a handle that is still held has no tensor
 
     @contextlib.contextmanager
-    def use_cache(self, *handles: int) -> Iterator[Sequence[torch.Tensor]]:
-        """Return the tensors of these handles; without handles, only process requests to allocate and free.
+    def use_cache(self, *handles: int) -> Iterator[Sequence[Any]]:
+        """Return what these handles stand for: petals' tensors, or an ``AttentionCache`` each. Without handles, only
+        process requests to allocate and free.
 
         :raises CacheIsGone: if one was freed meanwhile
         :raises MemoryError: if one could not be allocated
@@ -57,7 +57,7 @@ class SharedMemoryCache(MemoryCache):
                 log.exception("cannot allocate attention cache")
                 self._failures[handle] = f"{type(error).__name__}: {error}"
 
-    def _find(self, handle: int) -> torch.Tensor:
+    def _find(self, handle: int) -> Any:
         if handle in self._failures:
             raise MemoryError(self._failures[handle])
         if handle not in self._allocated_tensors:

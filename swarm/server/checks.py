@@ -3,11 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-import swarm.compat  # noqa: F401
-
-import torch
-
+from swarm.server.attention_cache import AttentionCache
 from swarm.server.channel import Opening, StepRequest
+from swarm.server.steps import Session
 
 
 def is_number(value: Any, low: int, high: int) -> bool:
@@ -15,25 +13,26 @@ def is_number(value: Any, low: int, high: int) -> bool:
     return type(value) is int and low <= value < high
 
 
-def check_opening(opening: Opening, cache: torch.Tensor, num_blocks: int) -> None:
+def check_opening(opening: Opening, cache: AttentionCache, windows: Sequence[int | None]) -> None:
     """Refuse a session that cannot be computed.
 
+    :param windows: of the server's blocks, see ``RaggedBlocks``
     :raises ValueError: says why
     """
-    first, last = opening.first, opening.last
+    first, last, num_blocks = opening.first, opening.last, len(windows)
     if not (is_number(first, 0, num_blocks) and is_number(last, first + 1, num_blocks + 1)):
         raise ValueError(f"there are no blocks [{first}, {last}) among {num_blocks}")
-    if cache.shape[0] != last - first or not cache.shape[1]:
-        raise ValueError(f"attention cache of shape {list(cache.shape)} does not fit {last - first} blocks")
+    descriptor = cache.descriptor
+    if descriptor.windows != tuple(windows[first:last]) or not descriptor.rows:
+        raise ValueError(f"attention cache like {descriptor} does not fit blocks [{first}, {last})")
 
 
-def check_step(request: StepRequest, cache_shape: Sequence[int], hidden_size: int) -> None:
+def check_step(request: StepRequest, session: Session, hidden_size: int) -> None:
     """Refuse a step that does not fit its session: it would fail others too. Handlers give better messages.
 
-    :param cache_shape: of the session's attention cache, see ``RaggedBlocks.cache_descriptor``
     :raises ValueError: says what does not fit
     """
-    blocks, rows, max_length = cache_shape[:3]
+    blocks, rows, max_length = session.last - session.first, session.rows, session.cache.descriptor.max_length
     if len(request.shape) != 3 or not all(type(size) is int for size in request.shape):
         raise ValueError(f"hidden states of shape {request.shape} are not [sequences, tokens, hidden size]")
     sequences, tokens, size = request.shape
@@ -41,6 +40,8 @@ def check_step(request: StepRequest, cache_shape: Sequence[int], hidden_size: in
         raise ValueError(f"hidden states of shape {list(request.shape)} are not [{rows}, tokens, {hidden_size}]")
     if not is_number(request.start, 0, max_length - tokens + 1):
         raise ValueError(f"{tokens} tokens from position {request.start!r} do not fit {max_length}")
+    if not session.reach.allows(request.start):
+        raise ValueError(f"what tokens from position {request.start} see is overwritten")
     if request.hypotheses is not None and not (
         len(request.hypotheses) == rows and all(is_number(number, 0, rows) for number in request.hypotheses)
     ):

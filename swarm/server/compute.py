@@ -30,11 +30,11 @@ def compute_batch(blocks: RaggedBlocks, batch: Sequence[Piece], first: int, last
     for piece in batch:
         step = piece.step
         if step.hypotheses is not None:
-            reorder_cache(step.session.cache[:, :, : step.start], step.hypotheses)
+            step.session.cache.reorder(step.start, step.hypotheses)
             step.hypotheses = None  # a retry must not reorder it again
         rows = slice(piece.row, piece.row + piece.rows)
         start, end = step.done, step.done + piece.tokens
-        for row, cache in enumerate(step.session.cache[:, rows].unbind(1), piece.row):
+        for row, cache in enumerate(step.session.cache.sequences[rows], piece.row):
             prompts = remaining_prompts(step, row, blocks.device)
             parts.append(Part(cache, step.start + start, piece.tokens, prompts))
         inputs.append(step.hidden[rows, start:end].flatten(0, 1))
@@ -51,14 +51,6 @@ def remaining_prompts(step: Step, row: int, device: torch.device) -> list[torch.
     return [None if prompt is None else prompt[row, step.done :].to(device) for prompt in step.prompts]
 
 
-def reorder_cache(cache: torch.Tensor, hypotheses: Sequence[int]) -> None:
-    """Let each sequence continue from the past of another, in place.
-
-    :param cache: [blocks, sequences, tokens, ...]
-    """
-    cache.copy_(cache[:, list(hypotheses)])
-
-
 def store_output(piece: Piece, output: torch.Tensor) -> None:
     """Store a piece's output in its step, and update the step's progress.
 
@@ -68,8 +60,7 @@ def store_output(piece: Piece, output: torch.Tensor) -> None:
     start, end = step.done, step.done + piece.tokens
     step.hidden[piece.row : piece.row + piece.rows, start:end] = output.view(piece.rows, piece.tokens, -1)
     if step.rows < step.session.rows:  # one sequence stands for all of the session's
-        new = step.session.cache[:, :, step.start + start : step.start + end]
-        new[:, 1:] = new[:, :1]
+        step.session.cache.spread(step.start + start, step.start + end)
     step.turn += piece.size
     step.width, step.row = piece.tokens, piece.row + piece.rows
     if step.row == step.rows:

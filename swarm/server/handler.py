@@ -3,7 +3,9 @@
 The handler speaks petals' ``rpc_inference``, with two additions, which the first response of a session reports in its
 metadata. ``rewind``: a step may carry ``start_from_position``, as of petals 2.3; the session drops what follows.
 ``spread``: hidden states of one sequence stand for all sequences of the session; they are computed once. The metadata
-also has ``model``, the hashes of ``swarm.weights.fingerprint``, by which a client sees whether it is the one it wants.
+also has ``model``, the hashes of ``swarm.weights.fingerprint``, by which a client sees whether it is the one it wants,
+and, in every response that changes it, ``earliest``: how far back the session can go from now on, see
+``swarm.server.attention_cache.Reach``.
 """
 
 import asyncio
@@ -25,6 +27,7 @@ from petals.server import handler as petals_handler
 from petals.utils.misc import is_dummy
 
 from swarm.lengths import STOCK_LENGTH_GROUPED
+from swarm.server.attention_cache import CacheDescriptor, Reach
 from swarm.server.channel import HandlerChannel
 from swarm.wire.messages import MAX_MESSAGE, bound_total, limit_messages
 from swarm.wire.packing import read_metadata
@@ -73,9 +76,11 @@ class TransformerConnectionHandler(petals_handler.TransformerConnectionHandler):
                 )
                 responses = super().rpc_inference(achain(as_aiter(request), requests), context)
             async with contextlib.aclosing(responses):  # once the client is gone, not at garbage collection
-                told = MSGPackSerializer.dumps({"rewind": batched, "spread": batched, "model": dict(self.model)})
+                first = {"rewind": batched, "spread": batched, "model": dict(self.model)}
                 async for response in responses:
-                    response.metadata, told = told, b""
+                    if first:
+                        response.metadata = MSGPackSerializer.dumps(first | read_metadata(response.metadata))
+                        first = {}
                     yield response
 
     def _follow_each_other(self, uids: str) -> bool:
@@ -99,11 +104,11 @@ class TransformerConnectionHandler(petals_handler.TransformerConnectionHandler):
         memory_cache = self.module_backends[uids[0]].memory_cache
         session = None
         try:
-            descriptor = self.cache_descriptor(len(uids), wanted.batch_size, wanted.max_length)
+            descriptor = self.cache_descriptor(first, first + len(uids), wanted.batch_size, wanted.max_length)
             async with memory_cache.allocate_cache(descriptor, timeout=wanted.alloc_timeout) as (handle,):
                 session = await channel.open(handle, first, first + len(uids))
                 steps: Any = self._iterate_inference_steps(request, requests, wanted.session_id, uids, context)
-                responses: Any = self._compute_steps(channel, session, steps, wanted, len(uids))
+                responses: Any = self._compute_steps(channel, session, steps, wanted, descriptor)
                 async with contextlib.aclosing(steps), contextlib.aclosing(responses):
                     async for response in responses:
                         yield response
@@ -118,13 +123,20 @@ class TransformerConnectionHandler(petals_handler.TransformerConnectionHandler):
         session: int,
         steps: AsyncIterator[tuple[runtime_pb2.ExpertRequest, dict[str, Any]]],
         wanted: SessionRequest,
-        num_blocks: int,
+        descriptor: CacheDescriptor,
     ) -> AsyncIterator[runtime_pb2.ExpertResponse]:
-        position = 0
+        position, reach, told = 0, Reach(descriptor), 0
+        num_blocks = len(descriptor.windows)
         schema = next(iter(self.module_backends.values())).outputs_schema[0]
         async for request, metadata in steps:
             step = read_step(
-                request, metadata, wanted, position=position, num_blocks=num_blocks, hidden_size=schema.shape[-1]
+                request,
+                metadata,
+                wanted,
+                position=position,
+                num_blocks=num_blocks,
+                hidden_size=schema.shape[-1],
+                earliest=reach.earliest,
             )
             hidden = step.hidden
             if hidden.numel() > 0:  # a client may send no tokens, to see whether the session has room
@@ -136,8 +148,11 @@ class TransformerConnectionHandler(petals_handler.TransformerConnectionHandler):
                     step.hypotheses,
                 )
             position = step.start + hidden.shape[1]
+            reach.advance(step.start, position)
+            news = b"" if reach.earliest == told else MSGPackSerializer.dumps({"earliest": reach.earliest})
+            told = reach.earliest
             output = serialize_torch_tensor(hidden.to(schema.dtype), schema.compression, allow_inplace=True)
-            yield runtime_pb2.ExpertResponse(tensors=[output])
+            yield runtime_pb2.ExpertResponse(tensors=[output], metadata=news)
 
     async def _iterate_inference_steps(self, *args: Any) -> AsyncIterator[tuple[Any, dict]]:
         async for request, metadata in super()._iterate_inference_steps(*args):

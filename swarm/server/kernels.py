@@ -113,12 +113,23 @@ def _exp(x: Any) -> Any:
     return p * _float_of_bits(np.uint32((np.int32(n) + np.int32(127)) << np.int32(23)))
 
 
+@njit(inline="always")
+def _ring_slot(position: Any, offset: Any, capacity: Any) -> Any:
+    """Return position modulo capacity, for positions of [offset, offset + 2 * capacity): division would take longer.
+
+    :param offset: a multiple of the capacity
+    """
+    slot = position - offset
+    return slot - capacity if slot >= capacity else slot
+
+
 @_compile
 def _attend(
     queries: Any,
     new: Any,
     addresses: Any,
     positions: Any,
+    capacities: Any,
     biases: Any,
     scale: Any,
     window: Any,
@@ -137,14 +148,22 @@ def _attend(
         begin = 0
         if window is not None:
             begin = max(0, length - window)
-        cache = carray(_pointer(addresses[row], new), (length, 2, kv_heads, size))
-        cache[length - 1] = new[row]
+        capacity, offset, last = length, 0, length - 1
+        if capacities is not None:
+            capacity = capacities[row]
+            offset = begin - begin % capacity
+            last %= capacity
+        cache = carray(_pointer(addresses[row], new), (capacity, 2, kv_heads, size))
+        cache[last] = new[row]
         for head in range(kv_heads):
             for g in range(group):
                 for d in range(size):
                     query[g, d] = _load(queries[row, head, g], d) * scale
             for j in range(begin, length):
-                keys = cache[j, 0, head]
+                slot = j
+                if capacities is not None:
+                    slot = _ring_slot(j, offset, capacity)
+                keys = cache[slot, 0, head]
                 for d in range(size):
                     value[d] = _load(keys, d)
                 for g in range(group):
@@ -172,7 +191,10 @@ def _attend(
                     scores[g, j] /= weight
             total[:] = 0
             for j in range(begin, length):
-                values = cache[j, 1, head]
+                slot = j
+                if capacities is not None:
+                    slot = _ring_slot(j, offset, capacity)
+                values = cache[slot, 1, head]
                 for d in range(size):
                     value[d] = _load(values, d)
                 for g in range(group):
@@ -246,13 +268,16 @@ class Attention:
         addresses: np.ndarray,
         positions: np.ndarray,
         scoring: Scoring,
+        capacities: np.ndarray | None = None,
     ) -> torch.Tensor:
         """For each new token, write its key and value, and attend to all keys that it sees.
 
         :param queries: [tokens, key/value heads, query heads of each, head size]
         :param new: keys and values, [tokens, 2, key/value heads, head size]
-        :param addresses: of each token's sequence's cache, [max length, 2, key/value heads, head size] contiguous
+        :param addresses: of each token's sequence's cache, [capacity, 2, key/value heads, head size] contiguous
         :param positions: of the tokens in their sequences; tokens of a sequence are in order
+        :param capacities: of the sequences' caches, for each token: they are rings, and hold the window of each token,
+            whose slots are positions modulo capacity; None: they hold all positions
         :returns: [tokens, heads times head size]
         """
         outputs = torch.empty(queries.shape, dtype=queries.dtype)
@@ -261,6 +286,7 @@ class Attention:
             array(new),
             addresses,
             positions,
+            capacities,
             self._biases,
             np.float32(scoring.scale),
             scoring.window,

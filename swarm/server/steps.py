@@ -9,6 +9,7 @@ import swarm.compat  # noqa: F401
 
 import torch
 
+from swarm.server.attention_cache import AttentionCache, Reach
 from swarm.server.channel import BatcherChannel
 
 
@@ -18,16 +19,19 @@ class Session:
 
     channel: BatcherChannel  # to its handler
     number: int  # on that channel
-    cache: torch.Tensor  # see RaggedBlocks.cache_descriptor
+    cache: AttentionCache
     first: int  # blocks [first, last) of the span compute it
     last: int
     replied: float = 0.0  # time.monotonic() when its last step was answered
     turnaround: float = math.inf  # seconds from an answer to the next step, the last time
 
+    def __post_init__(self) -> None:
+        self.reach = Reach(self.cache.descriptor)
+
     @property
     def rows(self) -> int:
         """Number of sequences."""
-        return self.cache.shape[1]
+        return self.cache.descriptor.rows
 
 
 class StepKind(enum.Enum):

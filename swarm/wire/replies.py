@@ -8,23 +8,25 @@ from typing import Any
 import torch
 from hivemind.proto import runtime_pb2
 
-from swarm.wire.packing import read_metadata, read_number, read_text
+from swarm.wire.packing import read_integer, read_metadata, read_number, read_text
 from swarm.wire.tensors import FLOATING, is_finite, read_tensor
 from swarm.wire.text import Malformed, quoted
 
 # Room in a reply beside its tensors: names of dtypes, metadata, or the text of an error.
 SLACK = 64 * 2**10  # bytes
+MAX_POSITION = 2**62  # of a token
 
 
 @dataclass(frozen=True)
 class Abilities:
     """What a server of this project can do beyond petals; see ``swarm.server.handler``."""
 
-    rewind: bool
-    spread: bool
+    rewind: bool = False
+    spread: bool = False
     # Hashes of the model that it serves, see ``swarm.weights.fingerprint``; None: it does not say.
     config: str | None = None
     weights: str | None = None
+    earliest: int = 0  # position to which the session can go back, beside 0, if it can at all
 
 
 def reply_limit(shape: Sequence[int]) -> int:
@@ -51,23 +53,26 @@ def read_hidden(tensors: Sequence[runtime_pb2.Tensor], shape: Sequence[int]) -> 
     return hidden
 
 
-def read_abilities(metadata: bytes) -> Abilities:
-    """Return the server's abilities from the first reply of a session.
+def read_abilities(metadata: bytes, before: Abilities = Abilities()) -> Abilities:
+    """Return the server's abilities from a reply.
 
+    :param before: what earlier replies of the session have said; what this one does not mention is unchanged
     :raises Malformed: if the metadata cannot be read
     """
     reported = read_metadata(metadata)
-    rewind, spread = reported.get("rewind", False), reported.get("spread", False)
+    rewind, spread = reported.get("rewind", before.rewind), reported.get("spread", before.spread)
     if type(rewind) is not bool or type(spread) is not bool:
         raise Malformed(f"it reports abilities {quoted(reported)}")
+    earliest = read_integer(reported.get("earliest", before.earliest), "earliest", 0, MAX_POSITION)
     model = reported.get("model") or {}
     if not isinstance(model, dict):
         raise Malformed(f"it reports a model {quoted(model)}")
-    return Abilities(rewind, spread, _hash(model, "config"), _hash(model, "weights"))
+    config, weights = _hash(model, "config", before.config), _hash(model, "weights", before.weights)
+    return Abilities(rewind, spread, config, weights, earliest)
 
 
-def _hash(model: Mapping[str, Any], name: str) -> str | None:
-    return None if model.get(name) is None else read_text(model[name], name)
+def _hash(model: Mapping[str, Any], name: str, before: str | None) -> str | None:
+    return before if model.get(name) is None else read_text(model[name], name)
 
 
 def read_silence(info: bytes) -> float:

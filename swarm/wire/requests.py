@@ -115,11 +115,13 @@ def read_step(
     position: int,
     num_blocks: int,
     hidden_size: int,
+    earliest: int = 0,
 ) -> StepInputs:
     """Return the inputs of a session's step.
 
     :param metadata: the request's
     :param position: how many tokens the session has
+    :param earliest: see ``rewound``
     :raises Malformed: if it does not fit the session
     """
     if len(request.tensors) > MAX_ARGUMENTS:
@@ -133,7 +135,7 @@ def read_step(
         raise Malformed(f"a step brings {len(tensors)} of 3: hidden states, deep prompts, hypotheses")
     hidden, prompts, hypotheses = tensors[:3]
     check_inputs(hidden, prompts, hypotheses, (num_blocks, session.batch_size, hidden_size))
-    start = rewound(position, metadata.get("start_from_position"))
+    start = rewound(position, metadata.get("start_from_position"), earliest)
     check_room(start, hidden.shape[1], session.max_length)
     if not _is_dummy(prompts) and prompts.shape[2] > session.max_length:
         raise Malformed(f"deep prompts of {prompts.shape[2]} tokens exceed the session's {session.max_length}")
@@ -147,15 +149,20 @@ def _is_dummy(tensor: torch.Tensor) -> bool:
     return tensor.numel() == 0
 
 
-def rewound(position: int, wanted: object) -> int:
+def rewound(position: int, wanted: object, earliest: int = 0) -> int:
     """Return the position at which a step begins.
 
-    :raises Malformed: if it is beyond the session's position
+    :param position: how many tokens the session has
+    :param earliest: the first position, beside 0, to which the session can go back; blocks with a sliding window have
+        overwritten what the tokens before it would see
+    :raises Malformed: if it is beyond the session's position, or too far back
     """
     if wanted is None:
         return position
     if type(wanted) is not int or not 0 <= wanted <= position:
         raise Malformed(f"cannot start from position {quoted(wanted)}: the session has {position} tokens")
+    if 0 < wanted < earliest:
+        raise Malformed(f"cannot go back to position {wanted}: what its token sees is kept from {earliest} on")
     return wanted
 
 

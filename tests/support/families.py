@@ -143,7 +143,7 @@ def reference_states(path: Path, tokens: int = 60) -> tuple[torch.Tensor, torch.
 @torch.inference_mode()
 def in_batches(blocks: RaggedBlocks, inputs: torch.Tensor) -> list[torch.Tensor]:
     """Compute the inputs as two sequences that share batches, in steps of different sizes."""
-    caches = blocks.cache_descriptor(len(blocks.blocks), 2, 128).make_zeros().unbind(1)
+    caches = blocks.cache_descriptor(0, len(blocks.blocks), 2, 128).make_zeros().sequences
     batches: list[list[tuple[int, int, int]]] = [  # sequence, start, tokens
         [(0, 0, 5), (1, 0, 40)],
         [(0, 5, 1), (1, 40, 1)],

@@ -85,10 +85,9 @@ def sample_outputs(blocks: RaggedBlocks) -> torch.Tensor:
     total = length + CHECK_STEPS
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(total, blocks.config.hidden_size, generator=generator).to(blocks.device, blocks.dtype)
-    caches = blocks.cache_descriptor(len(blocks.blocks), 1, total).make_zeros()[:, 0]
     outputs = []
     for number in range(len(blocks.blocks)):
-        cache = caches[number : number + 1]
+        cache = blocks.cache_descriptor(number, number + 1, 1, total).make_zeros().sequences[0]
         parts = [(0, length), *((position, 1) for position in range(length, total))]
         rows = [
             blocks.forward(inputs[start : start + size].clone(), [Part(cache, start, size)], number, number + 1)

@@ -28,6 +28,23 @@ class LayerBlocks(RaggedBlocks):
     def __init__(self, blocks: Sequence[Any], config: Any, dtype: torch.dtype, max_length: int) -> None:
         super().__init__(blocks, config, dtype, max_length)
         self.positions = Positions(config)
+        if getattr(config, "sliding_window", None) is not None:
+            self.windows = tuple(map(self._window, blocks))
+
+    @torch.inference_mode()
+    def _window(self, block: Any) -> int | None:
+        """Ask a layer for its window, with a token: some layers keep it, others read it from the configuration."""
+        asked: list[int | None] = []
+
+        def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring) -> torch.Tensor:
+            asked.append(scoring.window)
+            return query.transpose(1, 2)
+
+        hidden = torch.zeros(1, 1, self.config.hidden_size, dtype=self.dtype, device=self.device)
+        positions = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        with computing_attention(attention):
+            block.compute(hidden, self.positions(positions, block.layer_type, self.dtype), positions)
+        return asked[0]
 
     def pack(self) -> None:
         """Put the weights into the processor's order. Nothing else changes."""

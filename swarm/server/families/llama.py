@@ -45,7 +45,8 @@ class FusedLayerBlocks(LayerBlocks):
             )
             for block in blocks
         ]
-        self._scorings = [Scoring(block.self_attn.scaling, window_of(block, config)) for block in blocks]
+        scales = [block.self_attn.scaling for block in blocks]
+        self._scorings = [Scoring(scale, window) for scale, window in zip(scales, self.windows, strict=True)]
         positions = torch.arange(max_length, device=self.device)[None]
         half = self.head_size // 2
         self._rotations = {}
@@ -76,12 +77,6 @@ class FusedLayerBlocks(LayerBlocks):
         attended = batch.attend(number, queries, new, self._scorings[number])
         hidden = output(attended).add_(hidden)
         return down(gate(gate_up(norm(block.post_attention_layernorm, hidden)))).add_(hidden)
-
-
-def window_of(block: Any, config: Any) -> int | None:
-    """Return how many tokens a layer's tokens see, up to themselves; None: all. Mistral's layers read it themselves."""
-    layer = block.self_attn
-    return layer.sliding_window if hasattr(layer, "sliding_window") else getattr(config, "sliding_window", None)
 
 
 def norm(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
