@@ -22,11 +22,11 @@ MODEL, OWNER = "model", "me"
 class Kept:
     """A session that has processed all its tokens but the last."""
 
-    def __init__(self, token_ids: list[int], max_length: int = 100, rewinds: bool = True) -> None:
+    def __init__(self, token_ids: list[int], max_length: int = 100, rewinds: bool = True, earliest: int = 0) -> None:
         self.token_ids = list(token_ids)
         self.position = len(token_ids) - 1
         self.max_length = max_length
-        self.rewinds_to = lambda length: rewinds
+        self.rewinds_to = lambda length: rewinds and length >= earliest
         self.closed = False
 
     def truncate(self, length: int) -> None:
@@ -92,6 +92,13 @@ def test_servers_that_cannot_forget() -> None:
     kept.keep(MODEL, OWNER, kept_session([1, 2, 3, 4, 5], rewinds=False))
     assert kept.take(MODEL, OWNER, [1, 2, 3, 9, 9], 100) is None
     assert kept.take(MODEL, OWNER, [1, 2, 3, 4, 9], 100) is not None
+
+
+def test_servers_that_can_go_back_only_so_far() -> None:
+    kept = memory()
+    kept.keep(MODEL, OWNER, kept_session([1, 2, 3, 4, 5], earliest=3))
+    assert kept.take(MODEL, OWNER, [1, 2, 9, 9, 9], 100) is None
+    assert kept.take(MODEL, OWNER, [1, 2, 3, 9, 9], 100) is not None
 
 
 def test_bounds() -> None:

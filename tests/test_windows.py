@@ -13,6 +13,7 @@ import swarm.compat  # noqa: F401
 import numpy as np
 import pytest
 import torch
+from hivemind import MSGPackSerializer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from swarm.client.model import SwarmModel
@@ -22,7 +23,9 @@ from swarm.server import kernels
 from swarm.server.attention_cache import ROOM, CacheDescriptor, Reach, ring_slots
 from swarm.server.blocks import Part, RaggedBlocks
 from swarm.server.families.layers import LayerBlocks
-from swarm.wire.replies import Abilities
+from swarm.wire.replies import Abilities, read_abilities
+from swarm.wire.requests import rewound
+from swarm.wire.text import Malformed
 from tests.conftest import greedy, load_model, tiny_server
 from tests.support.families import assert_close, load_blocks, make_tiny_family, reference_states
 from tests.test_batching import CPU, POISON, Bench, all_sent, fail_for_poison, petals_outputs, ragged
@@ -324,6 +327,28 @@ def test_a_cache_for_other_blocks_is_refused(paths: Any) -> None:
             torch.testing.assert_close(part, petals_outputs(modules[1:3], inputs), rtol=1e-4, atol=1e-4)
 
     asyncio.run(scenario())
+
+
+# What servers and clients tell each other
+
+
+def test_what_a_reply_does_not_mention_is_as_before() -> None:
+    told = [{"rewind": True, "spread": True}, {"earliest": 7}, {}, {"earliest": 0}]
+    abilities, seen = Abilities(), []
+    for news in told:
+        abilities = read_abilities(MSGPackSerializer.dumps(news), abilities)
+        seen.append((abilities.rewind, abilities.spread, abilities.earliest))
+    assert seen == [(True, True, 0), (True, True, 7), (True, True, 7), (True, True, 0)]
+    for nonsense in (-1, 1.5, True, "7", 2**63):
+        with pytest.raises(Malformed):
+            read_abilities(MSGPackSerializer.dumps({"earliest": nonsense}))
+
+
+def test_a_step_that_goes_back_too_far_is_refused_by_the_handler() -> None:
+    assert [rewound(30, wanted, 18) for wanted in (None, 30, 18, 0)] == [30, 30, 18, 0]
+    for wanted in (17, 1):
+        with pytest.raises(Malformed, match=f"cannot go back to position {wanted}: .* from 18 on"):
+            rewound(30, wanted, 18)
 
 
 # Swarms
