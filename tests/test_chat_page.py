@@ -1213,17 +1213,33 @@ def test_a_link_of_another_site_leads_to_the_page(context: BrowserContext, keyed
     Chat(page).ready()
 
 
-def test_a_key_that_is_revoked_in_mid_use_loses_nothing(context: BrowserContext, keyed_app: LiveApp) -> None:
-    access = keyed_app.service.access
+def signed_in(context: BrowserContext, app: LiveApp) -> Chat:
+    """A chat whose page has its key."""
     page = context.new_page()
-    page.goto(keyed_app.url)
+    page.goto(app.url)
     sign_in(page, PAGE_KEY)
     chat = Chat(page)
     chat.ready()
-    chat.settle(temperature=0, max_answer_tokens=8)
+    return chat
+
+
+@contextlib.contextmanager
+def revoked_key(app: LiveApp, secret: str) -> Iterator[None]:
+    """Let another secret be the page's key for the time of a block."""
+    access = app.service.access
     keys = access._keys
     try:
-        access._keys = [dataclasses.replace(keys[0], digest=hash_key("another long secret"))]
+        access._keys = [dataclasses.replace(keys[0], digest=hash_key(secret))]
+        yield
+    finally:
+        access._keys = keys
+
+
+def test_a_key_that_is_revoked_in_mid_use_loses_nothing(context: BrowserContext, keyed_app: LiveApp) -> None:
+    chat = signed_in(context, keyed_app)
+    page = chat.page
+    chat.settle(temperature=0, max_answer_tokens=8)
+    with revoked_key(keyed_app, "another long secret"):
         chat.ask(wait=False)
         dialog = page.locator("#key-dialog")
         expect(dialog).to_be_visible()
@@ -1240,25 +1256,17 @@ def test_a_key_that_is_revoked_in_mid_use_loses_nothing(context: BrowserContext,
         expect(chat.answers.last.locator(".meta")).to_have_text(re.compile("^8 tokens"))
         chat.ready()
         assert (len(chat.texts("user")), len(chat.texts())) == (1, 1)
-    finally:
-        access._keys = keys
     assert [error for error in chat.errors if "401" not in error] == []
 
 
 def test_who_puts_off_the_key_is_left_alone(context: BrowserContext, keyed_app: LiveApp) -> None:
     """The dialog came back whenever the page looked at its chat again."""
-    access = keyed_app.service.access
-    page = context.new_page()
-    page.goto(keyed_app.url)
-    sign_in(page, PAGE_KEY)
-    chat = Chat(page)
-    chat.ready()
+    chat = signed_in(context, keyed_app)
+    page = chat.page
     dialog = page.locator("#key-dialog")
     asked: list[str] = []  # before the dialog opens the page asks the server whether it wants a key
     page.on("request", lambda request: asked.append(request.url) if request.url.endswith("/state") else None)
-    keys = access._keys
-    try:
-        access._keys = [dataclasses.replace(keys[0], digest=hash_key("another long secret"))]
+    with revoked_key(keyed_app, "another long secret"):
         chat.ask(wait=False)
         page.click("#key-later")
         page.press("#prompt", "ArrowUp")
@@ -1273,8 +1281,6 @@ def test_who_puts_off_the_key_is_left_alone(context: BrowserContext, keyed_app: 
         page.evaluate("fetch('healthz').then((response) => response.text())")
         assert asked == []
         expect(dialog).to_be_hidden()
-    finally:
-        access._keys = keys
 
 
 def test_an_open_page_never_asks_for_a_key(chat: Chat) -> None:

@@ -100,11 +100,11 @@ class Hub:
         It is the oldest idle one of the address that has most of them: the newcomer's own, or one that has more
         even then.
         """
+        if len(self._websockets) + self._coming >= 2 * self.limits.max_websockets:
+            return None
         idle = [websocket for websocket in self._websockets if websocket.idle]
         counts = collections.Counter(websocket.address for websocket in self._websockets)
         fair = [w for w in idle if w.address == address or counts[w.address] > counts[address] + 1]
-        if len(self._websockets) + self._coming >= 2 * self.limits.max_websockets:
-            return None
         return max(fair, key=lambda websocket: counts[websocket.address], default=None)  # the first of them
 
     @property
