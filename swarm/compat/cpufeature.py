@@ -1,0 +1,9 @@
+"""Stands in for the package of this name, which has no wheels for Python 3.12 and newer.
+
+Petals' head asks it whether plain products of bfloat16 are fast on this processor; PyTorch knows that too.
+"""
+
+import torch
+
+_AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+CPUFeature = {"AVX512f": _AVX512, "OS_AVX512": _AVX512}
