@@ -58,16 +58,17 @@ class Stock:
             )
 
     def tell(self, tasks: list[dict[str, Any]]) -> None:
+        """Give the process its tasks: a line, for processes forked from this one may hold the pipe open."""
         assert self.process.stdin is not None
-        json.dump(tasks, self.process.stdin)
-        self.process.stdin.close()
+        print(json.dumps(tasks), file=self.process.stdin, flush=True)
 
     def kill(self) -> None:
         """End the process and all below it: released petals leaves some behind when it is asked to end."""
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        assert self.process.stdout is not None
-        self.process.stdout.close()
+        for pipe in (self.process.stdin, self.process.stdout):
+            assert pipe is not None
+            pipe.close()
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Servers and a client of released petals, on the packages it was released with: nothing of this program is imported.
 
-``stock.py serve``: the tasks on standard input are servers, each of which runs in a process forked from this one.
+``stock.py serve``: the tasks, a line on standard input, are servers, each of which runs in a process forked from this one.
 ``stock.py generate``: they are greedy generations, whose tokens are printed. Tasks and results are JSON.
 """
 
@@ -87,7 +87,7 @@ def main() -> None:
     import petals  # noqa: F401  before the processes fork, so that it is imported once
 
     torch.set_num_threads(1)
-    tasks = json.load(sys.stdin)
+    tasks = json.loads(sys.stdin.readline())
     if sys.argv[1:] == ["generate"]:
         print(json.dumps([generate(**task) for task in tasks]))
         return
