@@ -37,8 +37,9 @@ $(INSTALLED): requirements.txt requirements/no-deps.txt requirements/node.txt pa
 	@sh bin/get-npm-packages $(VENV) --omit=dev
 	@touch $@
 
+# What the tests need must not change what the program runs on.
 $(TESTABLE): $(INSTALLED) requirements/dev.txt
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements/dev.txt
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements/dev.txt -c requirements.txt
 	@touch $@
 
 # The packages that petals was released with. For all others, it looks into the environment above.

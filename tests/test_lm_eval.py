@@ -79,7 +79,8 @@ def test_scores_equal_transformers(
         "num_concurrent=2",
         "max_retries=1",
     ]
-    command = [sys.executable, "-m", "lm_eval", "--model", "local-completions", "--model_args", ",".join(arguments)]
+    command: list[str | Path] = [sys.executable, "-m", "lm_eval", "--model", "local-completions"]
+    command += ["--model_args", ",".join(arguments)]
     command += ["--tasks", ",".join(TASKS), "--include_path", tmp_path, "--output_path", tmp_path / "out"]
     command += ["--log_samples", "--batch_size", "4", "--seed", "1"]
     environment = {"HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}

@@ -107,7 +107,7 @@ def swarm(stock: dict[str, Stock], tmp_path_factory: pytest.TempPathFactory) -> 
     """By model: whole chains of both kinds of servers."""
     paths = {name: make(tmp_path_factory.mktemp("models") / f"tiny-{name}") for name, make in MAKERS.items()}
     with LocalSwarm() as local, contextlib.ExitStack() as ends:
-        tasks = []
+        tasks: list[dict[str, Any]] = []
         for path in paths.values():
             for start, end in SPANS:
                 local.start_server(dataclasses.replace(tiny_server(path, f"{start}:{end}"), public_name="ours"))

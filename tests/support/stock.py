@@ -1,7 +1,8 @@
 """Servers and a client of released petals, on the packages it was released with: nothing of this program is imported.
 
-``stock.py serve``: the tasks, a line on standard input, are servers, each of which runs in a process forked from this one.
-``stock.py generate``: they are greedy generations, whose tokens are printed. Tasks and results are JSON.
+``stock.py serve``: the tasks are servers, each of which runs in a process forked from this one.
+``stock.py generate``: the tasks are greedy generations, whose tokens are printed.
+Tasks and results are a line of JSON on standard input and output.
 """
 
 import json
@@ -39,7 +40,6 @@ def serve(model: str, **options: Any) -> None:
 
     :param options: of petals' ``Server``
     """
-    from petals.constants import DTYPE_MAP
     from petals.server.server import Server
 
     Server(
@@ -75,7 +75,7 @@ def generate(
     texts: list[list[list[int]]] = []
     for chain in chains:
         manager.allowed_servers = set(map(hivemind.p2p.PeerID.from_base58, chain))
-        manager.update(wait=True)
+        manager.update(wait=False)  # whoever looks for servers next waits for it
         texts.append([])
         for prompt in prompts:
             output = client.generate(torch.tensor([prompt]), max_new_tokens=max_new_tokens, do_sample=False)
