@@ -103,7 +103,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Stock]
 
 
 @pytest.fixture(scope="module")
-def swarm(stock: dict[str, Stock], tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Mixed]]:
+def mixed(stock: dict[str, Stock], tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Mixed]]:
     """By model: whole chains of both kinds of servers."""
     paths = {name: make(tmp_path_factory.mktemp("models") / f"tiny-{name}") for name, make in MAKERS.items()}
     with LocalSwarm() as local, contextlib.ExitStack() as ends:
@@ -138,30 +138,30 @@ def await_servers(model: SwarmModel, count: int) -> dict[tuple[str, int], str]:
 
 @pytest.mark.parametrize("owners", CHAINS)
 @pytest.mark.parametrize("name", MAKERS)
-def test_our_client(swarm: dict[str, Mixed], name: str, owners: tuple[str, str]) -> None:
-    mixed = swarm[name]
-    chain = mixed.chain(owners)
-    state = mixed.model.state
+def test_our_client(mixed: dict[str, Mixed], name: str, owners: tuple[str, str]) -> None:
+    one = mixed[name]
+    chain = one.chain(owners)
+    state = one.model.state
     state.manager.allowed_servers = set(map(PeerID.from_base58, chain))
     assert state.wait(lambda: {view.peer_id for view in state.servers()} == set(chain), READY_TIMEOUT)
-    for prompt, expected in zip(mixed.prompts(), mixed.expected(), strict=True):
-        with mixed.model.open_session(128) as session:
+    for prompt, expected in zip(one.prompts(), one.expected(), strict=True):
+        with one.model.open_session(128) as session:
             assert run_greedy(session, prompt, len(expected)) == expected
             assert [peer for peer, *_ in session.route] == chain
 
 
-def test_stock_client(swarm: dict[str, Mixed], stock: dict[str, Stock]) -> None:
+def test_stock_client(mixed: dict[str, Mixed], stock: dict[str, Stock]) -> None:
     tasks = [
         {
-            "model": str(mixed.path),
-            "dht_prefix": weights.dht_prefix(str(mixed.path)),
-            "initial_peers": mixed.model.swarm.initial_peers,
-            "prompts": mixed.prompts(),
+            "model": str(one.path),
+            "dht_prefix": weights.dht_prefix(str(one.path)),
+            "initial_peers": one.model.swarm.initial_peers,
+            "prompts": one.prompts(),
             "max_new_tokens": TOKENS,
-            "chains": [mixed.chain(owners) for owners in CHAINS],
+            "chains": [one.chain(owners) for owners in CHAINS],
         }
-        for mixed in swarm.values()
+        for one in mixed.values()
     ]
     stock["generate"].tell(tasks)
     texts, _ = stock["generate"].process.communicate(timeout=ANSWER_TIMEOUT)
-    assert json.loads(texts) == [[mixed.expected()] * len(CHAINS) for mixed in swarm.values()]
+    assert json.loads(texts) == [[one.expected()] * len(CHAINS) for one in mixed.values()]
