@@ -64,7 +64,8 @@ class Stock:
 
     def kill(self) -> None:
         """End the process and all below it: released petals leaves some behind when it is asked to end."""
-        os.killpg(self.process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             assert pipe is not None

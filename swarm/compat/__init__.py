@@ -13,7 +13,6 @@ import os
 import signal
 import socket
 import stat
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import swarm.lazy_imports  # noqa: F401
-from swarm.compat import cpufeature, transformers5
+from swarm.compat import cpufeature, transformers5  # noqa: F401
 
 import hivemind
 import hivemind.compression
@@ -371,7 +370,6 @@ _limit_waits_for_dht()
 # Importing petals replaces the root logger's handlers, and thus the program's own log, with hivemind's.
 _handlers, _level = logging.root.handlers[:], logging.root.level
 
-sys.modules["cpufeature"] = cpufeature
 transformers5.before_petals()
 import petals  # noqa: E402  the names above must exist first
 import petals.utils.convert_block  # noqa: E402, F401

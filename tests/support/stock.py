@@ -5,6 +5,7 @@
 Tasks and results are a line of JSON on standard input and output.
 """
 
+import gc
 import json
 import multiprocessing
 import sys
@@ -89,6 +90,9 @@ def main() -> None:
     torch.set_num_threads(1)
     tasks = json.loads(sys.stdin.readline())
     if sys.argv[1:] == ["generate"]:
+        # Petals leaves some sessions open, and their finaliser waits for the event loop. The collector may call it on the
+        # loop's own thread, which then waits for itself.
+        gc.disable()
         print(json.dumps([generate(**task) for task in tasks]))
         return
     import petals.server.server  # noqa: F401
