@@ -90,8 +90,8 @@ def main() -> None:
     torch.set_num_threads(1)
     tasks = json.loads(sys.stdin.readline())
     if sys.argv[1:] == ["generate"]:
-        # Petals leaves some sessions open, and their finaliser waits for the event loop. The collector may call it on the
-        # loop's own thread, which then waits for itself.
+        # Petals leaves some sessions open, and their finaliser waits for the event loop. The collector may call it on
+        # the loop's own thread, which then waits for itself.
         gc.disable()
         print(json.dumps([generate(**task) for task in tasks]))
         return
