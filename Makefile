@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 TESTABLE := $(VENV)/testable
-LM_EVAL := .venv-lm-eval
+STOCK := .venv-stock
 
 .PHONY: run install test lint bench soak attack help
 .DEFAULT_GOAL := help
@@ -37,18 +37,20 @@ $(INSTALLED): requirements.txt requirements/no-deps.txt requirements/node.txt pa
 	@sh bin/get-npm-packages $(VENV) --omit=dev
 	@touch $@
 
+# What the tests need must not change what the program runs on.
 $(TESTABLE): $(INSTALLED) requirements/dev.txt
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements/dev.txt
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements/dev.txt -c requirements.txt
 	@touch $@
 
-# lm-eval wants newer packages than petals can use.
-$(LM_EVAL)/installed: requirements/lm-eval.txt
-	@sh bin/make-venv $(LM_EVAL)
-	$(LM_EVAL)/bin/python -m pip install --disable-pip-version-check --quiet -r requirements/lm-eval.txt
+# The packages that petals was released with. For all others, it looks into the environment above.
+$(STOCK)/installed: $(INSTALLED) requirements/stock.txt
+	$(BIN)/python -m venv --clear --without-pip $(STOCK)
+	$(BIN)/python -m pip --python $(STOCK) install --disable-pip-version-check --quiet --no-deps -r requirements/stock.txt
+	@$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" >$$(echo $(STOCK)/lib/python*/site-packages)/rest.pth
 	@touch $@
 
 # Two at a time, for each starts swarms of its own; many tests wait for servers that die, and the other one uses the cores.
-test: $(TESTABLE) $(LM_EVAL)/installed
+test: $(TESTABLE) $(STOCK)/installed
 	@sh bin/get-browser
 	@sh bin/get-npm-packages $(VENV)
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)

@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,7 @@ import torch
 from transformers import BloomForCausalLM, PreTrainedTokenizerBase
 
 from tests.conftest import LiveApp, greedy
-from tests.support.processes import ROOT
 
-PYTHON = ROOT / ".venv-lm-eval" / "bin" / "python"
 TIMEOUT = 240  # seconds; it imports for half a minute
 DOCS = [
     {"question": "The quick brown fox jumps over", "choices": ["the lazy dog", "a bee", "servers"], "answer": 0},
@@ -54,7 +53,6 @@ def likelihood(
     return sum(float(logprobs[i - 1, whole[i]]) for i in range(begin, len(whole)))
 
 
-@pytest.mark.skipif(not PYTHON.exists(), reason="make test installs lm-eval")
 @torch.inference_mode()
 def test_scores_equal_transformers(
     live_app: LiveApp,
@@ -81,7 +79,8 @@ def test_scores_equal_transformers(
         "num_concurrent=2",
         "max_retries=1",
     ]
-    command = [PYTHON, "-m", "lm_eval", "--model", "local-completions", "--model_args", ",".join(arguments)]
+    command: list[str | Path] = [sys.executable, "-m", "lm_eval", "--model", "local-completions"]
+    command += ["--model_args", ",".join(arguments)]
     command += ["--tasks", ",".join(TASKS), "--include_path", tmp_path, "--output_path", tmp_path / "out"]
     command += ["--log_samples", "--batch_size", "4", "--seed", "1"]
     environment = {"HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}

@@ -5,7 +5,6 @@ the servers still hold if the session was not closed; then only the new tokens h
 request at a time: it is taken out for that, and another request for the same one meanwhile starts from scratch.
 """
 
-import concurrent.futures
 import logging
 import threading
 import time
@@ -121,7 +120,7 @@ class WarmSessions:
             self._kept.remove(best)
         try:
             best.session.truncate(common)
-        except (SwarmError, concurrent.futures.TimeoutError):  # in Python 3.10 this is a class of its own
+        except (SwarmError, TimeoutError):
             log.exception("a kept session could not be truncated")
             best.session.close()
             return None

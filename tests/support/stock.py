@@ -1,0 +1,108 @@
+"""Servers and a client of released petals, on the packages it was released with: nothing of this program is imported.
+
+``stock.py serve``: the tasks are servers, each of which runs in a process forked from this one.
+``stock.py generate``: the tasks are greedy generations, whose tokens are printed.
+Tasks and results are a line of JSON on standard input and output.
+"""
+
+import gc
+import json
+import multiprocessing
+import sys
+from typing import Any
+
+import hivemind
+import hivemind.compression
+import hivemind.p2p
+import hivemind.utils.asyncio
+import hivemind.utils.nested
+import hivemind.utils.tensor_descr
+import hivemind.utils.timed_storage
+import torch
+
+# Top-level names that petals 2.2.0 imports and hivemind 1.1.12, the first with a wheel for today's Python, lacks.
+HOMES = {
+    hivemind.p2p: ("P2P", "P2PContext", "PeerID"),
+    hivemind.compression: ("deserialize_tensor_stream", "deserialize_torch_tensor", "serialize_torch_tensor"),
+    hivemind.utils: ("MSGPackSerializer", "get_logger"),
+    hivemind.utils.nested: ("nested_compare", "nested_flatten", "nested_pack"),
+    hivemind.utils.asyncio: ("anext",),
+    hivemind.utils.tensor_descr: ("BatchTensorDescriptor", "TensorDescriptor"),
+    hivemind.utils.timed_storage: ("MAX_DHT_TIME_DISCREPANCY_SECONDS", "TimedStorage", "get_dht_time"),
+}
+for home, names in HOMES.items():
+    for name in names:
+        if not hasattr(hivemind, name):
+            setattr(hivemind, name, getattr(home, name))
+
+
+def serve(model: str, **options: Any) -> None:
+    """Run one server.
+
+    :param options: of petals' ``Server``
+    """
+    from petals.server.server import Server
+
+    Server(
+        converted_model_name_or_path=model,
+        throughput=1.0,  # else it is measured
+        num_handlers=1,
+        host_maddrs=["/ip4/127.0.0.1/tcp/0"],
+        torch_dtype="float32",
+        device="cpu",
+        quant_type=None,
+        reachable_via_relay=False,  # else others are asked
+        use_relay=False,
+        use_auto_relay=False,
+        **options,
+    ).run()
+
+
+def generate(
+    model: str, prompts: list[list[int]], max_new_tokens: int, chains: list[list[str]], **options: Any
+) -> list[list[list[int]]]:
+    """Return the next tokens of each prompt, by each chain of servers.
+
+    :param chains: the ids of the peers that may be used
+    :param options: of petals' client configuration
+    """
+    from petals import AutoDistributedModelForCausalLM
+
+    # Without `use_chunked_forward`, petals asks a package that has no wheels for Python 3.12 about the processor.
+    client = AutoDistributedModelForCausalLM.from_pretrained(
+        model, torch_dtype=torch.float32, use_chunked_forward=False, show_route=False, **options
+    )
+    manager = client.transformer.h.sequence_manager
+    texts: list[list[list[int]]] = []
+    for chain in chains:
+        manager.allowed_servers = set(map(hivemind.p2p.PeerID.from_base58, chain))
+        manager.update(wait=False)  # whoever looks for servers next waits for it
+        texts.append([])
+        for prompt in prompts:
+            output = client.generate(torch.tensor([prompt]), max_new_tokens=max_new_tokens, do_sample=False)
+            texts[-1].append(output[0, len(prompt) :].tolist())
+    return texts
+
+
+def main() -> None:
+    import petals  # noqa: F401  before the processes fork, so that it is imported once
+
+    torch.set_num_threads(1)
+    tasks = json.loads(sys.stdin.readline())
+    if sys.argv[1:] == ["generate"]:
+        # Petals leaves some sessions open, and their finaliser waits for the event loop. The collector may call it on
+        # the loop's own thread, which then waits for itself.
+        gc.disable()
+        print(json.dumps([generate(**task) for task in tasks]))
+        return
+    import petals.server.server  # noqa: F401
+
+    servers = [multiprocessing.Process(target=serve, kwargs=task) for task in tasks]
+    for server in servers:
+        server.start()
+    for server in servers:
+        server.join()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""This program and released petals, on the packages it was released with, in one swarm: all compute the same."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hivemind import PeerID
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from swarm import weights
+from swarm.client.model import SwarmModel
+from swarm.local import LocalSwarm
+from tests.conftest import READY_TIMEOUT, greedy, load_model, tiny_server
+from tests.support.processes import ROOT
+from tests.support.swarms import server_info
+from tests.support.tiny import make_tiny_bloom, make_tiny_llama
+from tests.test_session import PROMPTS, run_greedy
+
+PYTHON = ROOT / ".venv-stock" / "bin" / "python"
+SCRIPT = ROOT / "tests" / "support" / "stock.py"
+MAKERS = {"bloom": make_tiny_bloom, "llama": make_tiny_llama}
+SPANS = ((0, 2), (2, 4))
+# Whose server computes the first span, and whose the second.
+CHAINS = (("ours", "stock"), ("stock", "ours"), ("ours", "ours"), ("stock", "stock"))
+TOKENS = 20
+ANSWER_TIMEOUT = 120.0  # seconds
+
+pytestmark = pytest.mark.skipif(
+    sys.version_info >= (3, 13) or not PYTHON.exists(),
+    reason="make test installs the packages, on Pythons that they have wheels for",
+)
+
+
+class Stock:
+    """A process of released petals; its messages go to a file."""
+
+    def __init__(self, command: str, log: Path) -> None:
+        with log.open("wb") as messages:
+            self.process = subprocess.Popen(
+                [PYTHON, "-I", "-W", "ignore", SCRIPT, command],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=messages,
+                cwd=log.parent,
+                env={**os.environ, "HF_HUB_OFFLINE": "1"},
+                text=True,
+                start_new_session=True,
+            )
+
+    def tell(self, tasks: list[dict[str, Any]]) -> None:
+        """Give the process its tasks: a line, for processes forked from this one may hold the pipe open."""
+        assert self.process.stdin is not None
+        print(json.dumps(tasks), file=self.process.stdin, flush=True)
+
+    def kill(self) -> None:
+        """End the process and all below it: released petals leaves some behind when it is asked to end."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            assert pipe is not None
+            pipe.close()
+
+
+@dataclass
+class Mixed:
+    """One model in the swarm: four servers, this program's client, and plain Transformers."""
+
+    path: Path
+    model: SwarmModel
+    reference: PreTrainedModel
+    peers: Mapping[tuple[str, int], str]  # by whose it is and its first block
+
+    def chain(self, owners: tuple[str, str]) -> list[str]:
+        """Return the peer ids of these owners' servers."""
+        return [self.peers[owner, start] for owner, (start, _) in zip(owners, SPANS, strict=True)]
+
+    def prompts(self) -> list[list[int]]:
+        return [self.model.tokenizer.encode(prompt) for prompt in PROMPTS]
+
+    def expected(self) -> list[list[int]]:
+        return [greedy(self.reference, prompt, TOKENS) for prompt in self.prompts()]
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Stock]]:
+    """The two processes, which import while others do; they wait for their tasks."""
+    with contextlib.ExitStack() as ends:
+        processes = {}
+        for command in ("serve", "generate"):
+            processes[command] = Stock(command, tmp_path_factory.mktemp("stock") / command)
+            ends.callback(processes[command].kill)
+        yield processes
+
+
+@pytest.fixture(scope="module")
+def mixed(stock: dict[str, Stock], tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Mixed]]:
+    """By model: whole chains of both kinds of servers."""
+    paths = {name: make(tmp_path_factory.mktemp("models") / f"tiny-{name}") for name, make in MAKERS.items()}
+    with LocalSwarm() as local, contextlib.ExitStack() as ends:
+        tasks: list[dict[str, Any]] = []
+        for path in paths.values():
+            for start, end in SPANS:
+                local.start_server(dataclasses.replace(tiny_server(path, f"{start}:{end}"), public_name="ours"))
+                tasks.append({"model": str(path), "block_indices": f"{start}:{end}", "public_name": "stock"})
+        for task in tasks:
+            task |= {"dht_prefix": weights.dht_prefix(task["model"]), "initial_peers": local.swarm.initial_peers}
+        stock["serve"].tell(tasks)
+        found = {}
+        for name, path in paths.items():
+            model = load_model(path, local)
+            ends.callback(model.close)
+            peers = await_servers(model, 2 * len(SPANS))
+            reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+            found[name] = Mixed(path, model, reference, peers)
+        yield found
+
+
+def await_servers(model: SwarmModel, count: int) -> dict[tuple[str, int], str]:
+    """Wait until so many servers answer; return their peer ids by whose they are and their first blocks."""
+
+    def answer() -> bool:
+        views = model.state.servers()
+        return len(views) == count and all(server_info(model, view) for view in views)
+
+    assert model.state.wait(answer, READY_TIMEOUT), model.state.servers()
+    return {(view.public_name or "", view.start): view.peer_id for view in model.state.servers()}
+
+
+@pytest.mark.parametrize("owners", CHAINS)
+@pytest.mark.parametrize("name", MAKERS)
+def test_our_client(mixed: dict[str, Mixed], name: str, owners: tuple[str, str]) -> None:
+    one = mixed[name]
+    chain = one.chain(owners)
+    state = one.model.state
+    state.manager.allowed_servers = set(map(PeerID.from_base58, chain))
+    assert state.wait(lambda: {view.peer_id for view in state.servers()} == set(chain), READY_TIMEOUT)
+    for prompt, expected in zip(one.prompts(), one.expected(), strict=True):
+        with one.model.open_session(128) as session:
+            assert run_greedy(session, prompt, len(expected)) == expected
+            assert [peer for peer, *_ in session.route] == chain
+
+
+def test_stock_client(mixed: dict[str, Mixed], stock: dict[str, Stock]) -> None:
+    tasks = [
+        {
+            "model": str(one.path),
+            "dht_prefix": weights.dht_prefix(str(one.path)),
+            "initial_peers": one.model.swarm.initial_peers,
+            "prompts": one.prompts(),
+            "max_new_tokens": TOKENS,
+            "chains": [one.chain(owners) for owners in CHAINS],
+        }
+        for one in mixed.values()
+    ]
+    stock["generate"].tell(tasks)
+    texts, _ = stock["generate"].process.communicate(timeout=ANSWER_TIMEOUT)
+    assert json.loads(texts) == [[one.expected()] * len(CHAINS) for one in mixed.values()]
