@@ -31,7 +31,6 @@ from petals.utils.convert_block import QuantType
 from swarm import hardware, weights
 from swarm import lazy_imports as imports
 from swarm.errors import ModelUnavailable, SwarmError
-from swarm.families import attention_share
 from swarm.families.adopt import adopt
 from swarm.families.checkpoint import load_block
 from swarm.lengths import served_length
@@ -47,6 +46,7 @@ from swarm.server.handler import TransformerConnectionHandler
 from swarm.server.identity import identity_file, listening_maddrs, remember_maddrs
 from swarm.server.logs import is_abandoned_step, shorten_refusal
 from swarm.server.restart import EARLY_DEATHS, STOP_TIMEOUT, bury_children, die, start_again
+from swarm.shape import attention_share
 from swarm.supervision import Part, Watcher
 from swarm.wire.server_info import extended
 
