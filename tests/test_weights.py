@@ -287,19 +287,15 @@ def test_the_swarm_computes_what_transformers_computes(preparation: Preparation,
     from swarm.local import LocalSwarm
     from tests.conftest import load_model, tiny_server
 
-    prompts = [
-        "<|im_start|>user\nWhat is a swarm of bees?<|im_end|>\n<|im_start|>assistant\n",
-        "def fibonacci(n):\n",
-        PROSE,
-    ]
+    answers = {"<|im_start|>user\nWhat is a swarm of bees?<|im_end|>\n<|im_start|>assistant\n": 16, PROSE: 4}
     with LocalSwarm() as local:
         for blocks in ("0:15", "15:30"):
             local.start_server(tiny_server(preparation.place, blocks))
         model = load_model(preparation.place, local)
-        for prompt in prompts:
+        for prompt, count in answers.items():
             token_ids = tokenizer(prompt, return_tensors="pt").input_ids
             expected = llama.generate(
-                token_ids, do_sample=False, max_new_tokens=40, output_logits=True, return_dict_in_generate=True
+                token_ids, do_sample=False, max_new_tokens=count, output_logits=True, return_dict_in_generate=True
             )
             with model.open_session(512) as session:
                 answer, step = [], token_ids[0].tolist()
