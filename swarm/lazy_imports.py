@@ -5,18 +5,17 @@ hivemind.
 """
 
 import contextlib
-import functools
 import importlib.util
 import io
-import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
+from collections.abc import Callable, Iterator
+from importlib.abc import Loader
 from types import ModuleType
 from typing import Any
+
+import swarm.trimming  # noqa: F401
 
 import torch.distributed
 
@@ -94,51 +93,6 @@ def _import_accelerate() -> None:
         torch.distributed.is_available = is_available
 
 
-class _Trimming(MetaPathFinder, Loader):
-    """Lets Transformers find fewer packages than there are: it imports whatever it finds.
-
-    Nothing here distributes a model over machines, compiles masks, looks at images, or matches boxes in pictures.
-    """
-
-    name = "transformers.utils.import_utils"
-    absent = (
-        "is_torch_distributed_available",
-        "is_torch_flex_attn_available",
-        "is_vision_available",
-        "is_torchvision_available",
-        "is_scipy_available",
-    )
-
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        spec = PathFinder.find_spec(name, path, target) if name == self.name else None
-        if spec is None or spec.loader is None:
-            return None
-        self._loader, spec.loader = spec.loader, self
-        return spec
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self._loader.exec_module(module)
-        for name in self.absent:
-            setattr(module, name, lambda: False)
-        # Transformers splits 1,700 files into their lines, to find the last one that begins so.
-        names_in = module.fetch__all__
-        module.fetch__all__ = lambda text: names_in(_from_last_line(text, "__all__"))  # type: ignore[attr-defined]
-        # It reads each of them twice.
-        read = functools.cache(module.create_import_structure_from_path)
-        module.create_import_structure_from_path = lambda path: read(  # type: ignore[attr-defined]
-            str(path) if os.path.isdir(path) else os.path.dirname(path)
-        )
-
-
-def _from_last_line(text: str, start: str) -> str:
-    """Return the text from the last line on that begins so; empty if none does."""
-    place = f"\n{text}".rfind(f"\n{start}")
-    return text[place:] if place >= 0 else ""
-
-
 class _GetItem:
     """Stands in for the one class of ``torch._dynamo`` that Transformers imports; loads it when it is used."""
 
@@ -157,7 +111,7 @@ def _import_transformers() -> None:
 
     The compiler takes more than a second of a processor, and is used by nobody here.
     """
-    if "torch._dynamo" in sys.modules or "transformers" in sys.modules:
+    if "torch._dynamo" in sys.modules:
         return
     dynamo: Any = ModuleType("torch._dynamo")
     dynamo.allow_in_graph = dynamo.assume_constant_result = lambda function: function
@@ -165,8 +119,6 @@ def _import_transformers() -> None:
     wrapped: Any = ModuleType("torch._dynamo._trace_wrapped_higher_order_op")
     wrapped.TransformGetItemToIndex = _GetItem
     stand_ins = {module.__name__: module for module in (dynamo, wrapped)}
-    finder = _Trimming()
-    sys.meta_path.insert(0, finder)
     sys.modules.update(stand_ins)
     torch_attributes: Any = torch
     torch_attributes._dynamo = dynamo
@@ -174,7 +126,6 @@ def _import_transformers() -> None:
         import transformers.generation.utils
         import transformers.modeling_utils  # noqa: F401
     finally:
-        sys.meta_path.remove(finder)
         for name in stand_ins:
             del sys.modules[name]
         del torch_attributes._dynamo

@@ -259,7 +259,7 @@ def test_commands(command: str) -> None:
     """What they name exists: settings, targets, modules, files and flags."""
     words = shlex.split(command.replace("12D3KooW...", PEER.rpartition("/")[2]), comments=True)
     while words and (assignment := re.fullmatch("([A-Z_]+)=(.*)", words[0])):
-        assert assignment[1] in {*FIELDS, "HOST", "PORT", "TMPDIR"}
+        assert assignment[1] in {*FIELDS, "HOST", "PORT", "TMPDIR", "FAMILIES"}
         if assignment[1] in FIELDS:
             Settings.from_environment({"MODELS": "HuggingFaceTB/SmolLM2-135M-Instruct", assignment[1]: assignment[2]})
         words.pop(0)
