@@ -196,8 +196,10 @@ class Models:
 
         :raises SwarmUnreachable: if that fails
         """
-        from swarm import collector
+        from swarm import collector, fork_server
 
+        if not self.settings.INITIAL_PEERS:
+            fork_server.prepare(str(self.settings.cache_dir))  # it loads while this process does
         with collector.paused():
             from swarm.client.history import HistoryBudget
             from swarm.client.membership import Swarm

@@ -4,12 +4,11 @@ import contextlib
 import dataclasses
 import logging
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
+from swarm import fork_server
 from swarm.client.membership import Swarm
 from swarm.lifeline import ServerLine, describe_exit
 from swarm.options import ServerOptions
@@ -18,7 +17,6 @@ from swarm.supervision import HEALTHY_AFTER, backoff
 
 log = logging.getLogger(__name__)
 
-ROOT = Path(__file__).resolve().parent.parent
 THIS_MACHINE = ("/ip4/127.0.0.1/tcp/0",)  # where nobody else can reach the embedded swarm
 # Longer than a server's own limit for an orderly stop, which announces that its blocks go.
 STOP_TIMEOUT = 12.0  # seconds
@@ -59,13 +57,13 @@ class LocalServer:
             end_with_parent=True,
             quiet=True,
         )
-        return [sys.executable, "-W", "ignore", "-m", "swarm.server", *options.arguments()]
+        return [*fork_server.SERVER, *options.arguments()]
 
-    def _start(self, line: ServerLine) -> subprocess.Popen:
+    def _start(self, line: ServerLine) -> fork_server.Fork | subprocess.Popen[bytes]:
         # A session of its own, so that Ctrl-C in a terminal reaches this program first, which then stops its servers in
         # order; its standard input is a line that ends when this program does, even with SIGKILL.
         try:
-            return subprocess.Popen(self.command(), cwd=ROOT, stdin=line.servers.fileno(), start_new_session=True)
+            return fork_server.start(self.command(), line.servers, str(self.options.cache_dir or ""))
         finally:
             line.servers.close()
 

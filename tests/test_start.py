@@ -121,7 +121,7 @@ def test_killed_server_comes_back_and_the_session_goes_on(program: Program, tiny
 
 def server_of(program: Program, model: Path) -> psutil.Process:
     """The main process of a model's embedded server; it has children of the same command line."""
-    servers = [process for process in program.family() if {"swarm.server", str(model)} <= set(process.cmdline())]
+    servers = [process for process in program.family() if f"-m swarm.server {model} " in " ".join(process.cmdline())]
     return next(process for process in servers if process.parent() not in servers)
 
 

@@ -295,7 +295,7 @@ def test_a_server_that_dies_early_counts_its_deaths(
     monkeypatch.delenv(restart.EARLY_DEATHS, raising=False)
     if deaths:
         monkeypatch.setenv(restart.EARLY_DEATHS, deaths)
-    monkeypatch.setattr(restart, "STARTED", time.monotonic() - lived)
+    monkeypatch.setattr(restart, "started", time.monotonic() - lived)
     monkeypatch.setattr(supervision, "backoff", lambda deaths: 0.0)
     monkeypatch.setattr(supervision, "replace_process", lambda **environment: environments.append(environment))
     restart.start_again(threading.Event())

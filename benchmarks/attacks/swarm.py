@@ -37,7 +37,7 @@ def is_daemon(process: psutil.Process) -> bool:
 
 
 def is_server(process: psutil.Process) -> bool:
-    return "swarm.server" in process.cmdline()
+    return "-m swarm.server " in " ".join(process.cmdline())
 
 
 def app_parts(target: Target) -> tuple[psutil.Process, psutil.Process]:
@@ -54,7 +54,7 @@ def find_daemon(process: psutil.Process) -> list[psutil.Process]:
 
 def server_parts(target: Target) -> dict[str, psutil.Process]:
     """Return the processes of the embedded server by what they do."""
-    server = next(child for child in target.worker.children() if is_server(child))
+    server = next(child for child in target.worker.children(recursive=True) if is_server(child))
     dht = next(child for child in server.children() if find_daemon(child))
     handlers = [child for child in server.children() if child != dht and not is_helper(child)]
     return {"server": server, "dht": dht, "daemon": find_daemon(dht)[0], "handler": handlers[0]}

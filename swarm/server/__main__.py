@@ -1,11 +1,29 @@
 """``python -m swarm.server``. Whoever has started it is told why it fails, also if that is while the program loads."""
 
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 from swarm import collector, places
 from swarm.lifeline import program_line
 from swarm.options import parse_args
 from swarm.places import PlaceUnusable
+
+
+def load(cache_dir: Path | None) -> Callable[[], int]:
+    """Load the program; return what runs a server by its command line.
+
+    :raises PlaceUnusable: if files cannot be kept where they have to be
+    """
+    places.settle_temporary_files()
+    places.settle_home(cache_dir)
+    cache_dir = cache_dir or places.default_cache_dir()
+    places.settle_petals(cache_dir)
+    places.settle_compiled(cache_dir)
+    with collector.paused():
+        from swarm.server.serve import main
+
+    return main
 
 
 def start() -> int:
@@ -14,15 +32,7 @@ def start() -> int:
     if options.end_with_parent:
         program_line.hold()
     try:
-        places.settle_temporary_files()
-        places.settle_home(options.cache_dir)
-        cache_dir = options.cache_dir or places.default_cache_dir()
-        places.settle_petals(cache_dir)
-        places.settle_compiled(cache_dir)
-        with collector.paused():
-            from swarm.server.serve import main
-
-        return main()
+        return load(options.cache_dir)()
     except PlaceUnusable as error:
         print(error, file=sys.stderr)
         program_line.say_failed(str(error))

@@ -15,7 +15,13 @@ log = logging.getLogger(__name__)
 STOP_TIMEOUT = 10.0  # seconds
 # Passed on across a restart: how many times in a row the server has died early.
 EARLY_DEATHS = "SWARM_SERVER_EARLY_DEATHS"
-STARTED = time.monotonic()
+started = time.monotonic()
+
+
+def begin() -> None:
+    """Count this process's life from now on: it was forked from one that is older."""
+    global started
+    started = time.monotonic()
 
 
 def start_again(stop: threading.Event) -> None:
@@ -23,7 +29,7 @@ def start_again(stop: threading.Event) -> None:
 
     Returns only if ``stop`` is set during the delay.
     """
-    lived = time.monotonic() - STARTED
+    lived = time.monotonic() - started
     deaths = 0 if lived > supervision.HEALTHY_AFTER else int(os.environ.get(EARLY_DEATHS, "0")) + 1
     if stop.wait(supervision.backoff(deaths)):
         return
