@@ -1,0 +1,137 @@
+"""Weights in 16, 8 and 4 bits: how they are rounded to, and how they lie in memory."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import swarm.compat  # noqa: F401
+
+import torch
+
+from swarm.products import calls, loops
+from swarm.products.loops import GROUP
+
+# Names of formats, and what the loops call them.
+BFLOAT16, FLOAT16, INT8, INT8_GROUPS, INT4 = "bfloat16", "float16", "int8", "int8 in groups", "int4"
+CODES = {
+    BFLOAT16: loops.BFLOAT16,
+    FLOAT16: loops.FLOAT16,
+    INT8: loops.INT8,
+    INT8_GROUPS: loops.INT8_GROUPS,
+    INT4: loops.INT4_GROUPS,
+}
+ROUNDED = {BFLOAT16: torch.bfloat16, FLOAT16: torch.float16}
+LARGEST_INT8, LARGEST_INT4 = 127, 15
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A matrix of weights, [outputs, inputs], in one of the formats.
+
+    - ``bfloat16``, ``float16``: as they are.
+    - ``int8``: each output has its scale; values are whole numbers from -127 to 127 times that.
+    - ``int8 in groups``: the same for each 32 inputs of an output, with a scale in float16; GGUF's Q8_0.
+    - ``int4``: each 32 inputs of an output have a scale and a least value, both float16; values are whole numbers from
+      0 to 15 times the one, plus the other; GGUF's Q4_1.
+    """
+
+    format: str
+    rows: torch.Tensor  # uint8, [outputs, bytes]; inputs are filled up to a multiple of GROUP
+    inputs: int
+    scales: torch.Tensor | None = None  # [outputs], float32; of int8
+
+    @property
+    def outputs(self) -> int:
+        return len(self.rows)
+
+    @property
+    def filled(self) -> int:
+        """The number of inputs, filled up."""
+        return -(-self.inputs // GROUP) * GROUP
+
+    def part(self, outputs: slice) -> "Weights":
+        """Return some of the outputs."""
+        scales = None if self.scales is None else self.scales[outputs].clone()
+        return dataclasses.replace(self, rows=self.rows[outputs].clone(), scales=scales)
+
+    def widened(self, first: int = 0, last: int | None = None) -> torch.Tensor:
+        """Return the values of outputs [first, last) in float32, [outputs, inputs filled up]."""
+        rows = self.rows[first:last]
+        scales = None if self.scales is None else self.scales[first:last]
+        return calls.widened(CODES[self.format], rows, scales, self.filled)
+
+    def dense(self) -> torch.Tensor:
+        """Return all values in float32, [outputs, inputs]."""
+        return self.widened()[:, : self.inputs]
+
+
+def rounded(weight: torch.Tensor, format_: str) -> Weights:
+    """Round a matrix to a format.
+
+    :param weight: [outputs, inputs], floating
+    """
+    count = weight.shape[1]
+    spare = -count % GROUP
+    if format_ in ROUNDED:
+        values = torch.nn.functional.pad(weight.to(ROUNDED[format_]), (0, spare))
+        return Weights(format_, values.contiguous().view(torch.uint8), count)
+    weight = weight.float()
+    if format_ == INT8:
+        scales = weight.abs().amax(1) / LARGEST_INT8
+        values = divided(weight, scales[:, None]).clamp_(-LARGEST_INT8, LARGEST_INT8).to(torch.int8)
+        return Weights(format_, torch.nn.functional.pad(values, (0, spare)).view(torch.uint8), count, scales)
+    # Repeat the last value, which leaves the largest and the least of its group what they are.
+    groups = torch.cat([weight, weight[:, -1:].expand(-1, spare)], 1).unflatten(1, (-1, GROUP))
+    packed = int8_groups(groups) if format_ == INT8_GROUPS else int4_groups(groups)
+    return Weights(format_, packed.flatten(1), count)
+
+
+def divided(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Return the nearest whole numbers of scales; where these are 0, 0."""
+    return torch.where(scales == 0, 0, values / scales).round_()
+
+
+def int8_groups(groups: torch.Tensor) -> torch.Tensor:
+    """Return [outputs, groups, bytes] of [outputs, groups, GROUP]."""
+    scales = (groups.abs().amax(-1, keepdim=True) / LARGEST_INT8).half()
+    values = divided(groups, scales.float()).clamp_(-LARGEST_INT8, LARGEST_INT8).to(torch.int8)
+    return torch.cat([scales.view(torch.uint8), values.view(torch.uint8)], -1)
+
+
+def int4_groups(groups: torch.Tensor) -> torch.Tensor:
+    """Return [outputs, groups, bytes] of [outputs, groups, GROUP]."""
+    least = groups.amin(-1, keepdim=True)
+    # In the wider of the two, so that a file's own scales are found again.
+    scales = ((groups.amax(-1, keepdim=True) - least) / LARGEST_INT4).half()
+    least = least.half()
+    values = divided(groups - least.float(), scales.float()).clamp_(0, LARGEST_INT4).to(torch.uint8)
+    lower, upper = values.chunk(2, -1)
+    return torch.cat([scales.view(torch.uint8), least.view(torch.uint8), lower | upper << 4], -1)
+
+
+def exactly(weight: torch.Tensor, format_: str) -> Weights | None:
+    """Return a matrix in a format in which it loses nothing, or None if it would."""
+    few = weight[:4]
+    for part in (few, weight):  # most matrices show at once that they would
+        result = rounded(part, format_)
+        if not torch.equal(result.dense(), part.float()):
+            return None
+    return result
+
+
+def joined(matrices: Sequence[Weights]) -> Weights:
+    """Return matrices of the same format and inputs as one, their outputs one after the other."""
+    first = matrices[0]
+    if len(matrices) == 1:
+        return first
+    scales = [matrix.scales for matrix in matrices if matrix.scales is not None]
+    rows = torch.cat([matrix.rows for matrix in matrices])
+    return Weights(first.format, rows, first.inputs, torch.cat(scales) if scales else None)
+
+
+def product(weights: Weights, bias: torch.Tensor | None) -> calls.Product:
+    """Return the product with weights of at least ``loops.OUTPUTS`` outputs.
+
+    :param bias: [outputs], float32
+    """
+    return calls.Product(CODES[weights.format], weights.rows, weights.scales, weights.filled, bias)
