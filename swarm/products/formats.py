@@ -1,7 +1,7 @@
 """Weights in 16, 8 and 4 bits: how they are rounded to, and how they lie in memory."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import swarm.compat  # noqa: F401
@@ -22,6 +22,8 @@ CODES = {
 }
 ROUNDED = {BFLOAT16: torch.bfloat16, FLOAT16: torch.float16}
 LARGEST_INT8, LARGEST_INT4 = 127, 15
+
+Packer = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -65,10 +67,11 @@ class Weights:
         return self.widened()[:, : self.inputs]
 
 
-def rounded(weight: torch.Tensor, format_: str) -> Weights:
+def rounded(weight: torch.Tensor, format_: str, pack: Packer | None = None) -> Weights:
     """Round a matrix to a format.
 
     :param weight: [outputs, inputs], floating
+    :param pack: what makes [outputs, groups, bytes] of [outputs, groups, GROUP], if not the format's own
     """
     count = weight.shape[1]
     spare = -count % GROUP
@@ -82,7 +85,7 @@ def rounded(weight: torch.Tensor, format_: str) -> Weights:
         return Weights(format_, torch.nn.functional.pad(values, (0, spare)).view(torch.uint8), count, scales)
     # Repeat the last value, which leaves the largest and the least of its group what they are.
     groups = torch.cat([weight, weight[:, -1:].expand(-1, spare)], 1).unflatten(1, (-1, GROUP))
-    packed = int8_groups(groups) if format_ == INT8_GROUPS else int4_groups(groups)
+    packed = (pack or PACKERS[format_])(groups)
     return Weights(format_, packed.flatten(1), count)
 
 
@@ -101,22 +104,41 @@ def int8_groups(groups: torch.Tensor) -> torch.Tensor:
 def int4_groups(groups: torch.Tensor) -> torch.Tensor:
     """Return [outputs, groups, bytes] of [outputs, groups, GROUP]."""
     least = groups.amin(-1, keepdim=True)
-    # In the wider of the two, so that a file's own scales are found again.
-    scales = ((groups.amax(-1, keepdim=True) - least) / LARGEST_INT4).half()
-    least = least.half()
+    scales = (groups.amax(-1, keepdim=True) - least) / LARGEST_INT4
+    return _nibbles(groups, scales.half(), least.half())
+
+
+def symmetric_int4_groups(groups: torch.Tensor) -> torch.Tensor:
+    """Return the same with 0 in the middle, as GGUF's Q4_0: the value farthest from 0 is -8 times the scale."""
+    farthest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+    scales = (farthest / -8).half()
+    return _nibbles(groups, scales, -8 * scales)
+
+
+def _nibbles(groups: torch.Tensor, scales: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
     values = divided(groups - least.float(), scales.float()).clamp_(0, LARGEST_INT4).to(torch.uint8)
     lower, upper = values.chunk(2, -1)
     return torch.cat([scales.view(torch.uint8), least.view(torch.uint8), lower | upper << 4], -1)
 
 
-def exactly(weight: torch.Tensor, format_: str) -> Weights | None:
-    """Return a matrix in a format in which it loses nothing, or None if it would."""
-    few = weight[:4]
-    for part in (few, weight):  # most matrices show at once that they would
-        result = rounded(part, format_)
-        if not torch.equal(result.dense(), part.float()):
-            return None
-    return result
+def exactly(weight: torch.Tensor) -> Weights | None:
+    """Return a matrix in the smallest format in which it loses nothing, or None if it would in all.
+
+    So the bits of a GGUF file are found again in what was made of them, for Q4_1, Q4_0 and Q8_0.
+    """
+    for format_, pack in EXACT:
+        for part in (weight[:8], weight):  # most matrices show at once that they would
+            result = rounded(part, format_, pack)
+            if not torch.equal(result.dense(), part.float()):
+                break
+        else:
+            return result
+    return None
+
+
+PACKERS: Mapping[str, Packer] = {INT8_GROUPS: int8_groups, INT4: int4_groups}
+# In which formats, and how rounded, weights may lose nothing; the smallest first.
+EXACT = ((INT4, int4_groups), (INT4, symmetric_int4_groups), (INT8_GROUPS, None), (BFLOAT16, None), (FLOAT16, None))
 
 
 def joined(matrices: Sequence[Weights]) -> Weights:

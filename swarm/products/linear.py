@@ -244,11 +244,12 @@ def rounding(weight: torch.Tensor, quant: str) -> Weights:
     """Return a weight in a format.
 
     :param quant: ``"int8"``, ``"int4"``, or ``"auto"``: the smallest format in which it loses nothing, as weights of a
-        GGUF file may have been quantised, or else bfloat16
+        GGUF file may have been quantised, or else 16 bits
     """
     if quant != "auto":
         return formats.rounded(weight, quant)
-    for exact in (formats.INT4, formats.INT8_GROUPS):
-        if (weights := formats.exactly(weight, exact)) is not None:
-            return weights
-    return formats.rounded(weight, formats.BFLOAT16)
+    if (exact := formats.exactly(weight)) is not None:
+        return exact
+    # Of float32, float16 keeps three more bits than bfloat16, as long as it holds the largest.
+    fits = weight.abs().max() <= torch.finfo(torch.float16).max
+    return formats.rounded(weight, formats.FLOAT16 if fits else formats.BFLOAT16)

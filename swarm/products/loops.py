@@ -10,6 +10,7 @@ compiled is in this file, since Numba compiles again when a function's file chan
 
 import functools
 import logging
+import platform
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,17 +27,16 @@ from numba.extending import intrinsic
 log = logging.getLogger(__name__)
 
 
-def vector_size() -> int:
-    """Return how many float32 a register holds, as far as is known of the processor that is compiled for."""
-    features = numba.config.CPU_FEATURES
-    if features is not None:
-        return 16 if "+avx512f" in features else 8
-    if numba.config.CPU_NAME not in (None, "", llvmlite.binding.get_host_cpu_name()):
-        return 8
-    return 16 if llvmlite.binding.get_host_cpu_features().get("avx512f") else 8
+def has(feature: str) -> bool:
+    """Whether the processor that Numba compiles for has some instructions, by LLVM's name for them."""
+    if numba.config.CPU_FEATURES is not None:
+        return f"+{feature}" in numba.config.CPU_FEATURES.split(",")
+    return bool(llvmlite.binding.get_host_cpu_features().get(feature))
 
 
-VECTOR = vector_size()
+VECTOR = 16 if has("avx512f") else 8  # float32 in a register, or two
+# Without instructions for float16, LLVM would call a function that is not there.
+SOFT_HALF = platform.machine() in ("x86_64", "AMD64") and not has("f16c")
 # Inputs are as many as fill whole groups.
 GROUP = 32
 # What is computed in registers: so many outputs of so many rows.
@@ -91,7 +91,10 @@ class _Emitter:
 
     def half(self, address: Any) -> Any:
         """Load a float16 as float32, in all places of a vector."""
-        value = self.builder.fpext(self.load(address, HALF_FLOAT), FLOAT)
+        if SOFT_HALF:
+            value = self._from_half(self.load(address, SHORT), INT, FLOAT)
+        else:
+            value = self.builder.fpext(self.load(address, HALF_FLOAT), FLOAT)
         nothing = ir.Constant(FLOATS, ir.Undefined)
         first = self.builder.insert_element(nothing, value, ir.Constant(INT, 0))
         return self.builder.shuffle_vector(first, nothing, ir.Constant(INTS, [0] * VECTOR))
@@ -133,7 +136,21 @@ class _Emitter:
         return self.builder.bitcast(self.builder.shl(bits, ir.Constant(INTS, [16] * VECTOR)), FLOATS)
 
     def _widened_float16(self, address: Any) -> Any:
+        if SOFT_HALF:
+            return self._from_half(self.load(address, SHORTS), INTS, FLOATS)
         return self.builder.fpext(self.load(address, HALVES), FLOATS)
+
+    def _from_half(self, half: Any, ints: Any, floats: Any) -> Any:
+        """Return a finite float16 as float32: its bits in their new places, and a factor for the other exponent."""
+        builder, bits = self.builder, self.builder.zext(half, ints)
+
+        def constant(kind: Any, value: float) -> Any:
+            return ir.Constant(kind, [value] * VECTOR if isinstance(kind, ir.VectorType) else value)
+
+        sign = builder.shl(builder.and_(bits, constant(ints, 0x8000)), constant(ints, 16))
+        rest = builder.shl(builder.and_(bits, constant(ints, 0x7FFF)), constant(ints, 13))
+        scaled = builder.fmul(builder.bitcast(rest, floats), constant(floats, 2.0**112))
+        return builder.bitcast(builder.or_(builder.bitcast(scaled, ints), sign), floats)
 
     def _bytes(self, address: Any) -> list[tuple[int, Any]]:
         loaded = [(i, self.load(self.at(address, i), BYTES)) for i in range(0, GROUP, VECTOR)]
