@@ -99,6 +99,7 @@ class Product:
         """
         if len(rows) < OUTPUTS:
             raise ValueError(f"{len(rows)} outputs are too few: {OUTPUTS} are computed at once")
+        self._outputs, self._count = len(rows), count
         self._kept = rows, scales, bias  # the loop knows their addresses only
         self._loop = loops.compiled(format_, "product")
         arguments = np.zeros(ARGUMENTS, np.int64)
@@ -116,12 +117,9 @@ class Product:
 
         :raises ValueError: if the inputs are something else
         """
-        arguments = self._arguments.copy()
-        if inputs.shape[1] != arguments[COUNT] or inputs.dtype != torch.float32 or not inputs.is_contiguous():
-            raise ValueError(
-                f"{inputs.dtype} of {list(inputs.shape)} cannot be multiplied with {arguments[COUNT]} weights"
-            )
-        results = torch.empty(len(inputs), int(arguments[OUTPUT_COUNT]))
+        if inputs.shape[1] != self._count or inputs.dtype != torch.float32 or not inputs.is_contiguous():
+            raise ValueError(f"{inputs.dtype} of {list(inputs.shape)} are not rows of {self._count} values")
+        arguments, results = self._arguments.copy(), torch.empty(len(inputs), self._outputs)
         arguments[INPUTS], arguments[RESULTS], arguments[ROW_COUNT] = inputs.data_ptr(), results.data_ptr(), len(inputs)
         run(self._loop, arguments)
         return results

@@ -67,13 +67,18 @@ class LoopedProduct:
     def __init__(self, weights: Weights, bias: torch.Tensor | None) -> None:
         self.weights = weights
         self._bias = None if bias is None else bias.float()
+        self._spare = weights.filled - weights.inputs
         self._product = formats.product(weights, self._bias)
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
-        rows = inputs.float().reshape(-1, inputs.shape[-1]).contiguous()
-        if self.weights.filled != self.weights.inputs:
-            rows = F.pad(rows, (0, self.weights.filled - self.weights.inputs))
+        rows = inputs
+        if inputs.dim() != 2 or inputs.dtype != torch.float32 or not inputs.is_contiguous():
+            rows = inputs.float().reshape(-1, inputs.shape[-1]).contiguous()
+        if self._spare:
+            rows = F.pad(rows, (0, self._spare))
         outputs = self._widened(rows) if len(rows) >= WIDE_ROWS and choice.widening_pays() else self._product(rows)
+        if rows is inputs:  # as between the products of a decoding step, where each operator counts
+            return outputs
         return outputs.to(inputs.dtype).view(*inputs.shape[:-1], self.weights.outputs)
 
     def _widened(self, rows: torch.Tensor) -> torch.Tensor:
