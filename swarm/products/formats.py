@@ -22,6 +22,7 @@ CODES = {
 }
 ROUNDED = {BFLOAT16: torch.bfloat16, FLOAT16: torch.float16}
 LARGEST_INT8, LARGEST_INT4 = 127, 15
+PIECE = 2**18  # values that are rounded at once
 
 Packer = Callable[[torch.Tensor], torch.Tensor]
 
@@ -73,6 +74,15 @@ def rounded(weight: torch.Tensor, format_: str, pack: Packer | None = None) -> W
     :param weight: [outputs, inputs], floating
     :param pack: what makes [outputs, groups, bytes] of [outputs, groups, GROUP], if not the format's own
     """
+    return joined([_rounded(part, format_, pack) for part in pieces(weight)])
+
+
+def pieces(weight: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Return the rows of a matrix in pieces that stay in a cache, which makes rounding several times as fast."""
+    return weight.split(max(1, PIECE // weight.shape[1]))
+
+
+def _rounded(weight: torch.Tensor, format_: str, pack: Packer | None) -> Weights:
     count = weight.shape[1]
     spare = -count % GROUP
     if format_ in ROUNDED:
@@ -127,12 +137,14 @@ def exactly(weight: torch.Tensor) -> Weights | None:
     So the bits of a GGUF file are found again in what was made of them, for Q4_1, Q4_0 and Q8_0.
     """
     for format_, pack in EXACT:
-        for part in (weight[:8], weight):  # most matrices show at once that they would
-            result = rounded(part, format_, pack)
-            if not torch.equal(result.dense(), part.float()):
+        parts = []
+        for piece in pieces(weight):
+            part = _rounded(piece, format_, pack)
+            if not torch.equal(part.dense(), piece.float()):
                 break
+            parts.append(part)
         else:
-            return result
+            return joined(parts)
     return None
 
 
