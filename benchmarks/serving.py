@@ -17,7 +17,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,7 @@ def main() -> None:
     parser.add_argument("--random", choices=RANDOM, help="a model of random weights instead")
     parser.add_argument("--device", help="default: the app's")
     parser.add_argument("--dtype", help="default: the app's")
+    parser.add_argument("--quant", help="of the batching server's weights; default: the app's")
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--plot", type=Path, help="draw the results here (PNG)")
     args = parser.parse_args()
@@ -103,14 +104,15 @@ def main() -> None:
         "model": Path(name).name if args.random else name,
         "device": device,
         "dtype": dtype,
+        "quant": args.quant,
         "cores": cpu_count(),
         "sampled": args.sample,
         "runs": [],
     }
     with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
         sides = {
-            kind: stack.enter_context(Side.started(kind, name, device, dtype, settings, Path(directory)))
-            for kind in (BATCHING, STOCK)
+            kind: stack.enter_context(Side.started(kind, name, device, dtype, settings, Path(directory), options))
+            for kind, options in ((BATCHING, {"dtype": args.dtype, "quant": args.quant}), (STOCK, {"batching": False}))
         }
         for clients in args.clients:
             for kind, side in sides.items():
@@ -147,12 +149,22 @@ class Side:
     @classmethod
     @contextlib.contextmanager
     def started(
-        cls, kind: str, name: str, device: str, dtype: str, settings: Settings, directory: Path
+        cls,
+        kind: str,
+        name: str,
+        device: str,
+        dtype: str,
+        settings: Settings,
+        directory: Path,
+        options: Mapping[str, Any],
     ) -> Iterator["Side"]:
-        """Start everything, and end it after the ``with`` block."""
+        """Start everything, and end it after the ``with`` block.
+
+        :param options: of the server, where they differ from the usual ones
+        """
         set_threads(settings.CLIENT_THREADS)
         with LocalSwarm() as local:
-            model, server = serve_model(local, settings, name, device, dtype, share=0.1, batching=kind == BATCHING)
+            model, server = serve_model(local, settings, name, device, dtype, share=0.1, **options)
             environment = {
                 "INITIAL_PEERS": ",".join(local.swarm.initial_peers),
                 "MODELS": name,
@@ -189,22 +201,23 @@ def free_cache(model: SwarmModel) -> int:
 
 
 def serve_model(
-    local: LocalSwarm, settings: Settings, name: str, device: str, dtype: str, *, share: float, batching: bool = True
+    local: LocalSwarm, settings: Settings, name: str, device: str, dtype: str, *, share: float, **options: Any
 ) -> tuple[SwarmModel, LocalServer]:
     """Serve a model, load the client's part of it, and wait until all its blocks are served.
 
+    :param dtype: the client's, and the server's unless ``options`` have another
     :param share: share of the free memory for the server's attention cache
+    :param options: others of the server
     """
     model = SwarmModel.load(name, local.swarm, cache_dir=settings.cache_dir, device=device, torch_dtype=dtype)
     server = local.start_server(
         ServerOptions(
             name,
             device=device,
-            dtype=dtype,
             attn_cache_tokens=attn_cache_tokens(model.config, dtype, share, device),
             threads=settings.SERVER_THREADS or None,
             cache_dir=settings.cache_dir,
-            batching=batching,
+            **{"dtype": dtype, **options},
         )
     )
     model.state.start(timeout=60)

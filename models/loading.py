@@ -304,7 +304,7 @@ class Models:
             ServerOptions(
                 name,
                 device=settings.device(),
-                dtype=dtype,
+                dtype=settings.TORCH_DTYPE or None,
                 attn_cache_tokens=cache_tokens,
                 threads=settings.SERVER_THREADS or None,
                 cache_dir=settings.cache_dir,

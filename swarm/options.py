@@ -92,7 +92,11 @@ class ServerOptions:
     dtype: str | None = option(
         None, "default: by what the machine has", choices=("auto", "float32", "bfloat16", "float16")
     )
-    quant: str = option("none", "quantise the weights", choices=("none", "int8", "nf4"))
+    quant: str | None = option(
+        None,
+        "quantise the weights; auto: without loss, or to 16 bits; default: auto on a CPU, unless --dtype is given",
+        choices=("none", "auto", "int8", "int4", "nf4"),
+    )
     attn_cache_tokens: int | None = option(
         None, "attention cache for N tokens of each block", metavar="N", bounds=COUNT
     )

@@ -144,11 +144,11 @@ def test_packed_weights_are_not_kept_a_second_time(make: Callable[[Path], Path],
 
 
 def test_quantised_weights_are_left_to_petals(tiny_bloom: Path) -> None:
-    modules, config = load_blocks(tiny_bloom, QuantType.INT8)
+    modules, config = load_blocks(tiny_bloom, QuantType.NF4)
     assert make_ragged_blocks(modules, config, torch.float32, 256) is None
     hidden = torch.randn(7, 64)
     with LocalSwarm() as local:
-        local.start_server(dataclasses.replace(tiny_server(tiny_bloom, "0:4"), quant="int8"))
+        local.start_server(dataclasses.replace(tiny_server(tiny_bloom, "0:4"), quant="nf4"))
         model = load_model(tiny_bloom, local)
         assert [info["batching"] for info in infos(model)] == [False]
         with InferenceSession(model.state.manager, 16) as session, torch.inference_mode():

@@ -12,7 +12,8 @@ from torch import nn
 
 from swarm.client.head import Head
 from swarm.families.attention import Scoring
-from swarm.packed_linear import PackedLinear, can_pack, fuse
+from swarm.products.choice import can_pack
+from swarm.products.linear import PackedLinear, fuse
 from swarm.server import kernels
 
 # bfloat16 has eight bits of precision; results differ by the order of additions.
@@ -133,8 +134,8 @@ def test_weights_that_cannot_be_packed_are_shared() -> None:
     assert not can_pack(weight)
     layers = Layers().double()
     fused = fuse(layers, "first", "second")
-    assert fused.weight is not None
-    assert layers.first.weight.data_ptr() == fused.weight.data_ptr()
+    assert not fused.holds_copy
+    assert layers.first.weight.data_ptr() == fused.product.dense().data_ptr()
     inputs = torch.randn(3, 12, dtype=torch.float64)
     torch.testing.assert_close(fused(inputs)[:, :20], layers.first(inputs))
 

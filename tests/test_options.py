@@ -167,7 +167,7 @@ def test_multiaddrs_are_known() -> None:
 
 
 def test_weights_can_be_quantised_as_petals_can() -> None:
-    assert ROWS["quant"].metadata["choices"] == tuple(kind.name.lower() for kind in QuantType)
+    assert {kind.name.lower() for kind in QuantType} < set(ROWS["quant"].metadata["choices"])
 
 
 @pytest.mark.parametrize("host_maddrs", [(), ("/ip4/0.0.0.0/tcp/0",)])

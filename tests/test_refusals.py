@@ -328,7 +328,7 @@ def test_experts_are_not_quantised(tmp_path: Path, variant: str, quant: str) -> 
         server_arguments(ServerOptions(str(directory), device="cpu", quant=quant), str(directory))
     assert str(caught.value) == (
         f"{directory}: --quant {quant} is not supported for models with experts ({variant}): "
-        "petals would quantise all but the experts, which are most of the weights"
+        "all but the experts would be quantised, which are most of the weights"
     )
 
 

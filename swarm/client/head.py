@@ -11,7 +11,8 @@ import swarm.compat  # noqa: F401
 import torch
 
 from swarm.errors import ModelMismatch
-from swarm.packed_linear import PackedLinear, can_pack
+from swarm.products.choice import can_pack
+from swarm.products.linear import PackedLinear
 
 # Memory for a second copy of the head's weights, where the embeddings need the first. BLOOM's would take 7 GB.
 COPY_LIMIT = 2**30  # bytes

@@ -17,6 +17,7 @@ from swarm.errors import ModelUnavailable
 from swarm.families import files  # noqa: F401  petals reads files by it
 from swarm.families.layers import SwarmLayer
 from swarm.families.quantised import dequantised
+from swarm.products.linear import rounded_layers
 
 NAMED = 3  # tensors that a message names
 
@@ -27,15 +28,18 @@ EXPERT_NAMES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(w1|w2|w3|gate_proj|up_proj|down_proj)\.weight")
 
 
-def load_block(model: str, number: int, *, config: Any, torch_dtype: Any = "auto", **options: Any) -> nn.Module:
+def load_block(
+    model: str, number: int, *, config: Any, torch_dtype: Any = "auto", quant: str | None = None, **options: Any
+) -> nn.Module:
     """Load a block; in place of petals' ``load_pretrained_block``, whose blocks do not know their number.
 
+    :param quant: how to round the weights of its linear layers, see ``swarm.products.linear.rounding``; None: not
     :param options: revision, token, cache_dir, max_disk_space: as petals has them
     :raises ModelUnavailable: if weights are missing, or there are some that are not known
     """
     if not issubclass(config.block_class, SwarmLayer):
         block = petals_loading.load_pretrained_block(model, number, config=config, torch_dtype=torch_dtype, **options)
-        return block.eval()  # petals leaves its blocks in training mode, where dropout would be computed
+        return prepared(block, quant)
     dtype = resolve_block_dtype(config, torch_dtype)
     block = empty_block(config, number)
     options["cache_dir"] = options.get("cache_dir") or DEFAULT_CACHE_DIR
@@ -51,7 +55,14 @@ def load_block(model: str, number: int, *, config: Any, torch_dtype: Any = "auto
     state = fuse_experts(state, block)
     block.load_state_dict({name: converted(tensor, dtype) for name, tensor in state.items()}, assign=True)
     log.info("loaded block %d of %s", number, model)
-    return block.eval()
+    return prepared(block, quant)
+
+
+def prepared(block: nn.Module, quant: str | None) -> nn.Module:
+    """Return a loaded block, ready to compute."""
+    if quant is not None:
+        rounded_layers(block, quant)
+    return block.eval()  # petals leaves its blocks in training mode, where dropout would be computed
 
 
 def empty_block(config: Any, number: int) -> nn.Module:

@@ -37,6 +37,7 @@ from swarm.lengths import served_length
 from swarm.lifeline import program_line
 from swarm.options import ServerOptions, parse_args
 from swarm.process import kill_descendants, set_threads
+from swarm.server import quantising
 from swarm.server.announcing import Announcer
 from swarm.server.backend import HeadSizeBackend
 from swarm.server.cache import SharedMemoryCache
@@ -88,13 +89,13 @@ def make_server(options: ServerOptions) -> Server:
 def use_own_parts(options: ServerOptions) -> None:
     """Make petals build its server from this project's parts."""
     imports.postpone(ADAPTERS, transformers5.before_adapters)
-    if not options.batching or options.quant != "none":
+    if not options.batching or quantising.by_petals(options) is not QuantType.NONE:
         imports.load(ADAPTERS)  # imports bitsandbytes, which quantises, and prints on import
     TransformerConnectionHandler.inference_tokens = multiprocessing.Value(ctypes.c_uint64)
     TransformerConnectionHandler.heartbeat = multiprocessing.Value(ctypes.c_double, time.monotonic())
     container = batching_container(operator_threads(options)) if options.batching else WatchedContainer
     parts = (TransformerConnectionHandler, SharedMemoryCache, container, Announcer, PatientDHT, HeadSizeBackend)
-    use_server_parts(*parts, load_block)
+    use_server_parts(*parts, functools.partial(load_block, quant=quantising.by_loops(options)))
     if options.batching and not is_public(options):  # leave a stock server unchanged, for comparison
         disable_reachability_probes()
 
@@ -106,11 +107,8 @@ def server_arguments(options: ServerOptions, path: str) -> dict[str, Any]:
     :raises ModelUnavailable: if the model's configuration cannot be read, or it cannot be quantised as wanted
     """
     public, config = is_public(options), read_config(options.model, path)
-    if options.quant != "none" and getattr(config, "num_local_experts", None):
-        raise ModelUnavailable(
-            f"{options.model}: --quant {options.quant} is not supported for models with experts ({config.model_type}): "
-            "petals would quantise all but the experts, which are most of the weights"
-        )
+    if reason := quantising.refusal(options, config):
+        raise ModelUnavailable(f"{options.model}: --quant {options.quant} {reason}")
     device = options.device or hardware.pick_device()
     blocks = options.blocks
     if blocks is None and options.num_blocks is None and device == "cpu":
@@ -125,7 +123,7 @@ def server_arguments(options: ServerOptions, path: str) -> dict[str, Any]:
         "num_blocks": options.num_blocks,
         "device": device,
         "torch_dtype": options.dtype or hardware.pick_dtype(device),
-        "quant_type": QuantType[options.quant.upper()],
+        "quant_type": quantising.by_petals(options),
         "attn_cache_tokens": petals_cache_tokens(options.attn_cache_tokens, config),
         "inference_max_length": options.inference_max_length or served_length(config, options.attn_cache_tokens),
         "num_handlers": options.num_handlers,

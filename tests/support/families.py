@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from swarm.families.adopt import adopt
 from swarm.families.checkpoint import load_block
+from swarm.products.linear import rounding
 from swarm.server.blocks import Part, RaggedBlocks
 from tests.support.tiny import alone, make_tokenizer
 
@@ -125,16 +126,20 @@ def save_stirred(model: Any, tokenizer: Any, directory: Path) -> Path:
     return directory
 
 
-def load_blocks(path: Path) -> tuple[Any, list[Any]]:
+def load_blocks(path: Path, quant: str | None = None) -> tuple[Any, list[Any]]:
     adopt(str(path))
     config = AutoDistributedConfig.from_pretrained(str(path))
     count = config.num_hidden_layers
-    return config, [load_block(str(path), i, config=config, torch_dtype=torch.float32) for i in range(count)]
+    options = {"config": config, "torch_dtype": torch.float32, "quant": quant}
+    return config, [load_block(str(path), i, **options) for i in range(count)]
 
 
 @torch.inference_mode()
-def reference_states(path: Path, tokens: int = 60) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return inputs of the first block and outputs of the last, [tokens, hidden size] each."""
+def reference_states(path: Path, tokens: int = 60, quant: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return inputs of the first block and outputs of the last, [tokens, hidden size] each.
+
+    :param quant: how the weights of the layers are rounded before; plain Transformers computes with the result
+    """
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     seen: dict[str, torch.Tensor] = {}
 
@@ -142,6 +147,9 @@ def reference_states(path: Path, tokens: int = 60) -> tuple[torch.Tensor, torch.
         seen["inputs"] = (args[0] if args else kwargs["hidden_states"])[0].clone()
 
     base = model.base_model
+    for layer in (base.h if hasattr(base, "h") else base.layers).modules():
+        if quant is not None and isinstance(layer, torch.nn.Linear):
+            layer.weight.data = rounding(layer.weight.data, quant).dense()
     first, norm = (base.h[0], base.ln_f) if hasattr(base, "h") else (base.layers[0], base.norm)
     first.register_forward_pre_hook(note_inputs, with_kwargs=True)
     norm.register_forward_pre_hook(lambda module, args: seen.update(outputs=args[0][0].clone()))

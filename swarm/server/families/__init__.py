@@ -15,7 +15,7 @@ from torch import nn
 from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from swarm.families.layers import SwarmLayer
-from swarm.packed_linear import PackedLinear, separate
+from swarm.products.linear import PackedLinear, separate
 from swarm.server.blocks import Part, RaggedBlocks
 from swarm.server.families.bloom import BloomBlocks
 from swarm.server.families.falcon import FalconBlocks
@@ -111,7 +111,7 @@ def unmap_checkpoint(blocks: Sequence[nn.Module]) -> None:
     norm of a block is in there, so are all the weights that were packed, for a second time.
     """
     for block in blocks:
-        if any(isinstance(module, PackedLinear) and module.packed is not None for module in block.modules()):
+        if any(isinstance(module, PackedLinear) and module.holds_copy for module in block.modules()):
             for tensor in (*block.parameters(), *block.buffers()):
                 tensor.data = tensor.data.clone()
 

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
 from swarm.families.attention import Scoring, causal_mask
-from swarm.packed_linear import fuse
+from swarm.products.linear import fuse
 from swarm.server.blocks import Batch, Part, RaggedBlocks
 
 

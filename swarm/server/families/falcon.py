@@ -10,7 +10,7 @@ import torch
 from swarm.families.attention import Scoring, causal_mask
 from swarm.families.falcon import FalconBlock, alibi_biases
 from swarm.families.layers import Positions
-from swarm.packed_linear import fuse
+from swarm.products.linear import fuse
 from swarm.server.blocks import Batch, Part, RaggedBlocks
 from swarm.server.families.llama import rotate
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from swarm.families.attention import Scoring, computing_attention
 from swarm.families.layers import Positions
-from swarm.packed_linear import fuse
+from swarm.products.linear import fuse
 from swarm.server.blocks import Batch, RaggedBlocks
 
 # Of a batch: positions, [1, tokens], and the rotation of each type of layer.

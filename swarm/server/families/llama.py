@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from swarm.families.attention import Scoring
-from swarm.packed_linear import fuse
+from swarm.products.linear import fuse
 from swarm.server import kernels
 from swarm.server.blocks import Batch
 from swarm.server.families.layers import LayerBlocks

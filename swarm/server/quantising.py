@@ -1,0 +1,51 @@
+"""Who quantises a server's weights: this project's loops on a CPU, where steps are batched; petals elsewhere."""
+
+from typing import Any
+
+import swarm.compat  # noqa: F401
+
+from petals.utils.convert_block import QuantType
+
+from swarm import hardware
+from swarm.options import ServerOptions
+
+# What the loops compute with, see ``swarm.products.linear.rounding``.
+LOOPED = ("auto", "int8", "int4")
+
+
+def by_loops(options: ServerOptions) -> str | None:
+    """Return how weights are rounded when blocks are loaded; None: they are not."""
+    if not on_cpu(options) or not options.batching:
+        return None
+    if options.quant is None:
+        dtype = options.dtype or hardware.pick_dtype("cpu")
+        return "auto" if options.dtype is None and dtype == "float32" else None
+    return options.quant if options.quant in LOOPED else None
+
+
+def by_petals(options: ServerOptions) -> QuantType:
+    """Return how petals quantises the weights."""
+    known = {kind.name.lower(): kind for kind in QuantType}
+    return QuantType.NONE if by_loops(options) is not None else known.get(options.quant or "none", QuantType.NONE)
+
+
+def refusal(options: ServerOptions, config: Any) -> str | None:
+    """Return why weights cannot be quantised as wanted, or None.
+
+    :param config: petals' configuration of the model
+    """
+    if options.quant in (None, "none", "auto"):
+        return None
+    if getattr(config, "num_local_experts", None):
+        return (
+            f"is not supported for models with experts ({config.model_type}): "
+            "all but the experts would be quantised, which are most of the weights"
+        )
+    if options.quant == "int4" and by_loops(options) is None:
+        return "is only for a CPU, and not for --no-batching; --quant nf4 takes as many bits"
+    return None
+
+
+def on_cpu(options: ServerOptions) -> bool:
+    """Whether the server computes on a CPU."""
+    return (options.device or hardware.pick_device()).startswith("cpu")
