@@ -2,15 +2,14 @@
 
 The rules and their order are Transformers', so that results equal ``model.generate`` with the same seed; those of the
 OpenAI API stand beside them. Penalties and temperature are Transformers' own processors. ``top_k``, ``top_p`` and
-``min_p`` are computed here: the processors sort the whole vocabulary for each token, which takes longer than the token
+``min_p`` are our own: the processors sort the whole vocabulary for each token, which takes longer than the token
 itself (33 ms for BLOOM's 250,000 words), when a few hundred words have all the probability that counts.
 """
 
-import functools
-import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from transformers import (
@@ -22,12 +21,10 @@ from transformers import (
 )
 
 from generation.parameters import MAX_SEED, GenerationParams
+from generation.rules import keep_min_p, keep_top_k, keep_top_p
+from generation.shortlist import Found, Shortlist
+from swarm.client.bounds import BoundedLogits, Logits, all_of
 
-# How many of the likeliest tokens are looked at first. Up to here it takes no longer to find more of them.
-FIRST_LOOK = 256
-# What is less likely than the likeliest by this power of e changes no sum, and beyond it floating-point numbers become
-# denormal, with which processors are many times slower.
-SMALLEST_EXPONENT = -80.0
 # Of checkpoints that say nothing, as in Transformers' `generate`; its GenerationConfig has None for them.
 UNSET: Mapping[str, Any] = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}
 
@@ -59,42 +56,11 @@ class LogitBias(LogitsProcessor):
         return scores
 
 
-def keep_top_p(scores: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Return the indices of the likeliest tokens that together have a probability of ``top_p``, at least one, likeliest
-    first (Holtzman et al., "The Curious Case of Neural Text Degeneration", ICLR 2020).
+class Rule(NamedTuple):
+    """One that leaves out tokens: from all scores, and from scores of which only bounds are known."""
 
-    :param scores: [tokens]
-    """
-    largest = scores.max()
-    total = (scores - largest).clamp_(min=SMALLEST_EXPONENT).exp_().sum()
-    count = min(FIRST_LOOK, len(scores))
-    while True:
-        values, indices = scores.topk(count)
-        probabilities = (values - largest).exp() / total
-        before = probabilities.cumsum(dim=-1) - probabilities  # of all that are likelier
-        kept = int((before < top_p).sum())
-        if kept < count or count == len(scores):
-            return indices[: max(kept, 1)]
-        count = min(8 * count, len(scores))
-
-
-def keep_top_k(scores: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Return the indices of the ``top_k`` likeliest tokens, and of those that are as likely as the last of them.
-
-    :param scores: [tokens]
-    """
-    if top_k >= len(scores):
-        return torch.arange(len(scores))
-    return (scores >= scores.topk(top_k).values[-1]).nonzero()[:, 0]
-
-
-def keep_min_p(scores: torch.Tensor, min_p: float) -> torch.Tensor:
-    """Return the indices of the tokens that are ``min_p`` times as likely as the likeliest, or more (Nguyen et al.,
-    "Turning Up the Heat", ICLR 2025).
-
-    :param scores: [tokens]
-    """
-    return (scores >= scores.max() + math.log(min_p)).nonzero()[:, 0]
+    keep: Callable[[torch.Tensor], torch.Tensor]
+    shorten: Callable[[Shortlist], Found | None]
 
 
 class Candidates:
@@ -102,24 +68,40 @@ class Candidates:
 
     def __init__(self, top_k: int | None, top_p: float | None, min_p: float | None) -> None:
         """Set the rules; a value of None, or one that leaves out nothing, adds no rule."""
-        self._rules: list[Callable[[torch.Tensor], torch.Tensor]] = []
+        self._rules: list[Rule] = []
         if top_k:
-            self._rules.append(functools.partial(keep_top_k, top_k=top_k))
-        if top_p not in (None, 1.0):
-            self._rules.append(functools.partial(keep_top_p, top_p=top_p))
+            self._rules.append(Rule(partial(keep_top_k, top_k=top_k), lambda it: it.top_k(top_k)))
+        if top_p is not None and top_p != 1.0:
+            self._rules.append(Rule(partial(keep_top_p, top_p=top_p), lambda it: it.top_p(top_p)))
         if min_p:
-            self._rules.append(functools.partial(keep_min_p, min_p=min_p))
+            self._rules.append(Rule(partial(keep_min_p, min_p=min_p), lambda it: it.min_p(min_p)))
 
     def __call__(self, scores: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Return the ids of the candidates, None for all tokens, and their probabilities.
 
         :param scores: [vocabulary]
         """
-        ids: torch.Tensor | None = None
-        for rule in self._rules:
-            kept = rule(scores)
-            ids, scores = kept if ids is None else ids[kept], scores[kept]
-        return ids, scores.softmax(dim=-1)
+        return _apply(self._rules, None, scores)
+
+    def among(self, shortlist: Shortlist) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return the same of scores of which only bounds are known; None: all of them are needed."""
+        found = self._rules[0].shorten(shortlist) if self._rules else None
+        if found is None:
+            return None
+        # What the first rule leaves of a shortlist is what it leaves of all; the others see no difference.
+        rest = self._rules[1:] if shortlist.is_final else self._rules
+        ids, probabilities = _apply(rest, *found)
+        assert ids is not None
+        return ids, probabilities
+
+
+def _apply(
+    rules: Sequence[Rule], ids: torch.Tensor | None, scores: torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    for rule in rules:
+        kept = rule.keep(scores)
+        ids, scores = kept if ids is None else ids[kept], scores[kept]
+    return ids, scores.softmax(dim=-1)
 
 
 def pick(probabilities: torch.Tensor, point: float) -> int:
@@ -168,26 +150,46 @@ class Sampler:
                 self._generator = torch.Generator().manual_seed((params.seed + row) % (MAX_SEED + 1))
 
     @torch.inference_mode()
-    def choose(self, logits: torch.Tensor, token_ids: Sequence[int]) -> int:
+    def choose(self, logits: Logits, token_ids: Sequence[int]) -> int:
         """Return the id of the next token.
 
-        :param logits: [vocabulary], float32
+        :param logits: [vocabulary], float32, or what is known of them: then those that matter are computed, and the
+            token is the same
         :param token_ids: the tokens so far, for the repetition penalty
         """
-        scores = logits[None]
-        if self._processors:
-            scores = self._processors(torch.tensor([token_ids]), scores.clone())  # some of them write into their input
-        token_id = int(scores.argmax()) if self._candidates is None else self._draw(scores[0], self._candidates)
+
+        def process(logits: torch.Tensor) -> torch.Tensor:
+            if not self._processors:
+                return logits
+            # Some of them write into their input.
+            return self._processors(torch.tensor([token_ids]), logits[None].clone())[0]
+
+        token_id = self._choose_bounded(logits, process) if isinstance(logits, BoundedLogits) else None
+        if token_id is None:
+            scores = process(all_of(logits))
+            if self._candidates is None:
+                token_id = int(scores.argmax())
+            else:
+                token_id = self._draw(*self._candidates(scores), len(scores))
         if self._penalties is not None:
             self._penalties.counts[token_id] = self._penalties.counts.get(token_id, 0) + 1
         return token_id
 
-    def _draw(self, scores: torch.Tensor, candidates: Candidates) -> int:
-        ids, probabilities = candidates(scores)
+    def _choose_bounded(self, logits: BoundedLogits, process: Callable[[torch.Tensor], torch.Tensor]) -> int | None:
+        """Return the id of the next token, or None if all logits have to be computed for it."""
+        shortlist = Shortlist(logits, process)
+        if self._candidates is None:
+            found = shortlist.likeliest()
+            return None if found is None else int(found[0][found[1].argmax()])
+        candidates = self._candidates.among(shortlist)
+        return None if candidates is None else self._draw(*candidates, len(logits.lower))
+
+    def _draw(self, ids: torch.Tensor | None, probabilities: torch.Tensor, size: int) -> int:
+        """:param ids: of the candidates; None: all tokens"""
         if self._generator is None:
             index = pick(probabilities, self._random.random())
             return index if ids is None else int(ids[index])
         if ids is not None:
             # `generate` draws a number for each token of the vocabulary: who wants its results waits for all.
-            probabilities = torch.zeros_like(scores).index_copy_(0, ids, probabilities)
+            probabilities = torch.zeros(size, dtype=probabilities.dtype).index_copy_(0, ids, probabilities)
         return int(torch.multinomial(probabilities, num_samples=1, generator=self._generator))

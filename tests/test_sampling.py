@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig, TopKLogitsWarper, TopPLogitsWarper
 
 from generation.parameters import MAX_SEED, GenerationParams
-from generation.sampling import FIRST_LOOK, Candidates, Sampler, pick
+from generation.rules import FIRST_LOOK
+from generation.sampling import Candidates, Sampler, pick
 
 # Without a deadline, for a machine may be busy, and the same examples in every run.
 examples = settings(deadline=None, derandomize=True, max_examples=100)

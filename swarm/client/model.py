@@ -14,7 +14,7 @@ from petals import AutoDistributedModelForCausalLM
 from transformers import AutoTokenizer, GenerationConfig
 
 from swarm import weights
-from swarm.client.head import Head
+from swarm.client.head import Head, is_large
 from swarm.client.history import HistoryBudget
 from swarm.client.membership import Swarm
 from swarm.client.routing import CacheRelief, SwarmState
@@ -22,6 +22,7 @@ from swarm.client.session import SwarmSession
 from swarm.client.terms import SessionLimits, SessionTerms
 from swarm.errors import ModelUnavailable, SessionLengthExceeded
 from swarm.families.adopt import adopt
+from swarm.families.configuration import read_supported
 from swarm.lengths import context_length, stock_length
 from swarm.tokenization import TextTokenizer
 from swarm.weights.pickles import refusal
@@ -46,17 +47,19 @@ class SwarmModel:
         budget: HistoryBudget,
         relief: CacheRelief | None = None,
         fingerprint: weights.Fingerprint | None = None,
+        head: Head | None = None,
     ) -> None:
         """Make a model of its parts; see ``load``.
 
         :param fingerprint: servers of another model are refused; None: none are
+        :param head: None: one that reads all weights for each token
         """
         self.name = name
         self.tokenizer = tokenizer
         self.config = model.config
         self.parameters = count_parameters(model)
         self.generation_config = with_all_ends(model.generation_config, tokenizer.end_token)
-        self.head = Head(model)
+        self.head = head or Head(model)
         self.state = SwarmState(model.transformer.h.sequence_manager, name, relief, fingerprint)
         self.swarm = swarm
         swarm.follow(self.state)
@@ -94,13 +97,15 @@ class SwarmModel:
         path = weights.locate(name, cache_dir=cache_dir, progress=weights.Progress(log.info))
         try:
             adopt(path)
+            large = is_large(read_supported(path), device)
             tokenizer = TextTokenizer(AutoTokenizer.from_pretrained(path))
             with LOADING, shared_dht(swarm.dht):
                 model = AutoDistributedModelForCausalLM.from_pretrained(
                     path,
                     initial_peers=[],  # unused: the DHT already exists
                     dht_prefix=weights.dht_prefix(name),
-                    torch_dtype=torch_dtype if torch_dtype == "auto" else getattr(torch, torch_dtype),
+                    # A large head's weights, and embeddings, stay in the checkpoint's files.
+                    torch_dtype="auto" if large or torch_dtype == "auto" else getattr(torch, torch_dtype),
                     update_period=update_period,
                     show_route=False,
                     weights_only=True,  # of files that are pickles
@@ -112,7 +117,14 @@ class SwarmModel:
             raise ModelUnavailable(f"{name}: {error}") from error
         budget = budget or HistoryBudget(DEFAULT_HISTORY_BYTES)
         limits = limits or SessionLimits()
-        return cls(name, swarm, model.to(device).eval(), tokenizer, limits, budget, relief, weights.fingerprint(path))
+        model = model.to(device).eval()
+        head = None
+        if large:
+            if torch_dtype != "auto":
+                convert_norms(model, getattr(torch, torch_dtype))
+            log.info("%s: preparing its head", name)
+            head = Head(model, bounded=True, cache_dir=cache_dir.absolute(), identity=weights.version(path))
+        return cls(name, swarm, model, tokenizer, limits, budget, relief, weights.fingerprint(path), head)
 
     @property
     def max_length(self) -> int:
@@ -132,6 +144,12 @@ class SwarmModel:
         """Stop following the swarm. Open sessions should be closed before."""
         self.swarm.forget(self.state)
         self.state.close()
+
+
+def convert_norms(model: Any, dtype: torch.dtype) -> None:
+    """Convert what is computed at both ends of a model, but for the two large tables of weights."""
+    model.transformer.word_embeddings_layernorm.to(dtype)
+    model.transformer.ln_f.to(dtype)
 
 
 def with_all_ends(config: GenerationConfig, end_token: int | None) -> GenerationConfig:

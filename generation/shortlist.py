@@ -1,0 +1,85 @@
+"""Tokens from logits that are only bounded: those that can be chosen are computed, and no others.
+
+Each rule needs the logits above some threshold only, which bounds tell: there are k logits of at least the kth largest
+lower bound, so that what is among the k largest has an upper bound of at least that. For ``top_p``, also the sum of all
+probabilities counts. It lies between the sums over the bounds; if both give the same tokens, so does the sum itself.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from generation.rules import FIRST_LOOK, by_likelihood, exponentials
+from swarm.client.bounds import BoundedLogits
+
+Process = Callable[[torch.Tensor], torch.Tensor]
+# Ids of tokens and their scores.
+Found = tuple[torch.Tensor, torch.Tensor]
+# exp() in float32 errs by less, wherever a value stands; sums are in float64.
+ROUNDING = 1e-6
+
+
+class Shortlist:
+    """The scores of one next token: logits after penalties, bias and temperature, of which none changes the order of
+    two values of a token. So bounds of logits become bounds of scores, rounding included."""
+
+    def __init__(self, logits: BoundedLogits, process: Process) -> None:
+        """:param process: takes logits and returns scores, [vocabulary] both"""
+        self._logits, self._process = logits, process
+        self.lower, self.upper = process(logits.lower), process(logits.upper)
+        self.is_final = False  # whether the last rule has left out all that it leaves out
+
+    def above(self, threshold: float) -> Found | None:
+        """Return all tokens whose scores may reach a threshold, by id, and their scores; None: not all are finite."""
+        ids = (self.upper >= threshold).nonzero()[:, 0]
+        if not torch.isfinite(self._logits.exact(ids)).all():
+            return None
+        self.lower, self.upper = self._process(self._logits.lower), self._process(self._logits.upper)
+        return ids, self.upper[ids]
+
+    def likeliest(self) -> Found | None:
+        """Return some tokens, among them all that are likeliest."""
+        return self.above(float(self.lower.max()))
+
+    def top_k(self, top_k: int) -> Found | None:
+        """Return some tokens, among them all that ``keep_top_k`` keeps."""
+        return None if top_k >= len(self.lower) else self.above(float(self.lower.topk(top_k).values[-1]))
+
+    def min_p(self, min_p: float) -> Found | None:
+        """Return some tokens, among them all that ``keep_min_p`` keeps."""
+        # As in `keep_min_p`, whose sum is rounded to float32.
+        return self.above(float(self.lower.max() + math.log(min_p)))
+
+    def top_p(self, top_p: float) -> Found | None:
+        """Return exactly the tokens that ``keep_top_p`` keeps, likeliest first; None if that cannot be told."""
+        count = FIRST_LOOK // 4
+        while count < len(self.lower) // 2:
+            found = self.above(min(float(self.upper.topk(count).values[-1]), float(self.lower.max())))
+            if found is None:
+                return None
+            ids, scores = found
+            order = by_likelihood(scores)
+            ids, scores = ids[order], scores[order]
+            if (kept := self._kept(ids, scores, top_p)) is not None:
+                self.is_final = True
+                return ids[:kept], scores[:kept]
+            count = 8 * max(count, len(ids))
+        return None
+
+    def _kept(self, ids: torch.Tensor, scores: torch.Tensor, top_p: float) -> int | None:
+        """Return how many of the likeliest tokens are kept, or None if it depends on the scores of others.
+
+        :param scores: of the likeliest known ones, likeliest first
+        """
+        largest = scores[0]
+        likely = exponentials(scores, largest)
+        rest_lower, rest_upper = (it.index_fill(0, ids, -torch.inf) for it in (self.lower, self.upper))
+        before = likely.cumsum(dim=0) - likely
+        kept = []
+        for rest, error in ((rest_lower, -ROUNDING), (rest_upper, ROUNDING)):
+            total = (likely.sum() + exponentials(rest, largest).sum()) * (1 + error)
+            kept.append(int((before < top_p * total).sum()))
+        count = max(kept[0], 1)
+        certain = kept[0] == kept[1] < len(scores) and scores[count - 1] > rest_upper.max()
+        return count if certain else None
