@@ -9,8 +9,9 @@ itself (33 ms for BLOOM's 250,000 words), when a few hundred words have all the 
 import random
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import torch
 from transformers import (
     GenerationConfig,
@@ -22,9 +23,10 @@ from transformers import (
 
 from generation.parameters import MAX_SEED, GenerationParams
 from generation.rules import keep_min_p, keep_top_k, keep_top_p
-from generation.shortlist import Found, Shortlist
+from generation.shortlist import Process, Shortlist
 from swarm.client.bounds import BoundedLogits, Logits, all_of
 
+CHANCE_BITS = 53  # of a random number, as many as a float has
 # Of checkpoints that say nothing, as in Transformers' `generate`; its GenerationConfig has None for them.
 UNSET: Mapping[str, Any] = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}
 
@@ -56,52 +58,39 @@ class LogitBias(LogitsProcessor):
         return scores
 
 
-class Rule(NamedTuple):
-    """One that leaves out tokens: from all scores, and from scores of which only bounds are known."""
-
-    keep: Callable[[torch.Tensor], torch.Tensor]
-    shorten: Callable[[Shortlist], Found | None]
-
-
 class Candidates:
     """Which tokens may be drawn, and how likely each is."""
 
     def __init__(self, top_k: int | None, top_p: float | None, min_p: float | None) -> None:
         """Set the rules; a value of None, or one that leaves out nothing, adds no rule."""
-        self._rules: list[Rule] = []
-        if top_k:
-            self._rules.append(Rule(partial(keep_top_k, top_k=top_k), lambda it: it.top_k(top_k)))
-        if top_p is not None and top_p != 1.0:
-            self._rules.append(Rule(partial(keep_top_p, top_p=top_p), lambda it: it.top_p(top_p)))
-        if min_p:
-            self._rules.append(Rule(partial(keep_min_p, min_p=min_p), lambda it: it.min_p(min_p)))
+        self.top_k, self.top_p, self.min_p = top_k or None, None if top_p == 1.0 else top_p, min_p or None
+        # Then they are in the order of their likelihood, and otherwise by id.
+        self.likeliest_first = self.top_k is None and self.top_p is not None
+        self._rules: list[Callable[[torch.Tensor], torch.Tensor]] = []
+        if self.top_k is not None:
+            self._rules.append(partial(keep_top_k, top_k=self.top_k))
+        if self.top_p is not None:
+            self._rules.append(partial(keep_top_p, top_p=self.top_p))
+        if self.min_p is not None:
+            self._rules.append(partial(keep_min_p, min_p=self.min_p))
 
     def __call__(self, scores: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Return the ids of the candidates, None for all tokens, and their probabilities.
 
         :param scores: [vocabulary]
         """
-        return _apply(self._rules, None, scores)
+        ids, scores = self.among(None, scores)
+        return ids, scores.softmax(dim=-1)
 
-    def among(self, shortlist: Shortlist) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Return the same of scores of which only bounds are known; None: all of them are needed."""
-        found = self._rules[0].shorten(shortlist) if self._rules else None
-        if found is None:
-            return None
-        # What the first rule leaves of a shortlist is what it leaves of all; the others see no difference.
-        rest = self._rules[1:] if shortlist.is_final else self._rules
-        ids, probabilities = _apply(rest, *found)
-        assert ids is not None
-        return ids, probabilities
+    def among(self, ids: torch.Tensor | None, scores: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Return the ids of the candidates, None for all tokens, and their scores.
 
-
-def _apply(
-    rules: Sequence[Rule], ids: torch.Tensor | None, scores: torch.Tensor
-) -> tuple[torch.Tensor | None, torch.Tensor]:
-    for rule in rules:
-        kept = rule.keep(scores)
-        ids, scores = kept if ids is None else ids[kept], scores[kept]
-    return ids, scores.softmax(dim=-1)
+        :param ids: of the tokens whose scores are given; None: all
+        """
+        for rule in self._rules:
+            kept = rule(scores)
+            ids, scores = kept if ids is None else ids[kept], scores[kept]
+        return ids, scores
 
 
 def pick(probabilities: torch.Tensor, point: float) -> int:
@@ -114,6 +103,18 @@ def pick(probabilities: torch.Tensor, point: float) -> int:
     index = int(torch.searchsorted(ends, point * ends[-1], right=True))
     # Rounding may put the point at the very end, behind the last one that has a share.
     return index if index < len(ends) else int(probabilities.nonzero()[-1])
+
+
+def first_arrival(scores: torch.Tensor, chance: int) -> int:
+    """Return the index of a token, each as often as it is likely: all begin a race, and who arrives first has won.
+
+    The time of each is exponentially distributed, and the first ones have the same whether there are more or not.
+
+    :param scores: [n], likeliest first
+    :param chance: seeds the times
+    """
+    times = np.random.Generator(np.random.PCG64(chance)).standard_exponential(len(scores))
+    return int((np.log(times) - scores.double().numpy()).argmin())
 
 
 class Sampler:
@@ -164,30 +165,60 @@ class Sampler:
             # Some of them write into their input.
             return self._processors(torch.tensor([token_ids]), logits[None].clone())[0]
 
-        token_id = self._choose_bounded(logits, process) if isinstance(logits, BoundedLogits) else None
+        chance = self._random.getrandbits(CHANCE_BITS)
+        token_id = self._choose_bounded(logits, process, chance) if isinstance(logits, BoundedLogits) else None
         if token_id is None:
             scores = process(all_of(logits))
             if self._candidates is None:
                 token_id = int(scores.argmax())
             else:
-                token_id = self._draw(*self._candidates(scores), len(scores))
+                token_id = self._draw(*self._candidates.among(None, scores), len(scores), chance)
         if self._penalties is not None:
             self._penalties.counts[token_id] = self._penalties.counts.get(token_id, 0) + 1
         return token_id
 
-    def _choose_bounded(self, logits: BoundedLogits, process: Callable[[torch.Tensor], torch.Tensor]) -> int | None:
+    def _choose_bounded(self, logits: BoundedLogits, process: Process, chance: int) -> int | None:
         """Return the id of the next token, or None if all logits have to be computed for it."""
-        shortlist = Shortlist(logits, process)
-        if self._candidates is None:
+        shortlist, candidates = Shortlist(logits, process), self._candidates
+        if candidates is None:
             found = shortlist.likeliest()
             return None if found is None else int(found[0][found[1].argmax()])
-        candidates = self._candidates.among(shortlist)
-        return None if candidates is None else self._draw(*candidates, len(logits.lower))
+        if candidates.likeliest_first:
+            return self._choose_top_p(shortlist, candidates, len(logits.lower), chance)
+        found = None
+        if candidates.top_k is not None:
+            found = shortlist.top_k(candidates.top_k)
+        elif candidates.min_p is not None:
+            found = shortlist.min_p(candidates.min_p)
+        # What the first rule leaves of these tokens is what it leaves of all.
+        return None if found is None else self._draw(*candidates.among(*found), len(logits.lower), chance)
 
-    def _draw(self, ids: torch.Tensor | None, probabilities: torch.Tensor, size: int) -> int:
-        """:param ids: of the candidates; None: all tokens"""
+    def _choose_top_p(self, shortlist: Shortlist, candidates: Candidates, size: int, chance: int) -> int | None:
+        assert candidates.top_p is not None
+        for prefix in shortlist.top_p(candidates.top_p):
+            most, fewest = len(prefix.ids), prefix.fewest
+            if candidates.min_p is not None:
+                most = len(keep_min_p(prefix.scores, candidates.min_p))
+                fewest = min(fewest, most)
+            if self._generator is not None and most > fewest:
+                continue  # the numbers that `generate` compares depend on how many there are
+            if self._generator is not None or first_arrival(prefix.scores[:most], chance) < fewest:
+                return self._draw(prefix.ids[:most], prefix.scores[:most], size, chance)
+        return None
+
+    def _draw(self, ids: torch.Tensor | None, scores: torch.Tensor, size: int, chance: int) -> int:
+        """Draw one of the candidates.
+
+        :param ids: None: all tokens
+        :param size: of the vocabulary
+        """
+        assert self._candidates is not None
+        if self._generator is None and self._candidates.likeliest_first:
+            assert ids is not None
+            return int(ids[first_arrival(scores, chance)])
+        probabilities = scores.softmax(dim=-1)
         if self._generator is None:
-            index = pick(probabilities, self._random.random())
+            index = pick(probabilities, chance / 2**CHANCE_BITS)
             return index if ids is None else int(ids[index])
         if ids is not None:
             # `generate` draws a number for each token of the vocabulary: who wants its results waits for all.

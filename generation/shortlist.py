@@ -2,11 +2,13 @@
 
 Each rule needs the logits above some threshold only, which bounds tell: there are k logits of at least the kth largest
 lower bound, so that what is among the k largest has an upper bound of at least that. For ``top_p``, also the sum of all
-probabilities counts. It lies between the sums over the bounds; if both give the same tokens, so does the sum itself.
+probabilities counts. It lies between the sums over the bounds, and so does the number of tokens that are kept between
+the numbers that these two give. If the token drawn from the larger number is among the smaller one, it is the token.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 
@@ -14,10 +16,18 @@ from generation.rules import FIRST_LOOK, by_likelihood, exponentials
 from swarm.client.bounds import BoundedLogits
 
 Process = Callable[[torch.Tensor], torch.Tensor]
-# Ids of tokens and their scores.
-Found = tuple[torch.Tensor, torch.Tensor]
+Found = tuple[torch.Tensor, torch.Tensor]  # ids of tokens, and their scores
 # exp() in float32 errs by less, wherever a value stands; sums are in float64.
 ROUNDING = 1e-6
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Tokens that may be kept, likeliest first."""
+
+    ids: torch.Tensor
+    scores: torch.Tensor
+    fewest: int  # so many of them are kept at least
 
 
 class Shortlist:
@@ -28,7 +38,6 @@ class Shortlist:
         """:param process: takes logits and returns scores, [vocabulary] both"""
         self._logits, self._process = logits, process
         self.lower, self.upper = process(logits.lower), process(logits.upper)
-        self.is_final = False  # whether the last rule has left out all that it leaves out
 
     def above(self, threshold: float) -> Found | None:
         """Return all tokens whose scores may reach a threshold, by id, and their scores; None: not all are finite."""
@@ -51,26 +60,23 @@ class Shortlist:
         # As in `keep_min_p`, whose sum is rounded to float32.
         return self.above(float(self.lower.max() + math.log(min_p)))
 
-    def top_p(self, top_p: float) -> Found | None:
-        """Return exactly the tokens that ``keep_top_p`` keeps, likeliest first; None if that cannot be told."""
+    def top_p(self, top_p: float) -> Iterator[Prefix]:
+        """Yield ever closer what is known of the tokens that ``keep_top_p`` keeps, as more of them are computed."""
         count = FIRST_LOOK // 4
         while count < len(self.lower) // 2:
             found = self.above(min(float(self.upper.topk(count).values[-1]), float(self.lower.max())))
             if found is None:
-                return None
-            ids, scores = found
-            order = by_likelihood(scores)
-            ids, scores = ids[order], scores[order]
-            if (kept := self._kept(ids, scores, top_p)) is not None:
-                self.is_final = True
-                return ids[:kept], scores[:kept]
-            count = 8 * max(count, len(ids))
-        return None
+                return
+            order = by_likelihood(found[1])
+            ids, scores = found[0][order], found[1][order]
+            if (prefix := self._prefix(ids, scores, top_p)) is not None:
+                yield prefix
+            count = 4 * max(count, len(ids))
 
-    def _kept(self, ids: torch.Tensor, scores: torch.Tensor, top_p: float) -> int | None:
-        """Return how many of the likeliest tokens are kept, or None if it depends on the scores of others.
+    def _prefix(self, ids: torch.Tensor, scores: torch.Tensor, top_p: float) -> Prefix | None:
+        """Return what is known, or None if unknown tokens may be kept.
 
-        :param scores: of the likeliest known ones, likeliest first
+        :param scores: of the known tokens, likeliest first
         """
         largest = scores[0]
         likely = exponentials(scores, largest)
@@ -79,7 +85,8 @@ class Shortlist:
         kept = []
         for rest, error in ((rest_lower, -ROUNDING), (rest_upper, ROUNDING)):
             total = (likely.sum() + exponentials(rest, largest).sum()) * (1 + error)
-            kept.append(int((before < top_p * total).sum()))
-        count = max(kept[0], 1)
-        certain = kept[0] == kept[1] < len(scores) and scores[count - 1] > rest_upper.max()
-        return count if certain else None
+            kept.append(max(int((before < top_p * total).sum()), 1))
+        fewest, most = kept
+        if most == len(scores) or scores[most - 1] <= rest_upper.max():
+            return None
+        return Prefix(ids[:most], scores[:most], fewest)
