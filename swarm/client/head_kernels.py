@@ -26,6 +26,7 @@ MAX_INPUT = 32767
 
 SUMS = LANES // 2  # of neighbours, each added up on its own to the end of a row
 I8, I16, I32, I64, F32 = *(ir.IntType(bits) for bits in (8, 16, 32, 64)), ir.FloatType()
+WHOLE, REAL = ir.VectorType(I32, SUMS), ir.VectorType(F32, SUMS)
 
 
 def _has_avx2() -> bool:
@@ -34,16 +35,67 @@ def _has_avx2() -> bool:
 
 def _multiply_add(builder: Any, one: Any, other: Any) -> Any:
     """Multiply whole numbers of 16 bits and add neighbours: 16 of them become 8 of 32 bits."""
-    half = ir.VectorType(I32, LANES // 2)
     if _has_avx2():
-        kind = ir.FunctionType(half, [one.type, other.type])
+        kind = ir.FunctionType(WHOLE, [one.type, other.type])
         instruction = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx2.pmadd.wd")
         return builder.call(instruction, [one, other])
     wide = ir.VectorType(I32, LANES)
     product = builder.mul(builder.sext(one, wide), builder.sext(other, wide))
     none = ir.Constant(wide, ir.Undefined)
-    parts = [builder.shuffle_vector(product, none, ir.Constant(half, list(range(start, LANES, 2)))) for start in (0, 1)]
+    parts = [
+        builder.shuffle_vector(product, none, ir.Constant(WHOLE, list(range(start, LANES, 2)))) for start in (0, 1)
+    ]
     return builder.add(*parts)
+
+
+def _pointer(builder: Any, kind: Any, size: int, base: Any, *offsets: Any) -> Any:
+    """Return a pointer to a value so many values of a size behind an address; an offset may be (stride, how often)."""
+    for offset in offsets:
+        if isinstance(offset, tuple):
+            offset = builder.mul(offset[0], ir.Constant(I64, offset[1]))
+        base = builder.add(base, builder.mul(offset, ir.Constant(I64, size)))
+    return builder.inttoptr(base, kind.as_pointer())
+
+
+def _load_at(builder: Any, kind: Any, size: int, base: Any, *offsets: Any) -> Any:
+    loaded = builder.load(_pointer(builder, kind, size, base, *offsets))
+    loaded.align = size
+    return loaded
+
+
+def _sum_products(builder: Any, rows: int, inputs: int, codes: Any, values: Any, columns: Any) -> list[Any]:
+    """Write a loop over columns; return, row by row, vectors of whole numbers whose sum is a row's times an input's.
+
+    :param codes: address, and bytes per row; ``values``: address, and numbers per row
+    """
+    position = cgutils.alloca_once(builder, I64)
+    builder.store(ir.Constant(I64, 0), position)
+    sums = [cgutils.alloca_once(builder, WHOLE) for _ in range(rows * inputs)]
+    for slot in sums:
+        builder.store(ir.Constant(WHOLE, [0] * SUMS), slot)
+    loop, done = builder.append_basic_block(), builder.append_basic_block()
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    at = builder.load(position)
+    narrow = [_load_at(builder, ir.VectorType(I8, LANES), 1, codes[0], (codes[1], row), at) for row in range(rows)]
+    weights = [builder.sext(codes_, ir.VectorType(I16, LANES)) for codes_ in narrow]
+    for number in range(inputs):
+        value = _load_at(builder, ir.VectorType(I16, LANES), 2, values[0], (values[1], number), at)
+        for row in range(rows):
+            slot = sums[row * inputs + number]
+            builder.store(builder.add(builder.load(slot), _multiply_add(builder, weights[row], value)), slot)
+    at = builder.add(at, ir.Constant(I64, LANES))
+    builder.store(at, position)
+    builder.cbranch(builder.icmp_signed("<", at, columns), loop, done)
+    builder.position_at_end(done)
+    return [builder.load(slot) for slot in sums]
+
+
+def _spread(builder: Any, value: Any) -> Any:
+    """Return a vector of the same number."""
+    nothing = ir.Constant(REAL, ir.Undefined)
+    first = builder.insert_element(nothing, value, ir.Constant(I32, 0))
+    return builder.shuffle_vector(first, nothing, ir.Constant(WHOLE, [0] * SUMS))
 
 
 def _tile(rows: int, inputs: int) -> Any:
@@ -51,72 +103,26 @@ def _tile(rows: int, inputs: int) -> Any:
 
     Its arguments: address and bytes per row of the codes, int8; address and numbers per row of the inputs, int16; how
     many columns, at least LANES and a multiple of it; address and numbers per row of the codes' scales, and of the
-    inputs', float32; address of the totals, [rows, inputs, SUMS] float32, and numbers between two rows of them.
+    inputs' steps, float32; address of the totals, [rows, inputs, SUMS] float32, and numbers between two rows of them.
     """
-    codes_type, inputs_type = ir.VectorType(I8, LANES), ir.VectorType(I16, LANES)
-    whole_type, real_type = ir.VectorType(I32, SUMS), ir.VectorType(F32, SUMS)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        codes, row_bytes, values, row_values, count, scales, row_scales, steps, row_steps = arguments[:9]
-        totals, row_totals = arguments[9:]
-        position = cgutils.alloca_once(builder, I64)
-        builder.store(ir.Constant(I64, 0), position)
-        sums = [cgutils.alloca_once(builder, whole_type) for _ in range(rows * inputs)]
-        for slot in sums:
-            builder.store(ir.Constant(whole_type, [0] * SUMS), slot)
-
-        def pointer(base: Any, stride: Any, row: int, more: Any, size: int, kind: Any) -> Any:
-            offset = builder.add(builder.mul(stride, ir.Constant(I64, row)), more)
-            address = builder.add(base, builder.mul(offset, ir.Constant(I64, size)))
-            return builder.inttoptr(address, kind.as_pointer())
-
-        def load(base: Any, stride: Any, row: int, more: Any, size: int, kind: Any) -> Any:
-            loaded = builder.load(pointer(base, stride, row, more, size, kind))
-            loaded.align = size
-            return loaded
-
-        loop, done = builder.append_basic_block(), builder.append_basic_block()
-        builder.branch(loop)
-        builder.position_at_end(loop)
-        at = builder.load(position)
-        weights = [builder.sext(load(codes, row_bytes, row, at, 1, codes_type), inputs_type) for row in range(rows)]
-        for number in range(inputs):
-            value = load(values, row_values, number, at, 2, inputs_type)
-            for row in range(rows):
-                slot = sums[row * inputs + number]
-                builder.store(builder.add(builder.load(slot), _multiply_add(builder, weights[row], value)), slot)
-        at = builder.add(at, ir.Constant(I64, LANES))
-        builder.store(at, position)
-        builder.cbranch(builder.icmp_signed("<", at, count), loop, done)
-        builder.position_at_end(done)
+        codes, values, columns, scales, steps, totals = (
+            arguments[:2], arguments[2:4], arguments[4], arguments[5:7], arguments[7:9], arguments[9:]
+        )  # fmt: skip
+        sums = _sum_products(builder, rows, inputs, codes, values, columns)
         for row in range(rows):
-            scale = load(scales, row_scales, row, ir.Constant(I64, 0), 4, F32)
+            scale = _load_at(builder, F32, 4, scales[0], (scales[1], row))
             for number in range(inputs):
-                step = builder.fmul(scale, load(steps, row_steps, number, ir.Constant(I64, 0), 4, F32))
-                steps_ = builder.insert_element(ir.Constant(real_type, ir.Undefined), step, ir.Constant(I32, 0))
-                steps_ = builder.shuffle_vector(
-                    steps_, ir.Constant(real_type, ir.Undefined), ir.Constant(whole_type, [0] * SUMS)
-                )
-                to = pointer(totals, row_totals, row, ir.Constant(I64, number * SUMS), 4, real_type)
-                before = builder.load(to)
-                before.align = 4
-                more = builder.fmul(steps_, builder.sitofp(builder.load(sums[row * inputs + number]), real_type))
-                builder.store(builder.fadd(before, more), to).align = 4
+                step = builder.fmul(scale, _load_at(builder, F32, 4, steps[0], (steps[1], number)))
+                more = builder.fmul(_spread(builder, step), builder.sitofp(sums[row * inputs + number], REAL))
+                place = (totals[0], (totals[1], row), ir.Constant(I64, number * SUMS))
+                total = builder.fadd(_load_at(builder, REAL, 4, *place), more)
+                builder.store(total, _pointer(builder, REAL, 4, *place)).align = 4
         return context.get_dummy_value()
 
     def tile(  # type: ignore[no-untyped-def]  # Numba counts the arguments
-        typing_context,
-        codes,
-        row_bytes,
-        values,
-        row_values,
-        count,
-        scales,
-        row_scales,
-        steps,
-        row_steps,
-        totals,
-        row_totals,
+        typing_context, codes, row_bytes, values, row_values, columns, scales, row_scales, steps, row_steps, totals, row
     ):
         return types.void(*[types.int64] * 11), generate
 

@@ -115,15 +115,9 @@ class SwarmModel:
         except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
             # transformers raises all of these for files that are missing, cut short or of another kind.
             raise ModelUnavailable(f"{name}: {error}") from error
-        budget = budget or HistoryBudget(DEFAULT_HISTORY_BYTES)
-        limits = limits or SessionLimits()
+        budget, limits = budget or HistoryBudget(DEFAULT_HISTORY_BYTES), limits or SessionLimits()
         model = model.to(device).eval()
-        head = None
-        if large:
-            if torch_dtype != "auto":
-                convert_norms(model, getattr(torch, torch_dtype))
-            log.info("%s: preparing its head", name)
-            head = Head(model, bounded=True, cache_dir=cache_dir.absolute(), identity=weights.version(path))
+        head = make_bounded_head(name, model, torch_dtype, cache_dir, path) if large else None
         return cls(name, swarm, model, tokenizer, limits, budget, relief, weights.fingerprint(path), head)
 
     @property
@@ -146,10 +140,13 @@ class SwarmModel:
         self.state.close()
 
 
-def convert_norms(model: Any, dtype: torch.dtype) -> None:
-    """Convert what is computed at both ends of a model, but for the two large tables of weights."""
-    model.transformer.word_embeddings_layernorm.to(dtype)
-    model.transformer.ln_f.to(dtype)
+def make_bounded_head(name: str, model: Any, torch_dtype: str, cache_dir: Path, path: str) -> Head:
+    """Return a head whose weights stay as they are; what is computed at both ends of the model gets the dtype."""
+    if torch_dtype != "auto":
+        for norm in (model.transformer.word_embeddings_layernorm, model.transformer.ln_f):
+            norm.to(getattr(torch, torch_dtype))
+    log.info("%s: its head is prepared", name)
+    return Head(model, bounded=True, cache_dir=cache_dir.absolute(), identity=weights.version(path))
 
 
 def with_all_ends(config: GenerationConfig, end_token: int | None) -> GenerationConfig:
