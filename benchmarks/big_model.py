@@ -28,10 +28,11 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from safetensors import safe_open
 from transformers import GenerationConfig
 
 from benchmarks.memory_limit import NoLimit, forget, limited_group, peak, run_in
-from benchmarks.model_ends import LENGTH, hidden_states, model_ends
+from benchmarks.model_ends import ENDS, HARD, LENGTH, SPREAD, USUAL, hidden_states, model_ends
 from config import Settings
 from generation.parameters import GenerationParams
 from generation.sampling import Sampler
@@ -44,6 +45,7 @@ from swarm.process import set_threads
 
 GIB = 2**30
 SESSIONS = 16
+POSITIONS = "positions.npy"
 RULES: dict[str, dict[str, Any]] = {
     "greedy": {},
     "top_k 50": {"do_sample": True, "top_k": 50},
@@ -57,12 +59,7 @@ def main() -> None:
     parser.add_argument("--memory", type=float, help="GiB that the client may have (default: no limit)")
     parser.add_argument("--shape", default="250880x14336", help="rows x hidden size (default: %(default)s)")
     parser.add_argument("--positions", type=int, default=1000, help="to compare for each rule (default: %(default)s)")
-    parser.add_argument(
-        "--spread",
-        type=float,
-        default=2.0,
-        help="standard deviation of the logits of words that are not likely (default: %(default)s; 3.4: SmolLM2's)",
-    )
+    parser.add_argument("--hard", action="store_true", help="positions at which no word is likely")
     parser.add_argument("--threads", type=int, default=cpu_count())
     parser.add_argument("--as", dest="part", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--results", type=Path, help=argparse.SUPPRESS)
@@ -73,12 +70,13 @@ def main() -> None:
     if args.part:
         set_threads(args.threads)
         with loaded(path) as (model, seconds):
-            model.head._transformer.ln_f.weight.data.fill_(args.spread / LENGTH)
+            model.head._transformer.ln_f.weight.data.fill_(SPREAD / LENGTH)
             found = PARTS[args.part](model, args)
         args.results.write_text(json.dumps({"load_s": round(seconds, 1), **found}))
         sys.stdout.flush()
         os._exit(0)  # library threads may keep the interpreter alive
     with tempfile.TemporaryDirectory() as directory:
+        write_positions(path, args, Path(directory) / POSITIONS)
         print(json.dumps(report(args.memory, Path(directory))))
 
 
@@ -136,11 +134,18 @@ def loaded(path: Path) -> Iterator[tuple[SwarmModel, float]]:
         swarm.close()
 
 
-def positions(model: SwarmModel, args: argparse.Namespace, count: int) -> Iterator[tuple[int, torch.Tensor]]:
+def write_positions(path: Path, args: argparse.Namespace, to: Path) -> None:
+    """Write random hidden states; whoever measures has no part in that."""
+    with safe_open(path / ENDS, "pt") as file:
+        embeddings = file.get_tensor("word_embeddings.weight")
+        np.save(to, hidden_states(embeddings, args.positions, HARD if args.hard else USUAL).numpy())
+
+
+def positions(args: argparse.Namespace, count: int) -> Iterator[tuple[int, torch.Tensor]]:
     """Yield pieces of hidden states, and the number of the first of each."""
-    embeddings = model.head._transformer.word_embeddings.weight
-    for first in range(0, args.positions, count):
-        yield first, hidden_states(embeddings, min(count, args.positions - first), args.spread, seed=first)
+    states = torch.from_numpy(np.load(args.results.parent / POSITIONS))
+    for number, piece in enumerate(states.split(count)):
+        yield number * count, piece
 
 
 def sampler(rule: str, position: int) -> Sampler:
@@ -169,7 +174,7 @@ def choose(model: SwarmModel, args: argparse.Namespace) -> dict[str, Any]:
         computed[rule].append(len(logits.lower) if logits._all is not None else int(logits._known.sum()))
         return token_id
 
-    for first, hidden in positions(model, args, SESSIONS):
+    for first, hidden in positions(args, SESSIONS):
         for rule in RULES:
             begin = time.perf_counter()
             alone = step(rule, first, hidden[0])
@@ -204,10 +209,14 @@ def quantiles(counts: list[int]) -> dict[str, int]:
 
 
 def anonymous() -> int:
-    """Return the bytes of this process and its children that are in memory and in no file."""
+    """Return the bytes of this process and its children that are in memory and in no file; what is shared counts once."""
     own = psutil.Process()
-    maps = [process.memory_maps() for process in (own, *own.children(recursive=True))]
-    return sum(row.anonymous for rows in maps for row in rows)
+    rows = [
+        line.split()
+        for process in (own, *own.children(recursive=True))
+        for line in Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
+    ]
+    return 1024 * sum(int(row[1]) for row in rows if row[0] == "Pss_Anon:")
 
 
 def whole(model: SwarmModel, args: argparse.Namespace) -> dict[str, Any]:
@@ -218,33 +227,52 @@ def whole(model: SwarmModel, args: argparse.Namespace) -> dict[str, Any]:
         lm_head = LMHead(model.config)
     lm_head.weight = model.head._transformer.word_embeddings.weight
     lm_head.use_chunked_forward = True
-    (_, hidden), *_ = positions(model, argparse.Namespace(**{**vars(args), "positions": 1}), 1)
-    ways: dict[str, Callable[[], object]] = {
-        "unquantised_s_per_token": lambda: model.head.next_logits(hidden[0]),
-        "petals_s_per_token": lambda: lm_head(model.head._normed(hidden)),
+    hidden = next(positions(args, 1))[1]
+    return {
+        "unquantised_s_per_token": median_time(lambda: model.head.next_logits(hidden[0])),
+        "petals_s_per_token": median_time(lambda: lm_head(model.head._normed(hidden))),
     }
-    found = {}
-    for name, compute in ways.items():
-        times = []
-        for _ in range(3):
-            begin = time.perf_counter()
-            with torch.inference_mode():
-                compute()
-            times.append(time.perf_counter() - begin)
-        found[name] = round(statistics.median(times), 2)
-    return found
+
+
+def median_time(compute: Callable[[], object], count: int = 3) -> float:
+    times = []
+    for _ in range(count):
+        begin = time.perf_counter()
+        with torch.inference_mode():
+            compute()
+        times.append(time.perf_counter() - begin)
+    return round(statistics.median(times), 3)
+
+
+def read_all(model: SwarmModel) -> None:
+    """Read the weights in 8 bits as fast as memory is."""
+    assert model.head._bounded is not None
+    codes = model.head._bounded._kept.codes.view(np.int64)
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(lambda piece: piece.max(), np.array_split(codes, 64)))
+
+
+def score_times(model: SwarmModel, args: argparse.Namespace) -> dict[str, float]:
+    """Take the time of bounds, for one session and for several, beside that of reading their weights."""
+    hidden = next(positions(args, SESSIONS))[1]
+    return {
+        "1": median_time(lambda: model.head.bounds(hidden[:1]), 5),
+        str(SESSIONS): median_time(lambda: model.head.bounds(hidden), 5),
+        "reading": median_time(lambda: read_all(model), 5),
+    }
 
 
 def compare(model: SwarmModel, args: argparse.Namespace) -> dict[str, Any]:
     """Choose the same tokens from all logits."""
     given = json.loads((args.results.parent / "choose.json").read_text())["tokens"]
     equal = dict.fromkeys(RULES, 0)
-    for first, hidden in positions(model, args, SESSIONS):
+    for first, hidden in positions(args, SESSIONS):
         everything = model.head.logits(hidden)
         for rule in RULES:
             for i, logits in enumerate(everything):
                 equal[rule] += sampler(rule, first + i).choose(logits, []) == given[rule][first + i]
     return {
+        "in_memory": {**whole(model, args), "scores": score_times(model, args)},
         "equal_to_exact_head": all(count == args.positions for count in equal.values()),
         "positions": args.positions,
     }

@@ -4,6 +4,7 @@ Its blocks are there in name only: a file with nothing in it, which takes no roo
 """
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,6 +23,11 @@ ENDS, BLOCKS = "model-00001-of-00002.safetensors", "model-00002-of-00002.safeten
 # Rows are random directions. Their lengths differ by a fifth and the scales of columns by a third, as in trained
 # models. A length of 2 makes logits of an input whose norm is the square root of the hidden size differ by 2.
 LENGTH, LENGTHS_DIFFER, COLUMNS_DIFFER = 2.0, 0.2, 0.3
+# As of SmolLM2-135M on the text of the GPL: the standard deviation of logits, how much probability falls with rank, and
+# the share of the words after the first LIKELY ones; a tenth of positions have less than the first number, another tenth
+# more than the second.
+SPREAD, STEEP, LIKELY = 3.4, (1.1, 2.0), 128
+USUAL, HARD = (0.002, 0.2), (0.2, 0.9)
 
 
 def model_ends(settings: Settings, rows: int, columns: int, layers: int) -> Path:
@@ -101,31 +107,31 @@ def random_rows(rows: int, columns: int) -> Iterator[torch.Tensor]:
         yield (torch.randn(count, columns, generator=generator) * scales * lengths).bfloat16()
 
 
-def hidden_states(
-    embeddings: torch.Tensor, count: int, spread: float, seed: int = 0, likely: int = 128
-) -> torch.Tensor:
+def hidden_states(embeddings: torch.Tensor, count: int, unsure: tuple[float, float], seed: int = 0) -> torch.Tensor:
     """Return random outputs of a last block, from which the head makes logits as those of language models.
 
-    All words get a random logit. Some are likely: the logarithms of their probabilities fall with the logarithm of
-    their rank, by Zipf's law. Positions differ in how sure they are of the first, and in how fast the others fall.
+    All words get a random logit, of a normal distribution as wide as SmolLM2's. Some are likely: the logarithms of
+    their probabilities fall with the logarithm of their rank, by Zipf's law, as fast as SmolLM2's.
 
     :param embeddings: the head's weights
-    :param spread: standard deviation of the random logits: the larger, the more of the probability is with thousands of
-        words of which none is likely
+    :param unsure: which share of the probability is with all other words: evenly distributed, on a logarithmic scale
     :returns: [count, hidden size], float32
     """
     generator = torch.Generator().manual_seed(seed)
     rows, columns = embeddings.shape
     states = torch.empty(count, columns)
+    ranks = torch.arange(1, LIKELY + 1).log()
     for position in range(count):
         noise = torch.randn(columns, generator=generator)
-        words = torch.randint(rows, (likely,), generator=generator)
+        words = torch.randint(rows, (LIKELY,), generator=generator)
         directions = embeddings[words].float()
         lengths = directions.norm(dim=1, keepdim=True)
-        sure = -1 + 6 * torch.rand(1, generator=generator)
-        steep = 1 + 1.5 * torch.rand(1, generator=generator)
-        rest = torch.tensor(float(rows)).log() + spread**2 / 2  # logarithm of what all random logits have together
-        logits = rest + sure - steep * torch.arange(1, likely + 1).log()
+        chance, steep = torch.rand(2, generator=generator)
+        others = (chance * math.log(unsure[1] / unsure[0])).exp() * unsure[0]
+        logits = -(STEEP[0] + steep * (STEEP[1] - STEEP[0])) * ranks
+        # What all random logits have together, and what the likely ones need to have beside it.
+        rest = math.log(rows) + SPREAD**2 / 2
+        logits += rest + ((1 - others) / others).log() - logits.logsumexp(dim=0)
         # A row's logit is its length times its share of the input, whose spread the norm before the head sets.
-        states[position] = noise + (logits[:, None] / spread * LENGTH * directions / lengths**2).sum(dim=0)
+        states[position] = noise + (logits[:, None] / SPREAD * LENGTH * directions / lengths**2).sum(dim=0)
     return states

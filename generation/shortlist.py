@@ -38,33 +38,41 @@ class Shortlist:
         """:param process: takes logits and returns scores, [vocabulary] both"""
         self._logits, self._process = logits, process
         self.lower, self.upper = process(logits.lower), process(logits.upper)
+        self._is_finite = True  # all that was computed
 
     def above(self, threshold: float) -> Found | None:
         """Return all tokens whose scores may reach a threshold, by id, and their scores; None: not all are finite."""
         ids = (self.upper >= threshold).nonzero()[:, 0]
-        if not torch.isfinite(self._logits.exact(ids)).all():
-            return None
+        self._compute(ids)
+        return (ids, self.upper[ids]) if self._is_finite else None
+
+    def _compute(self, ids: torch.Tensor) -> None:
+        self._is_finite = self._is_finite and bool(torch.isfinite(self._logits.exact(ids)).all())
         self.lower, self.upper = self._process(self._logits.lower), self._process(self._logits.upper)
-        return ids, self.upper[ids]
+
+    def _reached(self, count: int) -> float:
+        """Return what at least so many tokens reach: computing the likeliest ones raises it by about their bounds."""
+        self._compute(self.lower.topk(min(2 * count, len(self.lower))).indices)
+        return float(self.lower.topk(count).values[-1])
 
     def likeliest(self) -> Found | None:
         """Return some tokens, among them all that are likeliest."""
-        return self.above(float(self.lower.max()))
+        return self.above(self._reached(1))
 
     def top_k(self, top_k: int) -> Found | None:
         """Return some tokens, among them all that ``keep_top_k`` keeps."""
-        return None if top_k >= len(self.lower) else self.above(float(self.lower.topk(top_k).values[-1]))
+        return None if top_k >= len(self.lower) else self.above(self._reached(top_k))
 
     def min_p(self, min_p: float) -> Found | None:
         """Return some tokens, among them all that ``keep_min_p`` keeps."""
         # As in `keep_min_p`, whose sum is rounded to float32.
-        return self.above(float(self.lower.max() + math.log(min_p)))
+        return self.above(float(torch.tensor(self._reached(1)) + math.log(min_p)))
 
     def top_p(self, top_p: float) -> Iterator[Prefix]:
         """Yield ever closer what is known of the tokens that ``keep_top_p`` keeps, as more of them are computed."""
         count = FIRST_LOOK // 4
         while count < len(self.lower) // 2:
-            found = self.above(min(float(self.upper.topk(count).values[-1]), float(self.lower.max())))
+            found = self.above(min(float(self.upper.topk(count).values[-1]), self._reached(1)))
             if found is None:
                 return
             order = by_likelihood(found[1])

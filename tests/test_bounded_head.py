@@ -1,5 +1,6 @@
 """A head that reads 8 bits of each weight first chooses the tokens that the whole one would."""
 
+import contextlib
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,17 +9,22 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import GenerationConfig
+from transformers import BloomForCausalLM, GenerationConfig
 
+from generation.loop import generate
 from generation.parameters import GenerationParams
 from generation.sampling import Sampler
+from generation.text import Detokenizer
 from swarm.client import quantised_weights
 from swarm.client.bounded_head import BoundedHead, make_finish, softcapped
 from swarm.client.bounds import BoundedLogits
 from swarm.client.head import Head
+from swarm.local import LocalSwarm
+from tests.conftest import greedy, load_model
 
 WORDS, HIDDEN, POSITIONS = 1500, 320, 40
 PLAIN = GenerationConfig()
+PROMPT = "The quick brown fox"
 
 
 def random_weights(kind: str, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -195,3 +201,26 @@ def test_sessions_that_wait_share_a_reading(monkeypatch: pytest.MonkeyPatch) -> 
         thread.join()
     assert counts == [8]
     assert tokens == head.logits(hidden).argmax(dim=1).tolist()
+
+
+def test_a_model_with_a_large_head(
+    tiny_bloom: Path, swarm: LocalSwarm, reference: BloomForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers are those of plain Transformers."""
+    monkeypatch.setattr("swarm.client.head.BOUNDED_FROM", 1)
+    with contextlib.closing(load_model(tiny_bloom, swarm)) as model:
+        assert model.head._bounded is not None
+        token_ids = model.tokenizer.encode(PROMPT)
+        expected = greedy(reference, token_ids, 12)
+        for rows in (1, 3):
+            with model.open_session(64, rows) as session:
+                params = GenerationParams(max_new_tokens=12)
+                detokenizers = [Detokenizer(model.tokenizer) for _ in range(rows)]
+                answers: list[list[int]] = [[] for _ in range(rows)]
+                for row, chunk in generate(
+                    session, token_ids, params, budget=12, detokenizers=detokenizers, defaults=GenerationConfig()
+                ):
+                    answers[row] += chunk.token_ids
+                assert answers == [expected] * rows
+        with model.open_session(64) as session:
+            assert int(session.step(token_ids).argmax()) == expected[0]

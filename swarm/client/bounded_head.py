@@ -28,15 +28,9 @@ import numpy as np
 import torch
 
 from swarm.client.bounds import BoundedLogits
-from swarm.client.head_kernels import (
-    BLOCK,
-    INPUTS_AT_A_TIME,
-    MAX_INPUT,
-    dot_rows,
-    score_one,
-    score_some,
-)
+from swarm.client.head_kernels import BLOCK, MAX_INPUT, dot_rows, score_rows
 from swarm.client.quantised_weights import Array, quantised, raw
+from swarm.client.together import Together
 from swarm.hardware import cpu_count
 
 SCORED_ROWS = 2048  # in one piece of work of a thread; a multiple of GROUP
@@ -71,6 +65,8 @@ class BoundedHead:
         self._kept = quantised(weight, cache_dir, identity, self._pool)
         self._errors, self._norms = (torch.from_numpy(np.array(it)) for it in (self._kept.errors, self._kept.norms))
         self._finish, self._slack = finish, slack
+        self.bounds(torch.zeros(1, weight.shape[1]))[0].exact(torch.zeros(1, dtype=torch.int64))  # compiles the loops
+        self._all_together: Together[torch.Tensor] = Together(lambda inputs: self.logits(inputs).unbind(0))
 
     def bounds(self, inputs: torch.Tensor) -> list[BoundedLogits]:
         """Return bounds for the logits of each input, all in one reading of the quantised weights.
@@ -79,21 +75,18 @@ class BoundedHead:
         """
         values = inputs.double().numpy()
         whole, steps, lost = to_whole_numbers(values)
-        padded = len(values) if len(values) == 1 else -(-len(values) // INPUTS_AT_A_TIME) * INPUTS_AT_A_TIME
-        whole = _padded(whole, padded, self._kept.codes.shape[1])
-        steps = _padded(steps, padded, self._kept.scales.shape[1])
-        scores = np.empty((padded, len(self._kept.codes)), np.float32)
-        score = score_one if padded == 1 else score_some
+        whole = _padded(whole, len(values), self._kept.codes.shape[1])
+        scores = np.empty((len(values), len(self._kept.codes)), np.float32)
 
         def work(first: int) -> None:
             last = min(len(self._kept.codes), first + SCORED_ROWS)
-            score(self._kept.codes, self._kept.scales, whole, steps, first, last, scores)
+            score_rows(self._kept.codes, self._kept.scales, whole, steps, first, last, scores)
 
         self._share(work, len(self._kept.codes), SCORED_ROWS)
         lengths = np.sqrt((values**2).sum(axis=1))
         return [
             self._bounded(value, torch.from_numpy(score), float(length), float(loss))
-            for value, score, length, loss in zip(values, scores, lengths, lost, strict=False)
+            for value, score, length, loss in zip(values, scores, lengths, lost, strict=True)
         ]
 
     def _bounded(self, value: Array, scores: torch.Tensor, length: float, lost: float) -> BoundedLogits:
@@ -110,7 +103,7 @@ class BoundedHead:
             self._finish(lower[:size]) - self._slack,
             self._finish(upper[:size]) + self._slack,
             lambda ids: self._exact(value[None], ids)[0],
-            lambda: self.logits(torch.from_numpy(value[None]))[0],
+            lambda: self._all_together(torch.from_numpy(value)),
         )
 
     def logits(self, inputs: torch.Tensor) -> torch.Tensor:

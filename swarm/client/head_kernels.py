@@ -4,8 +4,10 @@ PyTorch's product of int8 weights takes bfloat16 inputs and rounds what it retur
 Here inputs are whole numbers of 15 bits, so that the sums of products are whole numbers too and have no error at all.
 """
 
+import logging
 import platform
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import swarm.compat  # noqa: F401
@@ -16,6 +18,8 @@ from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
+
+log = logging.getLogger(__name__)
 
 BLOCK = 256  # columns that share a scale: a row's largest weight does not spoil its others
 LANES = 16  # columns that are multiplied at a time; BLOCK and the length of a row are multiples of it
@@ -129,40 +133,54 @@ def _tile(rows: int, inputs: int) -> Any:
     return intrinsic(tile)
 
 
-def _scorer(rows: int, inputs: int) -> Callable[..., None]:
-    """Compile ``score`` for this many rows of weights and inputs at a time."""
-    tile = _tile(rows, inputs)
-
-    def score(codes, scales, values, steps, first, last, scores):  # type: ignore[no-untyped-def]
-        count, columns = values.shape
-        blocks = scales.shape[1]
-        totals = np.empty((GROUP, count, SUMS), np.float32)
-        for group in range(first, last, GROUP):
-            totals[:] = 0
-            for block in range(blocks):
-                start = block * BLOCK
-                width = min(BLOCK, columns - start)
-                for row in range(group, group + GROUP, rows):
-                    for number in range(0, count, inputs):
-                        tile(
-                            codes.ctypes.data + row * columns + start, columns,
-                            values.ctypes.data + 2 * (number * columns + start), columns,
-                            width,
-                            scales.ctypes.data + 4 * (row * blocks + block), blocks,
-                            steps.ctypes.data + 4 * (number * blocks + block), blocks,
-                            totals.ctypes.data + 4 * SUMS * ((row - group) * count + number), SUMS * count,
-                        )  # fmt: skip
-            for row in range(GROUP):
-                for number in range(count):
-                    scores[number, group + row] = totals[row, number].sum()
-
-    return njit(nogil=True, error_model="numpy")(score)
+# Rows and inputs at a time; more need more registers than AVX2 has.
+ROWS, INPUTS = 4, 2
+_tile_of_one, _tile_of_some = _tile(ROWS, 1), _tile(ROWS, INPUTS)
 
 
-# More at a time need more registers than AVX2 has.
-INPUTS_AT_A_TIME = 2
-score_one = _scorer(4, 1)
-score_some = _scorer(4, INPUTS_AT_A_TIME)
+def _compile(function: Callable[..., Any], fastmath: bool | set[str] = False) -> Callable[..., Any]:
+    """Compile a function when it is first called; what is compiled is kept for the next start, if it can be."""
+    options = {"nogil": True, "fastmath": fastmath, "error_model": "numpy"}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError as error:  # neither beside this file nor in a cache directory can anything be written
+        log.warning("%s; it is compiled at each start, which takes seconds", error)
+        return njit(**options)(function)
+
+
+@_compile
+def score_rows(codes, scales, values, steps, first, last, scores):  # type: ignore[no-untyped-def]
+    """Multiply all inputs by the quantised rows [first, last), both multiples of GROUP.
+
+    :param codes: [padded rows, padded columns], int8
+    :param scales: [padded rows, blocks], float32
+    :param values: [m, padded columns], int16
+    :param steps: [m, blocks], float32
+    :param scores: [m, padded rows], float32, is written
+    """
+    count, columns = values.shape
+    blocks = scales.shape[1]
+    totals = np.empty((GROUP, count, SUMS), np.float32)
+    for group in range(first, last, GROUP):
+        totals[:] = 0
+        for block in range(blocks):
+            start = block * BLOCK
+            width = min(BLOCK, columns - start)
+            for row in range(group, group + GROUP, ROWS):
+                weights = codes.ctypes.data + row * columns + start
+                scale = scales.ctypes.data + 4 * (row * blocks + block)
+                for number in range(0, count, INPUTS):
+                    value = values.ctypes.data + 2 * (number * columns + start)
+                    step = steps.ctypes.data + 4 * (number * blocks + block)
+                    total = totals.ctypes.data + 4 * SUMS * ((row - group) * count + number)
+                    tile = (weights, columns, value, columns, width, scale, blocks, step, blocks, total, SUMS * count)
+                    if number + INPUTS <= count:
+                        _tile_of_some(*tile)
+                    else:
+                        _tile_of_one(*tile)
+        for row in range(GROUP):
+            for number in range(count):
+                scores[number, group + row] = totals[row, number].sum()
 
 
 @intrinsic
@@ -198,7 +216,7 @@ def _load_compiled(values, column):  # type: ignore[no-untyped-def]  # Numba com
 DOT_ROWS, DOT_COLUMNS = 4, 512  # weights that stay in the nearest cache while all inputs meet them
 
 
-@njit(nogil=True, error_model="numpy", fastmath={"reassoc", "contract"})
+@partial(_compile, fastmath={"reassoc", "contract"})
 def dot_rows(weights, ids, values, dots):  # type: ignore[no-untyped-def]
     """Compute products of some rows, in float64 and rounded once.
 
@@ -235,7 +253,7 @@ def dot_rows(weights, ids, values, dots):  # type: ignore[no-untyped-def]
                 dots[number, first + i] = np.float32(total[i, number])
 
 
-@njit(nogil=True, error_model="numpy")
+@_compile
 def quantise_rows(weights, first, last, codes, scales, errors, norms):  # type: ignore[no-untyped-def]
     """Quantise the rows [first, last), and measure what is lost.
 
