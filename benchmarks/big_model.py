@@ -209,7 +209,7 @@ def quantiles(counts: list[int]) -> dict[str, int]:
 
 
 def anonymous() -> int:
-    """Return the bytes of this process and its children that are in memory and in no file; what is shared counts once."""
+    """Return the bytes of this process and its children that are in memory and in no file, each counted once."""
     own = psutil.Process()
     rows = [
         line.split()

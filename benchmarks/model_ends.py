@@ -24,8 +24,8 @@ ENDS, BLOCKS = "model-00001-of-00002.safetensors", "model-00002-of-00002.safeten
 # models. A length of 2 makes logits of an input whose norm is the square root of the hidden size differ by 2.
 LENGTH, LENGTHS_DIFFER, COLUMNS_DIFFER = 2.0, 0.2, 0.3
 # As of SmolLM2-135M on the text of the GPL: the standard deviation of logits, how much probability falls with rank, and
-# the share of the words after the first LIKELY ones; a tenth of positions have less than the first number, another tenth
-# more than the second.
+# the share of the words after the first LIKELY ones. A tenth of positions have less than the first number, another
+# tenth more than the second.
 SPREAD, STEEP, LIKELY = 3.4, (1.1, 2.0), 128
 USUAL, HARD = (0.002, 0.2), (0.2, 0.9)
 
