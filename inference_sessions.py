@@ -599,9 +599,8 @@ class InferenceSessions:
             unused = [entry for entry in entries if entry.users == 0]
             for entry in entries:
                 self._remove(entry)
-        for entry in entries:
-            if entry in unused:
-                self._close(entry)
-            else:
-                entry.session.close()  # its time is over: its users find it closed, and the last one ends it
-        self.memory.close()
+        with contextlib.ExitStack() as closing:  # one that cannot be closed keeps no other from it
+            closing.callback(self.memory.close)
+            for entry in entries:
+                # Of one in use, the time is over: its users find it closed, and the last one ends it.
+                closing.callback(*((self._close, entry) if entry in unused else (entry.session.close,)))

@@ -3,7 +3,6 @@
 Without API keys everybody may use everything but the models that are not public, which only the page may use.
 """
 
-import contextlib
 import hashlib
 import hmac
 import secrets
@@ -91,13 +90,12 @@ class Access:
         found = [key for key in self._keys if hmac.compare_digest(key.digest, digest)]
         # Guessing keeps out nobody who already uses a key from the same address, such as a proxy's.
         if not (found and self._is_familiar(found[0], address)) and (wait := self._tries.wait(address, "keys")):
-            seconds = whole_seconds(wait)
-            error = TooManyRequests(f"too many unknown API keys from this address; try again in {seconds} s")
-            error.retry_after = seconds
-            raise error
+            raise too_many_keys(wait)
         if not found:
-            with contextlib.suppress(Exceeded):  # by another thread since we looked
+            try:
                 self._tries.take(address, "keys", WRONG_KEYS_PER_MINUTE)
+            except Exceeded as exceeded:  # by another thread since we looked
+                raise too_many_keys(exceeded.wait) from None
             raise Unauthorized("this API key is unknown: check it, or ask this server's operator for one")
         self._remember(found[0], address)
         return found[0]
@@ -162,6 +160,17 @@ class Access:
         pages = {"open": "so is the page", "key": "so does the page", "off": "there is no page"}
         page = "the page is open to everybody" if self._keys and self.page_mode == "open" else pages[self.page_mode]
         return f"{apis}; {page}"
+
+
+def too_many_keys(wait: float) -> TooManyRequests:
+    """Return the refusal of an address that guesses keys.
+
+    :param wait: seconds until it may try another
+    """
+    seconds = whole_seconds(wait)
+    error = TooManyRequests(f"too many unknown API keys from this address; try again in {seconds} s")
+    error.retry_after = seconds
+    return error
 
 
 def unsign(signer: TimestampSigner, signed: str, max_age: float) -> str:

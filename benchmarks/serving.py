@@ -30,7 +30,7 @@ from petals.client.inference_session import InferenceSession
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from websockets.asyncio.client import connect
 
-from benchmarks.random_bloom import random_bloom
+from benchmarks.random_models import RANDOM, random_model
 from config import Settings
 from swarm import weights
 from swarm.client.model import SwarmModel
@@ -90,17 +90,17 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=25, help="longest load (default: %(default)s)")
     parser.add_argument("--sample", action="store_true", help="as the chat page does; default: greedily")
     parser.add_argument("--model", help="default: the app's")
-    parser.add_argument("--random-bloom", action="store_true", help="a BLOOM of 1.3 billion random weights instead")
+    parser.add_argument("--random", choices=RANDOM, help="a model of random weights instead")
     parser.add_argument("--device", help="default: the app's")
     parser.add_argument("--dtype", help="default: the app's")
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--plot", type=Path, help="draw the results here (PNG)")
     args = parser.parse_args()
     settings = Settings.from_environment()
-    name = random_bloom(settings) if args.random_bloom else args.model or settings.default_model
+    name = random_model(args.random, settings) if args.random else args.model or settings.default_model
     device, dtype = args.device or settings.device(), args.dtype or settings.torch_dtype()
     results: dict[str, Any] = {
-        "model": Path(name).name if args.random_bloom else name,
+        "model": Path(name).name if args.random else name,
         "device": device,
         "dtype": dtype,
         "cores": cpu_count(),
@@ -289,7 +289,7 @@ def plain_model(name: str, device: str, dtype: str, settings: Settings) -> tuple
     """Load the whole model into this process."""
     set_threads(cpu_count())
     path = weights.locate(name, cache_dir=settings.cache_dir)
-    model = AutoModelForCausalLM.from_pretrained(path, torch_dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
     tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

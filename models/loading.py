@@ -196,9 +196,12 @@ class Models:
 
         :raises SwarmUnreachable: if that fails
         """
-        from swarm.client.history import HistoryBudget
-        from swarm.client.membership import Swarm
-        from swarm.process import set_threads
+        from swarm import collector
+
+        with collector.paused():
+            from swarm.client.history import HistoryBudget
+            from swarm.client.membership import Swarm
+            from swarm.process import set_threads
 
         set_threads(self.settings.CLIENT_THREADS)
         self._budget = HistoryBudget(self.settings.HISTORY_MB * 2**20)
@@ -267,7 +270,7 @@ class Models:
 
     def _bring_up(self, served: ServedModel, started: float) -> None:
         """Do what is left to be done until the model answers."""
-        from swarm.process import freeze_collector
+        from swarm import collector
 
         if served.model is None:
             self._start_server(served)
@@ -275,7 +278,7 @@ class Models:
         self._await_blocks(served, served.model)
         self._warm_up(served, served.model)
         served.ready = True
-        freeze_collector()
+        collector.freeze()
         log.info("%s: ready after %.1f s", served.config.name, time.monotonic() - started)
 
     def _start_server(self, served: ServedModel) -> None:

@@ -179,6 +179,7 @@ class Sampling(Request):
     max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = Field(
         None, description="Longest answer, in tokens."
     )
+    # From 0, which OpenAI's clients send for greedy answers; beyond 100, every token of a vocabulary is as likely.
     temperature: Annotated[float, Field(ge=0, le=100)] | None = Field(
         None, description="0: always the likeliest token. Default: as on the chat page for this model."
     )

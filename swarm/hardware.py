@@ -5,7 +5,7 @@ import ctypes
 import os
 from typing import Any
 
-from swarm.families import head_size
+from swarm.shape import head_size
 
 
 def pick_device() -> str:

@@ -1,7 +1,6 @@
-"""Settings of a swarm process: threads, garbage collection; and killing its descendants."""
+"""Settings of a swarm process: its threads; and killing its descendants."""
 
 import contextlib
-import gc
 
 import psutil
 import torch
@@ -14,16 +13,6 @@ def set_threads(count: int) -> None:
     parallel sessions were four times slower in total than one.
     """
     torch.set_num_threads(count)
-
-
-def freeze_collector() -> None:
-    """Make the garbage collector ignore all existing objects from now on.
-
-    A program with these libraries has some 400,000 objects that live until it ends. Scanning them all takes a fifth of
-    a second or more, in which no token is made, and writes to them all, which ends their sharing with forked processes.
-    """
-    gc.collect()
-    gc.freeze()
 
 
 def kill_descendants(pid: int | None = None) -> None:

@@ -23,7 +23,7 @@ from swarm.server.families.falcon import FalconBlocks
 from swarm.weights import dht_prefix
 from tests.conftest import greedy, load_model, tiny_server
 from tests.support.falcon import FALCON_VARIANTS, NEWER, make_tiny_falcon
-from tests.support.families import as_petals_calls, assert_close, in_batches, load_blocks, reference_states
+from tests.support.families import as_petals_calls, assert_close, chosen, in_batches, load_blocks, reference_states
 from tests.test_session import PROMPTS, infos, run_greedy
 
 
@@ -131,7 +131,7 @@ def assert_greedy(model: SwarmModel, path: Path) -> None:
             assert run_greedy(session, token_ids, len(expected)) == expected
 
 
-@pytest.mark.parametrize("variant", ["40b", "11b", "7b", "rw"])
+@pytest.mark.parametrize("variant", chosen(["40b", "11b", "7b", "rw"], usual=["7b"]))
 def test_batching_servers(variant: str, checkpoint: Callable[[str], Path]) -> None:
     path = checkpoint(variant)
     with LocalSwarm() as local:
@@ -143,7 +143,7 @@ def test_batching_servers(variant: str, checkpoint: Callable[[str], Path]) -> No
         model.close()
 
 
-@pytest.mark.parametrize("variant", ["40b", "7b", "rw"])
+@pytest.mark.parametrize("variant", chosen(["40b", "7b", "rw"], usual=["40b"]))
 def test_petals_own_path(variant: str, checkpoint: Callable[[str], Path]) -> None:
     """A server that batches, one that does not, and petals' own ways to generate and to train through both."""
     path = checkpoint(variant)

@@ -1,6 +1,5 @@
 """Whole swarms of some families, against plain Transformers. ``FAMILIES=all`` tries every one, which takes minutes."""
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +15,12 @@ from generation.text import Detokenizer
 from swarm.client.model import SwarmModel
 from swarm.local import LocalSwarm
 from tests.conftest import greedy, load_model, tiny_server
-from tests.support.families import VARIANTS, make_tiny_family
+from tests.support.families import VARIANTS, chosen, make_tiny_family
 from tests.test_generation import ReferenceSession
 from tests.test_session import PROMPTS, in_threads, run_greedy
 
-# Compiled loops, windows of some layers, and experts with sinks.
-USUAL = ("qwen3", "gemma3", "gpt_oss")
-CHOSEN = os.environ.get("FAMILIES", ",".join(USUAL))
+# Compiled loops; and experts, sinks, and windows of some layers.
+USUAL = ("qwen3", "gpt_oss")
 TOKENS = 40
 
 
@@ -35,7 +33,7 @@ class Served:
     reference: PreTrainedModel
 
 
-@pytest.fixture(scope="module", params=list(VARIANTS) if CHOSEN == "all" else CHOSEN.split(","))
+@pytest.fixture(scope="module", params=chosen(VARIANTS, USUAL))
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A chain of two servers."""
     path: Path = make_tiny_family(tmp_path_factory.mktemp("family") / request.param, request.param)

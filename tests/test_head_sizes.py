@@ -12,7 +12,7 @@ from swarm import hardware
 from swarm.errors import CacheFull
 from swarm.local import LocalSwarm
 from tests.conftest import greedy, load_model, tiny_server
-from tests.support.families import make_tiny_family
+from tests.support.families import chosen, make_tiny_family
 from tests.test_session import run_greedy
 
 BLOCKS = 4
@@ -28,10 +28,10 @@ def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_family(tmp_path_factory.mktemp("models") / "tiny-qwen3", "qwen3")
 
 
-@pytest.fixture(params=[False, True], ids=["no-batching", "batching"])
+@pytest.fixture(params=chosen(["no-batching", "batching"], usual=["no-batching"]))
 def swarm_of_qwen3(qwen3: Path, request: pytest.FixtureRequest) -> Iterator[LocalSwarm]:
     with LocalSwarm() as local:
-        local.start_server(tiny_server(qwen3, f"0:{BLOCKS}", CACHE_TOKENS, batching=request.param))
+        local.start_server(tiny_server(qwen3, f"0:{BLOCKS}", CACHE_TOKENS, batching=request.param == "batching"))
         yield local
 
 

@@ -965,6 +965,15 @@ def test_shut_down_closes_all(sessions: InferenceSessions, model: Any, clock: Cl
         pytest.fail("it was shut down")
 
 
+def test_shut_down_closes_all_although_one_cannot_be_closed(sessions: InferenceSessions, model: Any) -> None:
+    for _ in range(3):
+        sessions.open(model, 16)
+    model.opened[0].error = RuntimeError("the stream is broken")
+    with pytest.raises(RuntimeError, match="the stream is broken"):
+        sessions.shut_down(0)
+    assert [fake.closed.is_set() for fake in model.opened[1:]] == [True, True]
+
+
 def test_shut_down_lets_users_finish(sessions: InferenceSessions, model: Any, pool: ThreadPoolExecutor) -> None:
     ids = [sessions.open(model, 16) for _ in range(2)]
     with contextlib.ExitStack() as users:

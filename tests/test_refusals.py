@@ -67,7 +67,13 @@ REFUSED: Mapping[str, tuple[dict[str, Any], str]] = {
     ),
     "quantised": (
         {"quantization_config": {"quant_method": "aqlm", "nbits_per_codebook": 16}},
-        "its weights are quantised by the method 'aqlm', which is not supported",
+        "weights quantised by aqlm are not supported for llama: "
+        "take the original model, its FP8 version, or a GGUF file of it",
+    ),
+    "quantised nobody knows how": (
+        {"quantization_config": ["fp8"]},
+        "weights quantised by settings that are no object are not supported for llama: "
+        "take the original model, its FP8 version, or a GGUF file of it",
     ),
     "dynamic rotation": (
         {"rope_scaling": {"type": "dynamic", "factor": 2.0}},

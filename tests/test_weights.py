@@ -280,6 +280,34 @@ def test_tokenizer_adds_nothing_and_knows_the_special_tokens(tokenizer: Any) -> 
     assert tokenizer.decode([1, 19556, 2], skip_special_tokens=True) == "Hello"
 
 
+def test_the_swarm_computes_what_transformers_computes(preparation: Preparation, llama: Any, tokenizer: Any) -> None:
+    """Real weights, in float32, through a chain of two servers: greedily, and the probabilities of each token."""
+    import torch
+
+    from swarm.local import LocalSwarm
+    from tests.conftest import load_model, tiny_server
+
+    answers = {"<|im_start|>user\nWhat is a swarm of bees?<|im_end|>\n<|im_start|>assistant\n": 16, PROSE: 4}
+    with LocalSwarm() as local:
+        for blocks in ("0:15", "15:30"):
+            local.start_server(tiny_server(preparation.place, blocks))
+        model = load_model(preparation.place, local)
+        for prompt, count in answers.items():
+            token_ids = tokenizer(prompt, return_tensors="pt").input_ids
+            expected = llama.generate(
+                token_ids, do_sample=False, max_new_tokens=count, output_logits=True, return_dict_in_generate=True
+            )
+            with model.open_session(512) as session:
+                answer, step = [], token_ids[0].tolist()
+                for logits in expected.logits:
+                    found = session.step(step)
+                    torch.testing.assert_close(found.log_softmax(-1), logits[0].log_softmax(-1), atol=1e-3, rtol=1e-4)
+                    step = [int(found.argmax())]
+                    answer += step
+            assert answer == expected.sequences[0, token_ids.shape[1] :].tolist()
+        model.close()
+
+
 PROSE = """A river does not keep to one bed for ever. In a flood it carries sand and gravel down from the hills, and
 where the valley widens and the water slows, it lets them fall. Year after year the bed rises, until the stream stands
 higher than the fields beside it; then one night it breaks its bank and finds a shorter way to the sea. The people who

@@ -27,7 +27,7 @@ from swarm.wire.replies import Abilities, read_abilities
 from swarm.wire.requests import rewound
 from swarm.wire.text import Malformed
 from tests.conftest import greedy, load_model, tiny_server
-from tests.support.families import assert_close, load_blocks, make_tiny_family, reference_states
+from tests.support.families import assert_close, chosen, load_blocks, make_tiny_family, reference_states
 from tests.test_batching import CPU, POISON, Bench, all_sent, fail_for_poison, petals_outputs, ragged
 from tests.test_session import PROMPTS, infos, run_greedy
 
@@ -363,7 +363,7 @@ class Served:
     text: list[int]
 
 
-@pytest.fixture(scope="module", params=["gemma3", "mistral"])
+@pytest.fixture(scope="module", params=chosen(["gemma3", "mistral"], usual=["gemma3"]))
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     directory = tmp_path_factory.mktemp("served") / request.param
     path = make_tiny_family(directory, request.param, max_position_embeddings=2048)

@@ -446,7 +446,7 @@ def test_one_peer_has_so_many_streams(monkeypatch: pytest.MonkeyPatch) -> None:
             reader.feed_data(framed(b"", size=90))
             try:
                 await asyncio.wait_for(receive(runtime_pb2.ExpertRequest, reader), 0.2)
-            except (Malformed, asyncio.TimeoutError) as error:
+            except (TimeoutError, Malformed) as error:
                 errors.append(type(error))
 
         monkeypatch.setattr(messages, "MAX_STREAMS", 3)

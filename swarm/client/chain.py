@@ -325,7 +325,7 @@ class _Turn:
         if not self._has_it:
             try:
                 await asyncio.wait_for(self._lock.acquire(), self._timeout)
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 raise CacheFull(f"other sessions were ahead for attention cache for {self._timeout:.0f} s") from None
             self._has_it = True
 

@@ -151,7 +151,7 @@ class Span:
             return self._read(response, inputs.shape)
         except ServerFailed:
             raise
-        except (OSError, EOFError, P2PDaemonError, ControlFailure, P2PHandlerError, asyncio.TimeoutError) as failure:
+        except (TimeoutError, OSError, EOFError, P2PDaemonError, ControlFailure, P2PHandlerError) as failure:
             reason = clean(str(failure)) or type(failure).__name__
             error_ = SwarmTimeout(f"the server of {format_blocks(range(self.start, self.end))} was lost: {reason}")
             late = isinstance(failure, StepTooSlow)
@@ -232,11 +232,11 @@ class Span:
         uid = self._uid.split(CHAIN_DELIMITER)[0]
         try:
             reply = await stub.rpc_info(runtime_pb2.ExpertUID(uid=uid), timeout=self._terms.limits.probe_timeout)
-        except asyncio.TimeoutError:
-            raise asyncio.TimeoutError(f"silent for {self._terms.limits.probe_timeout:.1f} s") from None
+        except TimeoutError:
+            raise TimeoutError(f"silent for {self._terms.limits.probe_timeout:.1f} s") from None
         silent_for = read_silence(reply.serialized_info)
         if silent_for > self._terms.limits.probe_timeout:
-            raise asyncio.TimeoutError(f"its process has been silent for {silent_for:.1f} s")
+            raise TimeoutError(f"its process has been silent for {silent_for:.1f} s")
 
     def _refusal(self, message: str) -> ServerFailed:
         """Translate a server's error reply into ours. The texts are those of petals 2.2.0.

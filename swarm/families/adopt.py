@@ -8,7 +8,6 @@ from swarm.families.classes import register, restore_clients
 from swarm.families.configuration import read_supported
 from swarm.families.falcon import check_falcon, restore_falcon
 from swarm.families.petals_blocks import restore_blocks
-from swarm.families.quantised import check_quantisation
 from swarm.families.tensors import check_tensors
 
 
@@ -21,7 +20,6 @@ def adopt(path: str) -> None:
     config = read_supported(path)
     for reason in check_falcon(config) if config.model_type == "falcon" else ():
         raise ModelUnavailable(f"{path}: {reason}")
-    check_quantisation(path, config.model_type, getattr(config, "quantization_config", None))
     if config.model_type in PETALS_FAMILIES:
         restore_blocks()
         restore_falcon()

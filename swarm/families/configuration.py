@@ -11,6 +11,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from swarm.errors import ModelUnavailable
 from swarm.families import FAMILIES, PETALS_FAMILIES
+from swarm.families.quantised import check_quantisation
 from swarm.families.rotation import check_rotation, check_rotation_keys
 from swarm.weights.fingerprint import INERT_KEYS, read_config
 
@@ -48,8 +49,6 @@ WITHOUT_EFFECT: Mapping[str, Any] = {
 # Settings that say again what another one says.
 SAME_AS = {"experts_per_token": "num_experts_per_tok", "num_experts": "num_local_experts"}
 LAYER_TYPES = ("full_attention", "sliding_attention")
-# How weights may be quantised in the checkpoint, by quantization_config's quant_method.
-QUANTISED = frozenset({"fp8", "mxfp4"})  # swarm.families.quantised says for which families
 
 
 def read_supported(path: str) -> Any:
@@ -84,16 +83,6 @@ def check_family(given: Config) -> Iterator[str]:
         yield f"it is a multimodal model, of type {model_type!r}, which is not supported{hint}"
     code = ", which bring code of their own," if "auto_map" in given else ""
     yield f"models of type {model_type!r}{code} are not supported; these are: {', '.join(supported)}"
-
-
-def check_quantisation(given: Config) -> Iterator[str]:
-    """Yield what is wrong with the format of the weights."""
-    quantisation = given.get("quantization_config")
-    if quantisation is None:
-        return
-    method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
-    if method not in QUANTISED:
-        yield f"its weights are quantised by the method {method!r}, which is not supported"
 
 
 def check_keys(given: Config) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """Checkpoints whose weights are quantised: dequantised while a block is loaded, or refused by name."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import swarm.compat  # noqa: F401
@@ -18,20 +18,21 @@ QUANTISED = (torch.float8_e4m3fn, torch.float8_e5m2)
 State = dict[str, torch.Tensor]
 
 
-def check_quantisation(path: str, model_type: str, settings: Mapping[str, Any] | None) -> None:
-    """Refuse a model whose quantised weights cannot be dequantised.
+def check_quantisation(given: Mapping[str, Any]) -> Iterator[str]:
+    """Yield why quantised weights cannot be dequantised, and what to use instead.
 
-    :param path: of the model
-    :param settings: ``quantization_config`` of its configuration; None: it is not quantised
-    :raises ModelUnavailable: naming the way of quantising, and what to use instead
+    :param given: the model's configuration, as its file has it
     """
+    settings, model_type = given.get("quantization_config"), given["model_type"]
     if settings is None:
         return
-    method = str(settings.get("quant_method", "bitsandbytes"))  # which did not say so at first
+    method = "settings that are no object"
+    if isinstance(settings, dict):
+        method = str(settings.get("quant_method", "bitsandbytes"))  # which did not say so at first
     if model_type in FAMILIES and method == ("mxfp4" if model_type == "gpt_oss" else "fp8"):
         return
-    raise ModelUnavailable(
-        f"{path}: weights quantised by {NAMES.get(method, method)} are not supported for {model_type}: "
+    yield (
+        f"weights quantised by {NAMES.get(method, method)} are not supported for {model_type}: "
         "take the original model, its FP8 version, or a GGUF file of it"
     )
 

@@ -31,7 +31,7 @@ def check_tensors(path: str) -> None:
         return
     files = weight_files(path, Path(path))
     config = AutoDistributedConfig.from_pretrained(path)
-    if any(file.suffix != ".safetensors" for file in files) or getattr(config, "quantization_config", None):
+    if any(file.suffix != ".safetensors" for file in files) or getattr(config, "quantisation", None):
         return
     found: dict[str, Shape] = {}
     places: dict[str, Path] = {}

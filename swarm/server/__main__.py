@@ -2,7 +2,7 @@
 
 import sys
 
-from swarm import places
+from swarm import collector, places
 from swarm.lifeline import program_line
 from swarm.options import parse_args
 from swarm.places import PlaceUnusable
@@ -19,7 +19,8 @@ def start() -> int:
         cache_dir = options.cache_dir or places.default_cache_dir()
         places.settle_petals(cache_dir)
         places.settle_compiled(cache_dir)
-        from swarm.server.serve import main
+        with collector.paused():
+            from swarm.server.serve import main
 
         return main()
     except PlaceUnusable as error:

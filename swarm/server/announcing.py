@@ -10,8 +10,8 @@ from petals.data_structures import ServerState
 from petals.server.server import ModuleAnnouncerThread
 from petals.utils.dht import declare_active_modules
 
-from swarm.families import attention_share
 from swarm.server.restart import STOP_TIMEOUT
+from swarm.shape import attention_share
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import swarm.compat  # noqa: F401
 from hivemind.utils import TensorDescriptor
 from petals.server.backend import TransformerBackend
 
-from swarm.families import head_size
+from swarm.shape import head_size
 
 
 class HeadSizeBackend(TransformerBackend):

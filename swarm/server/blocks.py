@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from swarm.families import head_size
 from swarm.families.attention import Scoring, attention, causal_mask
 from swarm.server import kernels
 from swarm.server.attention_cache import ROOM, CacheDescriptor, SequenceCache
+from swarm.shape import head_size
 
 # Parts of up to this many tokens use a loop, too: PyTorch takes longer for each part, and less for each token.
 SHORT = 32

@@ -10,9 +10,8 @@ import swarm.compat  # noqa: F401
 
 from petals.server.server import ModuleContainer
 
-from swarm import hardware
+from swarm import collector, hardware
 from swarm import lazy_imports as imports
-from swarm.process import freeze_collector
 from swarm.server.batching import Batcher
 from swarm.server.families import make_ragged_blocks
 from swarm.server.restart import STOP_TIMEOUT
@@ -89,7 +88,7 @@ class BatchingContainer(WatchedContainer):
             imports.load(ADAPTERS)
         else:
             blocks.warm_up()
-            freeze_collector()
+            collector.freeze()
             hardware.return_free_memory()  # packing held the weights twice
             self.batcher = Batcher(blocks, first.memory_cache, options["num_handlers"], threads)
         # Announces the blocks, then runs.

@@ -28,16 +28,15 @@ from petals.constants import PUBLIC_INITIAL_PEERS
 from petals.server.server import Server
 from petals.utils.convert_block import QuantType
 
-from swarm import hardware, weights
+from swarm import collector, hardware, weights
 from swarm import lazy_imports as imports
 from swarm.errors import ModelUnavailable, SwarmError
-from swarm.families import attention_share
 from swarm.families.adopt import adopt
 from swarm.families.checkpoint import load_block
 from swarm.lengths import served_length
 from swarm.lifeline import program_line
 from swarm.options import ServerOptions, parse_args
-from swarm.process import freeze_collector, kill_descendants, set_threads
+from swarm.process import kill_descendants, set_threads
 from swarm.server.announcing import Announcer
 from swarm.server.backend import HeadSizeBackend
 from swarm.server.cache import SharedMemoryCache
@@ -47,6 +46,7 @@ from swarm.server.handler import TransformerConnectionHandler
 from swarm.server.identity import identity_file, listening_maddrs, remember_maddrs
 from swarm.server.logs import is_abandoned_step, shorten_refusal
 from swarm.server.restart import EARLY_DEATHS, STOP_TIMEOUT, bury_children, die, start_again
+from swarm.shape import attention_share
 from swarm.supervision import Part, Watcher
 from swarm.wire.server_info import extended
 
@@ -76,7 +76,7 @@ def make_server(options: ServerOptions) -> Server:
     if options.batching:
         # Processes forked from now on share the existing objects until someone writes to them, and a garbage
         # collection writes to every object. Here that is 90 MB.
-        freeze_collector()
+        collector.freeze()
     with identity_file(options) as identity_path:
         server = Server(**arguments, host_maddrs=host_maddrs, identity_path=identity_path)
     server.server_info = extended(server.server_info, server.inference_max_length)

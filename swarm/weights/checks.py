@@ -97,11 +97,16 @@ def _check_weights(model: str, file: Path) -> None:
 
 
 def check_hub(model: str) -> None:
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+
+    def download() -> None:
+        # What this raises, the download would answer by trying again, and again, for half a minute.
+        get_hf_file_metadata(hf_hub_url(model, "config.json"), timeout=HUB_TIMEOUT)
+        hf_hub_download(model, "config.json", etag_timeout=HUB_TIMEOUT)
 
     file = cached_file(model, "config.json")
     if file is None:
-        ask_hub(model, "config.json", lambda: hf_hub_download(model, "config.json", etag_timeout=HUB_TIMEOUT))
+        ask_hub(model, "config.json", download)
         file = cached_file(model, "config.json")
     _check_config(model, Path(file or ""))
 
@@ -155,7 +160,7 @@ def ask_hub(model: str, file: str, ask: Callable[[], object]) -> None:
 
 def hub_reason(error: Exception, file: str) -> str:
     """Say in a few words why the hub did not serve a file."""
-    import requests
+    import httpx2
     from huggingface_hub import constants, utils
 
     if isinstance(error, utils.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
@@ -166,11 +171,11 @@ def hub_reason(error: Exception, file: str) -> str:
         return "there is no such model, or it is private"
     if isinstance(error, utils.EntryNotFoundError):
         return f"it has no {file}"
-    if isinstance(error, requests.Timeout):
+    if isinstance(error, httpx2.TimeoutException):
         return f"no answer from {constants.ENDPOINT} within {HUB_TIMEOUT:g} s"
-    if isinstance(error, requests.ConnectionError):
+    if isinstance(error, httpx2.TransportError):
         return f"no connection to {constants.ENDPOINT}"
-    if isinstance(error, requests.HTTPError) and error.response is not None:
+    if isinstance(error, utils.HfHubHTTPError):
         return f"{constants.ENDPOINT} answered {error.response.status_code}"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}"

@@ -1,8 +1,9 @@
 """Tiny random checkpoints of every family, as current Transformers saves them, and what their blocks compute."""
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import swarm.compat  # noqa: F401
 
@@ -16,6 +17,8 @@ from swarm.families.checkpoint import load_block
 from swarm.server.blocks import Part, RaggedBlocks
 from tests.support.tiny import alone, make_tokenizer
 
+Chosen = TypeVar("Chosen")
+
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -26,6 +29,12 @@ LLAMA3 = {
 }
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64}
 GPT_OSS_YARN = {**YARN, "rope_theta": 150000.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
+
+
+def chosen(every: Iterable[Chosen], usual: Sequence[Chosen]) -> list[Chosen]:
+    """Return the variants that whole swarms are tried with: the usual ones, or all if ``FAMILIES`` is ``all``."""
+    return list(every) if os.environ.get("FAMILIES") == "all" else list(usual)
+
 
 # Transformers' names of the classes, and what makes each variant one: a window shorter than the prompts, heads that are
 # not hidden size / heads, and so on.

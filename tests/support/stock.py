@@ -93,7 +93,7 @@ def main() -> None:
         # Petals leaves some sessions open, and their finaliser waits for the event loop. The collector may call it on
         # the loop's own thread, which then waits for itself.
         gc.disable()
-        print(json.dumps([generate(**task) for task in tasks]))
+        print(json.dumps([generate(**task) for task in tasks]), flush=True)
         return
     import petals.server.server  # noqa: F401
 

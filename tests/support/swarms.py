@@ -1,6 +1,5 @@
 """What servers say of themselves, asked directly."""
 
-import asyncio
 from typing import Any
 
 from hivemind import MSGPackSerializer
@@ -22,6 +21,6 @@ def server_info(model: SwarmModel, view: ServerView) -> dict[str, Any] | None:
     uid = runtime_pb2.ExpertUID(uid=model.state.manager.block_uids[view.start])
     try:
         reply = RemoteExpertWorker.run_coroutine(stub.rpc_info(uid, timeout=ANSWER_TIMEOUT))
-    except (OSError, EOFError, asyncio.TimeoutError, P2PDaemonError, P2PHandlerError, ControlFailure):
+    except (TimeoutError, OSError, EOFError, P2PDaemonError, P2PHandlerError, ControlFailure):
         return None
     return MSGPackSerializer.loads(reply.serialized_info)

@@ -1,7 +1,7 @@
 /** Writes answers: one at a time in each chat, and in several chats at once. */
 
 import { number, plural } from "../shared/words.js";
-import { whyItFailed } from "./error-words.js";
+import { RECONNECTING, whyItFailed } from "./error-words.js";
 import { lock } from "./lock.js";
 import { RunningAnswer } from "./running-answer.js";
 import { ChatSession, Interrupted } from "./session.js";
@@ -152,7 +152,7 @@ export class Answering {
       const { prefill } = message.swarm;
       if (prefill) view?.note(`Reading: ${number(prefill.processed)} of ${number(prefill.total)} tokens`);
     } else {
-      run.words = message.status ?? placeInQueue(message.queue.position);
+      run.words = message.reconnecting ? RECONNECTING : message.status ?? placeInQueue(message.queue.position);
       view?.note(run.words);
     }
     if (run === this.run && !run.stopping) this.#page.words(run);

@@ -69,8 +69,9 @@ export class ChatSession {
    *
    * Yields {begun: true} when the server has been asked, so that from then on another page can take the answer up; and the
    * server's messages: responses ({outputs, token_count, position, stop, ...}), {queue: {position}} and
-   * {swarm: {route | lost | prefill}}; and, while there is no connection, {status: words}. If the connection is lost the
-   * answer goes on by itself, from where it is; the text that was yielded stays valid.
+   * {swarm: {route | lost | prefill}}; while the model is not ready, {status: words}; and, while there is no connection,
+   * {reconnecting: true}. If the connection is lost the answer goes on by itself, from where it is; the text that was
+   * yielded stays valid.
    *
    * @param {import("./transcript.js").Piece[]} transcript what the model is to read, up to where it goes on
    * @param {object} parameters of the protocol's `generate`
@@ -109,7 +110,7 @@ export class ChatSession {
         // What was to be stopped is not taken up again.
         if (how === null || this.#stopAsked || performance.now() > patientUntil) throw error;
         if (!(error instanceof RequestFailed)) {
-          yield { status: "The connection was lost; connecting again…" };
+          yield { reconnecting: true };
           await pause(RETRY_MS, signal);
         }
       }
