@@ -79,7 +79,7 @@ def peak(group: Path) -> int:
 def run_in(group: Path, command: Sequence[str], **options: object) -> subprocess.CompletedProcess[str]:
     """Run a Python program in a group, and return what it printed."""
     starter = [sys.executable, "-c", CLEAR, str(group / "cgroup.procs"), sys.executable, *command]
-    return subprocess.run(starter, stdout=subprocess.PIPE, text=True, check=True, **options)  # type: ignore[call-overload,no-any-return]
+    return subprocess.run(starter, stdout=subprocess.PIPE, text=True, check=True, **options)  # type: ignore[call-overload]
 
 
 def forget(directory: Path) -> None:

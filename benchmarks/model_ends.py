@@ -61,10 +61,10 @@ def write(directory: Path, tokenizer: str, rows: int, columns: int, layers: int)
     with (directory / ENDS).open("wb") as file:
         write_header(file, ends)
         for piece in random_rows(rows, columns):
-            file.write(piece.view(torch.int16).numpy())
+            file.write(piece.view(torch.int16).numpy().tobytes())
         for name in norms:
             value = torch.full((columns,), float(name.endswith("weight")), dtype=torch.bfloat16)
-            file.write(value.view(torch.int16).numpy())
+            file.write(value.view(torch.int16).numpy().tobytes())
     blocks = block_shapes(directory, layers)
     with (directory / BLOCKS).open("wb") as file:
         size = write_header(file, blocks)

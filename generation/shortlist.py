@@ -17,8 +17,8 @@ from swarm.client.bounds import BoundedLogits
 
 Process = Callable[[torch.Tensor], torch.Tensor]
 Found = tuple[torch.Tensor, torch.Tensor]  # ids of tokens, and their scores
-# exp() in float32 errs by less, wherever a value stands; sums are in float64.
-ROUNDING = 1e-6
+# Differences of scores and their exp() err by less in float32, wherever they stand; sums are in float64.
+ROUNDING = 1e-4
 
 
 @dataclass(frozen=True)
@@ -70,31 +70,38 @@ class Shortlist:
 
     def top_p(self, top_p: float) -> Iterator[Prefix]:
         """Yield ever closer what is known of the tokens that ``keep_top_p`` keeps, as more of them are computed."""
-        count = FIRST_LOOK // 4
+        largest = (self.lower.max(), self.upper.max())
+        if not torch.isfinite(torch.stack(largest)).all():
+            return
+        rest = [exponentials(bounds, bound) for bounds, bound in zip((self.lower, self.upper), largest, strict=True)]
+        count = FIRST_LOOK
         while count < len(self.lower) // 2:
-            found = self.above(min(float(self.upper.topk(count).values[-1]), self._reached(1)))
+            threshold = min(float(self.upper.topk(count).values[-1]), self._reached(1))
+            found = self.above(threshold)
             if found is None:
                 return
             order = by_likelihood(found[1])
             ids, scores = found[0][order], found[1][order]
-            if (prefix := self._prefix(ids, scores, top_p)) is not None:
-                yield prefix
+            # What all others have together, beside the likeliest token rather than the largest bound.
+            scales = [(bound - scores[0]).double().exp() for bound in largest]
+            others = [(it.sum() - it[ids].sum()).clamp(min=0) * scale for it, scale in zip(rest, scales, strict=True)]
+            fewest, most = how_many(scores, top_p, others[0], others[1])
+            if most < len(scores) and scores[most - 1] >= threshold:  # which no other one reaches
+                yield Prefix(ids[:most], scores[:most], fewest)
             count = 4 * max(count, len(ids))
 
-    def _prefix(self, ids: torch.Tensor, scores: torch.Tensor, top_p: float) -> Prefix | None:
-        """Return what is known, or None if unknown tokens may be kept.
 
-        :param scores: of the known tokens, likeliest first
-        """
-        largest = scores[0]
-        likely = exponentials(scores, largest)
-        rest_lower, rest_upper = (it.index_fill(0, ids, -torch.inf) for it in (self.lower, self.upper))
-        before = likely.cumsum(dim=0) - likely
-        kept = []
-        for rest, error in ((rest_lower, -ROUNDING), (rest_upper, ROUNDING)):
-            total = (likely.sum() + exponentials(rest, largest).sum()) * (1 + error)
-            kept.append(max(int((before < top_p * total).sum()), 1))
-        fewest, most = kept
-        if most == len(scores) or scores[most - 1] <= rest_upper.max():
-            return None
-        return Prefix(ids[:most], scores[:most], fewest)
+def how_many(
+    scores: torch.Tensor, top_p: float, others_lower: torch.Tensor, others_upper: torch.Tensor
+) -> tuple[int, int]:
+    """Return how many tokens ``keep_top_p`` keeps at least and at most, if none of those unknown are among them.
+
+    :param scores: of the known tokens, likeliest first
+    :param others_lower: what all others have together at least, where the likeliest token has 1; ``others_upper``: at
+        most
+    """
+    likely = exponentials(scores, scores[0])
+    before = likely.cumsum(dim=0) - likely
+    totals = (likely.sum() + others_lower) * (1 - ROUNDING), (likely.sum() + others_upper) * (1 + ROUNDING)
+    fewest, most = (max(int((before < top_p * total).sum()), 1) for total in totals)
+    return fewest, most

@@ -186,7 +186,12 @@ def test_sessions_that_wait_share_a_reading(monkeypatch: pytest.MonkeyPatch) -> 
     hidden, tokens = torch.randn(8, HIDDEN), [-1] * 8
     counts: list[int] = []
     bounds = BoundedHead.bounds
-    monkeypatch.setattr(BoundedHead, "bounds", lambda self, it: counts.append(len(it)) or bounds(self, it))
+
+    def counted(self: BoundedHead, inputs: torch.Tensor) -> list[BoundedLogits]:
+        counts.append(len(inputs))
+        return bounds(self, inputs)
+
+    monkeypatch.setattr(BoundedHead, "bounds", counted)
 
     def work(i: int) -> None:
         tokens[i] = sampler({}).choose(head.next_bounds(hidden[i]), [0])
@@ -207,7 +212,7 @@ def test_a_model_with_a_large_head(
     tiny_bloom: Path, swarm: LocalSwarm, reference: BloomForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Answers are those of plain Transformers."""
-    monkeypatch.setattr("swarm.client.head.BOUNDED_FROM", 1)
+    monkeypatch.setattr("swarm.client.model.is_large", lambda config, device: True)
     with contextlib.closing(load_model(tiny_bloom, swarm)) as model:
         assert model.head._bounded is not None
         token_ids = model.tokenizer.encode(PROMPT)

@@ -12,18 +12,23 @@ from swarm.client.bounded_head import BoundedHead, make_finish, softcapped
 from swarm.client.bounds import Logits
 from swarm.client.together import Together
 from swarm.errors import ModelMismatch
+from swarm.hardware import pick_dtype
 from swarm.packed_linear import PackedLinear, can_pack
 
 # Memory for a second copy of the head's weights, where the embeddings need the first. BLOOM's would take 7 GB.
 COPY_LIMIT = 2**30  # bytes
-# Numbers of weights from which the head's are read in 8 bits first. Of 250,880 rows of 14,336 that takes a third of the
-# time and of the memory; of SmolLM2's 49,152 rows of 576, bounds take as long as the product.
-BOUNDED_FROM = 2**28
+# Numbers of weights from which the head's are read in 8 bits first. Without AVX512, where the alternative is float32,
+# 32,000 rows of 4,096 then take a third of the time for one session, and no longer for 16; of SmolLM2's 49,152 rows of
+# 576, drawing from bounds takes longer than is gained. With AVX512 the alternative is bfloat16: 128,256 rows of 4,096
+# take half the time for one session, and as long for 16. What is larger would need much memory.
+BOUNDED_FROM = 100_000_000
+BOUNDED_FROM_WITH_AVX512 = 500_000_000
 
 
 def is_large(config: Any, device: str) -> bool:
     """Whether a model's head is computed by ``BoundedHead``, from weights as they are in the checkpoint."""
-    return torch.device(device).type == "cpu" and config.vocab_size * config.hidden_size >= BOUNDED_FROM
+    least = BOUNDED_FROM_WITH_AVX512 if pick_dtype(device) == "bfloat16" else BOUNDED_FROM
+    return torch.device(device).type == "cpu" and config.vocab_size * config.hidden_size >= least
 
 
 def pack_head(lm_head: Any, embeddings: torch.Tensor) -> Any:
