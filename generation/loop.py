@@ -16,6 +16,7 @@ from generation.parameters import GenerationParams
 from generation.sampling import Sampler
 from generation.session import Session
 from generation.text import CONTEXT_TOKENS, Detokenizer, StopMatcher
+from swarm.client.bounds import Logits, all_of
 from swarm.errors import Cancelled
 from swarm.waiter import PATIENT, Relay, Waiter
 
@@ -129,12 +130,12 @@ def generate(
             return
 
 
-def _step(session: Session, rows: Sequence["_Row"], waiter: Waiter, *, is_first: bool) -> torch.Tensor:
-    """Return the logits of the rows' next tokens: [rows, vocabulary], float32."""
+def _step(session: Session, rows: Sequence["_Row"], waiter: Waiter, *, is_first: bool) -> Sequence[Logits]:
+    """Return the logits of each row's next token: [vocabulary], float32, or what is known of them."""
     if len(rows) == 1 or is_first:
-        return session.step(waiter=waiter).expand(len(rows), -1)
+        return [session.step_bounded(waiter=waiter)] * len(rows)
     # Rows that have ended repeat their last token; nobody sees the result.
-    return session.step_rows([row.token_ids[-1] for row in rows], waiter=waiter)
+    return session.step_rows_bounded([row.token_ids[-1] for row in rows], waiter=waiter)
 
 
 def score(session: Session, token_ids: Sequence[int], count: int, waiter: Waiter = PATIENT) -> list[TokenLogprob]:
@@ -170,14 +171,19 @@ class _Writer:
         self._detokenizer = detokenizer
         self._logprobs = params.logprobs
 
-    def write(self, logits: torch.Tensor, token_ids: Sequence[int], *, is_last: bool) -> Chunk:
+    def write(self, logits: Logits, token_ids: Sequence[int], *, is_last: bool) -> Chunk:
         """Choose the token that follows ``token_ids``.
 
-        :param logits: [vocabulary], float32
+        :param logits: [vocabulary], float32, or what is known of them
         :param is_last: whether the answer ends here in any case
         """
-        token_id = self._sampler.choose(logits, token_ids)
-        logprob = None if self._logprobs is None else logprobs_of(logits[None], [token_id], self._logprobs)[0]
+        logprob = None
+        if self._logprobs is None:
+            token_id = self._sampler.choose(logits, token_ids)
+        else:  # they need all logits
+            logits = all_of(logits)
+            token_id = self._sampler.choose(logits, token_ids)
+            logprob = logprobs_of(logits[None], [token_id], self._logprobs)[0]
         is_end = token_id in self._ends
         text, stop = self._matcher.feed(self._detokenizer.flush() if is_end else self._detokenizer.add(token_id))
         if stop is None and is_end:

@@ -2,16 +2,16 @@
 
 The rules and their order are Transformers', so that results equal ``model.generate`` with the same seed; those of the
 OpenAI API stand beside them. Penalties and temperature are Transformers' own processors. ``top_k``, ``top_p`` and
-``min_p`` are computed here: the processors sort the whole vocabulary for each token, which takes longer than the token
+``min_p`` are our own: the processors sort the whole vocabulary for each token, which takes longer than the token
 itself (33 ms for BLOOM's 250,000 words), when a few hundred words have all the probability that counts.
 """
 
-import functools
-import math
 import random
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import (
     GenerationConfig,
@@ -22,12 +22,11 @@ from transformers import (
 )
 
 from generation.parameters import MAX_SEED, GenerationParams
+from generation.rules import keep_min_p, keep_top_k, keep_top_p
+from generation.shortlist import Process, Shortlist
+from swarm.client.bounds import BoundedLogits, Logits, all_of
 
-# How many of the likeliest tokens are looked at first. Up to here it takes no longer to find more of them.
-FIRST_LOOK = 256
-# What is less likely than the likeliest by this power of e changes no sum, and beyond it floating-point numbers become
-# denormal, with which processors are many times slower.
-SMALLEST_EXPONENT = -80.0
+CHANCE_BITS = 53  # of a random number, as many as a float has
 # Of checkpoints that say nothing, as in Transformers' `generate`; its GenerationConfig has None for them.
 UNSET: Mapping[str, Any] = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}
 
@@ -59,67 +58,39 @@ class LogitBias(LogitsProcessor):
         return scores
 
 
-def keep_top_p(scores: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Return the indices of the likeliest tokens that together have a probability of ``top_p``, at least one, likeliest
-    first (Holtzman et al., "The Curious Case of Neural Text Degeneration", ICLR 2020).
-
-    :param scores: [tokens]
-    """
-    largest = scores.max()
-    total = (scores - largest).clamp_(min=SMALLEST_EXPONENT).exp_().sum()
-    count = min(FIRST_LOOK, len(scores))
-    while True:
-        values, indices = scores.topk(count)
-        probabilities = (values - largest).exp() / total
-        before = probabilities.cumsum(dim=-1) - probabilities  # of all that are likelier
-        kept = int((before < top_p).sum())
-        if kept < count or count == len(scores):
-            return indices[: max(kept, 1)]
-        count = min(8 * count, len(scores))
-
-
-def keep_top_k(scores: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Return the indices of the ``top_k`` likeliest tokens, and of those that are as likely as the last of them.
-
-    :param scores: [tokens]
-    """
-    if top_k >= len(scores):
-        return torch.arange(len(scores))
-    return (scores >= scores.topk(top_k).values[-1]).nonzero()[:, 0]
-
-
-def keep_min_p(scores: torch.Tensor, min_p: float) -> torch.Tensor:
-    """Return the indices of the tokens that are ``min_p`` times as likely as the likeliest, or more (Nguyen et al.,
-    "Turning Up the Heat", ICLR 2025).
-
-    :param scores: [tokens]
-    """
-    return (scores >= scores.max() + math.log(min_p)).nonzero()[:, 0]
-
-
 class Candidates:
     """Which tokens may be drawn, and how likely each is."""
 
     def __init__(self, top_k: int | None, top_p: float | None, min_p: float | None) -> None:
         """Set the rules; a value of None, or one that leaves out nothing, adds no rule."""
+        self.top_k, self.top_p, self.min_p = top_k or None, None if top_p == 1.0 else top_p, min_p or None
+        # Then they are in the order of their likelihood, and otherwise by id.
+        self.likeliest_first = self.top_k is None and self.top_p is not None
         self._rules: list[Callable[[torch.Tensor], torch.Tensor]] = []
-        if top_k:
-            self._rules.append(functools.partial(keep_top_k, top_k=top_k))
-        if top_p not in (None, 1.0):
-            self._rules.append(functools.partial(keep_top_p, top_p=top_p))
-        if min_p:
-            self._rules.append(functools.partial(keep_min_p, min_p=min_p))
+        if self.top_k is not None:
+            self._rules.append(partial(keep_top_k, top_k=self.top_k))
+        if self.top_p is not None:
+            self._rules.append(partial(keep_top_p, top_p=self.top_p))
+        if self.min_p is not None:
+            self._rules.append(partial(keep_min_p, min_p=self.min_p))
 
     def __call__(self, scores: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Return the ids of the candidates, None for all tokens, and their probabilities.
 
         :param scores: [vocabulary]
         """
-        ids: torch.Tensor | None = None
+        ids, scores = self.among(None, scores)
+        return ids, scores.softmax(dim=-1)
+
+    def among(self, ids: torch.Tensor | None, scores: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Return the ids of the candidates, None for all tokens, and their scores.
+
+        :param ids: of the tokens whose scores are given; None: all
+        """
         for rule in self._rules:
             kept = rule(scores)
             ids, scores = kept if ids is None else ids[kept], scores[kept]
-        return ids, scores.softmax(dim=-1)
+        return ids, scores
 
 
 def pick(probabilities: torch.Tensor, point: float) -> int:
@@ -132,6 +103,18 @@ def pick(probabilities: torch.Tensor, point: float) -> int:
     index = int(torch.searchsorted(ends, point * ends[-1], right=True))
     # Rounding may put the point at the very end, behind the last one that has a share.
     return index if index < len(ends) else int(probabilities.nonzero()[-1])
+
+
+def first_arrival(scores: torch.Tensor, chance: int) -> int:
+    """Return the index of a token, each as often as it is likely: all begin a race, and who arrives first has won.
+
+    The time of each is exponentially distributed, and the first ones have the same whether there are more or not.
+
+    :param scores: [n], likeliest first
+    :param chance: seeds the times
+    """
+    times = np.random.Generator(np.random.PCG64(chance)).standard_exponential(len(scores))
+    return int((np.log(times) - scores.double().numpy()).argmin())
 
 
 class Sampler:
@@ -168,26 +151,76 @@ class Sampler:
                 self._generator = torch.Generator().manual_seed((params.seed + row) % (MAX_SEED + 1))
 
     @torch.inference_mode()
-    def choose(self, logits: torch.Tensor, token_ids: Sequence[int]) -> int:
+    def choose(self, logits: Logits, token_ids: Sequence[int]) -> int:
         """Return the id of the next token.
 
-        :param logits: [vocabulary], float32
+        :param logits: [vocabulary], float32, or what is known of them: then those that matter are computed, and the
+            token is the same
         :param token_ids: the tokens so far, for the repetition penalty
         """
-        scores = logits[None]
-        if self._processors:
-            scores = self._processors(torch.tensor([token_ids]), scores.clone())  # some of them write into their input
-        token_id = int(scores.argmax()) if self._candidates is None else self._draw(scores[0], self._candidates)
+
+        def process(logits: torch.Tensor) -> torch.Tensor:
+            if not self._processors:
+                return logits
+            # Some of them write into their input.
+            return self._processors(torch.tensor([token_ids]), logits[None].clone())[0]
+
+        chance = self._random.getrandbits(CHANCE_BITS)
+        token_id = self._choose_bounded(logits, process, chance) if isinstance(logits, BoundedLogits) else None
+        if token_id is None:
+            scores = process(all_of(logits))
+            if self._candidates is None:
+                token_id = int(scores.argmax())
+            else:
+                token_id = self._draw(*self._candidates.among(None, scores), len(scores), chance)
         if self._penalties is not None:
             self._penalties.counts[token_id] = self._penalties.counts.get(token_id, 0) + 1
         return token_id
 
-    def _draw(self, scores: torch.Tensor, candidates: Candidates) -> int:
-        ids, probabilities = candidates(scores)
+    def _choose_bounded(self, logits: BoundedLogits, process: Process, chance: int) -> int | None:
+        """Return the id of the next token, or None if all logits have to be computed for it."""
+        shortlist, candidates = Shortlist(logits, process), self._candidates
+        if candidates is None:
+            found = shortlist.likeliest()
+            return None if found is None else int(found[0][found[1].argmax()])
+        if candidates.likeliest_first:
+            return self._choose_top_p(shortlist, candidates, len(logits.lower), chance)
+        found = None
+        if candidates.top_k is not None:
+            found = shortlist.top_k(candidates.top_k)
+        elif candidates.min_p is not None:
+            found = shortlist.min_p(candidates.min_p)
+        # What the first rule leaves of these tokens is what it leaves of all.
+        return None if found is None else self._draw(*candidates.among(*found), len(logits.lower), chance)
+
+    def _choose_top_p(self, shortlist: Shortlist, candidates: Candidates, size: int, chance: int) -> int | None:
+        assert candidates.top_p is not None
+        for prefix in shortlist.top_p(candidates.top_p):
+            most, fewest = len(prefix.ids), prefix.fewest
+            if candidates.min_p is not None:
+                most = len(keep_min_p(prefix.scores, candidates.min_p))
+                fewest = min(fewest, most)
+            if self._generator is not None and most > fewest:
+                continue  # the numbers that `generate` compares depend on how many there are
+            if self._generator is not None or first_arrival(prefix.scores[:most], chance) < fewest:
+                return self._draw(prefix.ids[:most], prefix.scores[:most], size, chance)
+        return None
+
+    def _draw(self, ids: torch.Tensor | None, scores: torch.Tensor, size: int, chance: int) -> int:
+        """Draw one of the candidates.
+
+        :param ids: None: all tokens
+        :param size: of the vocabulary
+        """
+        assert self._candidates is not None
+        if self._generator is None and self._candidates.likeliest_first:
+            assert ids is not None
+            return int(ids[first_arrival(scores, chance)])
+        probabilities = scores.softmax(dim=-1)
         if self._generator is None:
-            index = pick(probabilities, self._random.random())
+            index = pick(probabilities, chance / 2**CHANCE_BITS)
             return index if ids is None else int(ids[index])
         if ids is not None:
             # `generate` draws a number for each token of the vocabulary: who wants its results waits for all.
-            probabilities = torch.zeros_like(scores).index_copy_(0, ids, probabilities)
+            probabilities = torch.zeros(size, dtype=probabilities.dtype).index_copy_(0, ids, probabilities)
         return int(torch.multinomial(probabilities, num_samples=1, generator=self._generator))

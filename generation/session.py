@@ -5,6 +5,7 @@ from typing import Protocol
 
 import torch
 
+from swarm.client.bounds import Logits
 from swarm.waiter import PATIENT, Waiter
 
 
@@ -18,6 +19,8 @@ class Session(Protocol):
 
     def step(self, token_ids: Sequence[int] = (), *, waiter: Waiter = PATIENT) -> torch.Tensor: ...
 
-    def step_rows(self, token_ids: Sequence[int], *, waiter: Waiter = PATIENT) -> torch.Tensor: ...
+    def step_bounded(self, token_ids: Sequence[int] = (), *, waiter: Waiter = PATIENT) -> Logits: ...
+
+    def step_rows_bounded(self, token_ids: Sequence[int], *, waiter: Waiter = PATIENT) -> Sequence[Logits]: ...
 
     def step_each(self, token_ids: Sequence[int], *, waiter: Waiter = PATIENT) -> Iterator[torch.Tensor]: ...

@@ -1128,6 +1128,9 @@ class SpeakingSession(FakeSession):
         self.position = len(self.token_ids)
         return torch.nn.functional.one_hot(torch.tensor(7), TOKENIZER.size).float()
 
+    def step_bounded(self, token_ids: Sequence[int] = (), *, waiter: Waiter = PATIENT) -> torch.Tensor:
+        return self.step(token_ids, waiter=waiter)
+
 
 @pytest.mark.parametrize("error", [None, Cancelled("hung up")])
 def test_tokens_are_counted_however_it_ends(error: Exception | None) -> None:

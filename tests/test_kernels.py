@@ -155,10 +155,10 @@ def test_head_computes_together_for_all_who_wait() -> None:
         results[i] = head.next_logits(hidden[i])
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
-    with head._computing:  # all wait until now
+    with head._all_together.computing:  # all wait until now
         for thread in threads:
             thread.start()
-        while len(head._waiting) < len(threads):
+        while len(head._all_together.waiting) < len(threads):
             threads[0].join(timeout=0.01)
     for thread in threads:
         thread.join(timeout=10)

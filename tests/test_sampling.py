@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig, TopKLogitsWarper, TopPLogitsWarper
 
 from generation.parameters import MAX_SEED, GenerationParams
-from generation.sampling import FIRST_LOOK, Candidates, Sampler, pick
+from generation.rules import FIRST_LOOK
+from generation.sampling import Candidates, Sampler, first_arrival, pick
 
 # Without a deadline, for a machine may be busy, and the same examples in every run.
 examples = settings(deadline=None, derandomize=True, max_examples=100)
@@ -78,6 +79,16 @@ def test_words_are_drawn_as_often_as_they_are_likely(weights: list[int]) -> None
     points = [(i + 0.5) / total for i in range(total)]
     drawn = [pick(torch.tensor(weights, dtype=torch.float32), point) for point in points]
     assert [drawn.count(index) for index in range(len(weights))] == weights
+
+
+def test_races_are_won_as_often_as_words_are_likely() -> None:
+    shares = torch.tensor([0.5, 0.25, 0.15, 0.1])
+    winners = [first_arrival(shares.log(), chance) for chance in range(20_000)]
+    found = torch.tensor([winners.count(index) for index in range(4)]) / len(winners)
+    torch.testing.assert_close(found, shares, atol=0.02, rtol=0.0)  # six standard deviations
+    # Who is not there changes nothing among the others.
+    fewer = [first_arrival(shares[:2].log(), chance) for chance in range(2000)]
+    assert all(one == other for one, other in zip(winners[:2000], fewer, strict=True) if one < 2)
 
 
 def test_what_has_no_share_is_never_drawn() -> None:

@@ -198,14 +198,14 @@ def test_only_the_guilty_hidden_states_fail(model: SwarmModel) -> None:
             results[name] = error
 
     compute, poison = head.logits, torch.full((HIDDEN,), 1e30)
-    with head._computing, pytest.MonkeyPatch.context() as patch:
+    with head._all_together.computing, pytest.MonkeyPatch.context() as patch:
         threads = [
             threading.Thread(target=work, args=(name, hidden))
             for name, hidden in {"good": good, "bad": poison, "also good": good}.items()
         ]
         for thread in threads:
             thread.start()
-        wait_until(lambda: len(head._waiting) == 3, "they do not wait")
+        wait_until(lambda: len(head._all_together.waiting) == 3, "they do not wait")
 
         def logits(hidden: torch.Tensor) -> torch.Tensor:
             if (hidden == 1e30).any():
@@ -213,7 +213,7 @@ def test_only_the_guilty_hidden_states_fail(model: SwarmModel) -> None:
             return compute(hidden)
 
         patch.setattr(head, "logits", logits)
-        head._compute_waiting()
+        head._all_together._compute_waiting()
     for thread in threads:
         thread.join(10)
     torch.testing.assert_close(results["good"], expected)

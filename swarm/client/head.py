@@ -1,21 +1,35 @@
 """The two ends of a model, which this program computes itself: token ids to hidden states, hidden states to logits."""
 
-import threading
-from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import swarm.compat  # noqa: F401
 
 import torch
 
+from swarm.client.bounded_head import BoundedHead, make_finish, softcapped
+from swarm.client.bounds import Logits
+from swarm.client.together import Together
 from swarm.errors import ModelMismatch
+from swarm.hardware import pick_dtype
 from swarm.products.choice import can_pack
 from swarm.products.linear import PackedLinear
 
 # Memory for a second copy of the head's weights, where the embeddings need the first. BLOOM's would take 7 GB.
 COPY_LIMIT = 2**30  # bytes
+# Numbers of weights from which the head's are read in 8 bits first. Without AVX512, where the alternative is float32,
+# 32,000 rows of 4,096 then take a third of the time for one session, and no longer for 16; of SmolLM2's 49,152 rows of
+# 576, drawing from bounds takes longer than is gained. With AVX512 the alternative is bfloat16: 128,256 rows of 4,096
+# take half the time for one session, and as long for 16. What is larger would need much memory.
+BOUNDED_FROM = 100_000_000
+BOUNDED_FROM_WITH_AVX512 = 500_000_000
+
+
+def is_large(config: Any, device: str) -> bool:
+    """Whether a model's head is computed by ``BoundedHead``, from weights as they are in the checkpoint."""
+    least = BOUNDED_FROM_WITH_AVX512 if pick_dtype(device) == "bfloat16" else BOUNDED_FROM
+    return torch.device(device).type == "cpu" and config.vocab_size * config.hidden_size >= least
 
 
 def pack_head(lm_head: Any, embeddings: torch.Tensor) -> Any:
@@ -35,23 +49,37 @@ def pack_head(lm_head: Any, embeddings: torch.Tensor) -> Any:
 class Head:
     """Embeddings and language-model head of a petals model. Thread-safe."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, bounded: bool = False, cache_dir: Path | None = None, identity: str = "") -> None:
+        """Take a model's two ends.
+
+        :param bounded: whether the head's weights are read in 8 bits first, see ``BoundedHead``
+        :param cache_dir: where those are kept; None: in memory
+        :param identity: of the weights, see ``swarm.client.quantised_weights.quantised``
+        """
         self._transformer = model.transformer  # petals gives all its model families BLOOM's attribute names
-        self._lm_head = pack_head(model.lm_head, self._transformer.word_embeddings.weight)
         # What some families do to the logits after the product: greedy answers do not change by it, but all others do.
         self._scaling: float = getattr(model.config, "logits_scaling", None) or 1.0
         self._softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
         self.device: torch.device = self._transformer.word_embeddings.weight.device
         self.vocab_size: int = self._transformer.word_embeddings.weight.shape[0]
         self._hidden_shape: torch.Size = self._transformer.word_embeddings.weight.shape[1:]
-        self._waiting: deque[tuple[torch.Tensor, Future[torch.Tensor]]] = deque()
-        self._computing = threading.Lock()
+        self._bounded: BoundedHead | None = None
+        if bounded:
+            finish = make_finish(self._scaling, self._softcap)
+            self._bounded = BoundedHead(model.lm_head.weight.detach(), cache_dir, identity, *finish)
+        else:
+            self._lm_head = pack_head(model.lm_head, self._transformer.word_embeddings.weight)
+        self._all_together: Together[torch.Tensor] = Together(lambda hidden: self.logits(hidden).unbind(0))
+        self._bounds_together: Together[Logits] = Together(lambda hidden: self.bounds(hidden))
 
     @torch.inference_mode()
     def embed(self, *rows: Sequence[int]) -> torch.Tensor:
         """Return the inputs of the first block: [rows, n tokens, hidden size], on the CPU, which they are sent from."""
         ids = torch.tensor([list(row) for row in rows], device=self.device)
-        return self._transformer.word_embeddings_layernorm(self._transformer.word_embeddings(ids)).cpu()
+        embedded = self._transformer.word_embeddings(ids)
+        if self._bounded is not None:  # rows of the checkpoint become what the rest is computed in
+            embedded = embedded.to(self._transformer.ln_f.weight.dtype)
+        return self._transformer.word_embeddings_layernorm(embedded).cpu()
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -60,51 +88,41 @@ class Head:
         :param hidden: [n rows, hidden size], outputs of the last block
         :returns: [n rows, vocabulary]
         """
-        hidden = hidden.to(self.device, self._transformer.ln_f.weight.dtype)
-        logits = self._lm_head(self._transformer.ln_f(hidden)).float()
-        if self._scaling != 1.0:
-            logits = logits / self._scaling
-        if self._softcap is not None:
-            logits = torch.tanh(logits / self._softcap) * self._softcap
-        return logits.cpu()
+        inputs = self._normed(hidden)
+        if self._bounded is not None:
+            return self._bounded.logits(inputs)
+        return softcapped(self._lm_head(inputs).float(), self._scaling, self._softcap).cpu()
+
+    @torch.inference_mode()
+    def bounds(self, hidden: torch.Tensor) -> Sequence[Logits]:
+        """Return what is known of the logits of the next tokens without reading all weights, or all of them if the
+        head is small.
+
+        :param hidden: [n rows, hidden size], outputs of the last block
+        """
+        if self._bounded is None:
+            return self.logits(hidden).unbind(0)
+        return self._bounded.bounds(self._normed(hidden).float())
+
+    def _normed(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._transformer.ln_f(hidden.to(self.device, self._transformer.ln_f.weight.dtype))
 
     def next_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the logits of one sequence's next token, computed together with those other threads wait for.
-
-        Reading the head's large weights takes most of the time: with BLOOM's, 32 rows at once take hardly longer than
-        one. The thread that finds the head free computes for all waiting threads (flat combining, Hendler et al., SPAA
-        2010); no thread waits for a batch to fill.
 
         :param hidden: [hidden size], floating
         :returns: [vocabulary], float32 on the CPU
         :raises ModelMismatch: if ``hidden`` is something else
         """
+        return self._all_together(self._checked(hidden))
+
+    def next_bounds(self, hidden: torch.Tensor) -> Logits:
+        """As ``next_logits``, but return what is known of the logits, see ``bounds``."""
+        if self._bounded is None:
+            return self.next_logits(hidden)
+        return self._bounds_together(self._checked(hidden))
+
+    def _checked(self, hidden: torch.Tensor) -> torch.Tensor:
         if hidden.shape != self._hidden_shape or not hidden.is_floating_point():
             raise ModelMismatch(f"hidden states are {hidden.dtype} of shape {list(hidden.shape)}")
-        mine: Future[torch.Tensor] = Future()
-        self._waiting.append((hidden, mine))
-        with self._computing:
-            if not mine.done():
-                self._compute_waiting()
-        return mine.result()
-
-    def _compute_waiting(self) -> None:
-        waiting = [self._waiting.popleft() for _ in range(len(self._waiting))]
-        try:
-            rows = self.logits(torch.stack([hidden for hidden, _ in waiting])).unbind(0)
-        except Exception:  # out of memory, or one of them cannot be computed; computing each alone shows which
-            for hidden, future in waiting:
-                self._compute_alone(hidden, future)
-        except BaseException as error:
-            for _, future in waiting:
-                future.set_exception(error)
-            raise
-        else:
-            for (_, future), row in zip(waiting, rows, strict=True):
-                future.set_result(row)
-
-    def _compute_alone(self, hidden: torch.Tensor, future: "Future[torch.Tensor]") -> None:
-        try:
-            future.set_result(self.logits(hidden[None])[0])
-        except BaseException as error:  # raised in the thread that waits for it
-            future.set_exception(error)
+        return hidden

@@ -14,7 +14,7 @@ from petals import AutoDistributedModelForCausalLM
 from transformers import AutoTokenizer, GenerationConfig
 
 from swarm import weights
-from swarm.client.head import Head
+from swarm.client.head import Head, is_large
 from swarm.client.history import HistoryBudget
 from swarm.client.membership import Swarm
 from swarm.client.routing import CacheRelief, SwarmState
@@ -22,6 +22,7 @@ from swarm.client.session import SwarmSession
 from swarm.client.terms import SessionLimits, SessionTerms
 from swarm.errors import ModelUnavailable, SessionLengthExceeded
 from swarm.families.adopt import adopt
+from swarm.families.configuration import read_supported
 from swarm.lengths import context_length, stock_length
 from swarm.tokenization import TextTokenizer
 from swarm.weights.pickles import refusal
@@ -46,17 +47,19 @@ class SwarmModel:
         budget: HistoryBudget,
         relief: CacheRelief | None = None,
         fingerprint: weights.Fingerprint | None = None,
+        head: Head | None = None,
     ) -> None:
         """Make a model of its parts; see ``load``.
 
         :param fingerprint: servers of another model are refused; None: none are
+        :param head: None: one that reads all weights for each token
         """
         self.name = name
         self.tokenizer = tokenizer
         self.config = model.config
         self.parameters = count_parameters(model)
         self.generation_config = with_all_ends(model.generation_config, tokenizer.end_token)
-        self.head = Head(model)
+        self.head = head or Head(model)
         self.state = SwarmState(model.transformer.h.sequence_manager, name, relief, fingerprint)
         self.swarm = swarm
         swarm.follow(self.state)
@@ -94,13 +97,15 @@ class SwarmModel:
         path = weights.locate(name, cache_dir=cache_dir, progress=weights.Progress(log.info))
         try:
             adopt(path)
+            large = is_large(read_supported(path), device)
             tokenizer = TextTokenizer(AutoTokenizer.from_pretrained(path))
             with LOADING, shared_dht(swarm.dht):
                 model = AutoDistributedModelForCausalLM.from_pretrained(
                     path,
                     initial_peers=[],  # unused: the DHT already exists
                     dht_prefix=weights.dht_prefix(name),
-                    torch_dtype=torch_dtype if torch_dtype == "auto" else getattr(torch, torch_dtype),
+                    # A large head's weights, and embeddings, stay in the checkpoint's files.
+                    torch_dtype="auto" if large or torch_dtype == "auto" else getattr(torch, torch_dtype),
                     update_period=update_period,
                     show_route=False,
                     weights_only=True,  # of files that are pickles
@@ -110,9 +115,10 @@ class SwarmModel:
         except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
             # transformers raises all of these for files that are missing, cut short or of another kind.
             raise ModelUnavailable(f"{name}: {error}") from error
-        budget = budget or HistoryBudget(DEFAULT_HISTORY_BYTES)
-        limits = limits or SessionLimits()
-        return cls(name, swarm, model.to(device).eval(), tokenizer, limits, budget, relief, weights.fingerprint(path))
+        budget, limits = budget or HistoryBudget(DEFAULT_HISTORY_BYTES), limits or SessionLimits()
+        model = model.to(device).eval()
+        head = make_bounded_head(name, model, torch_dtype, cache_dir, path) if large else None
+        return cls(name, swarm, model, tokenizer, limits, budget, relief, weights.fingerprint(path), head)
 
     @property
     def max_length(self) -> int:
@@ -132,6 +138,15 @@ class SwarmModel:
         """Stop following the swarm. Open sessions should be closed before."""
         self.swarm.forget(self.state)
         self.state.close()
+
+
+def make_bounded_head(name: str, model: Any, torch_dtype: str, cache_dir: Path, path: str) -> Head:
+    """Return a head whose weights stay as they are; what is computed at both ends of the model gets the dtype."""
+    if torch_dtype != "auto":
+        for norm in (model.transformer.word_embeddings_layernorm, model.transformer.ln_f):
+            norm.to(getattr(torch, torch_dtype))
+    log.info("%s: its head is prepared", name)
+    return Head(model, bounded=True, cache_dir=cache_dir.absolute(), identity=weights.version(path))
 
 
 def with_all_ends(config: GenerationConfig, end_token: int | None) -> GenerationConfig:

@@ -15,6 +15,7 @@ import swarm.compat  # noqa: F401
 import torch
 from hivemind.moe.client.remote_expert_worker import RemoteExpertWorker
 
+from swarm.client.bounds import Logits
 from swarm.client.chain import Chain, Loss
 from swarm.client.head import Head
 from swarm.client.span import PREFILL_CHUNK, Span
@@ -116,10 +117,19 @@ class SwarmSession:
             except after ``SessionClosed``, the session stays usable: its tokens are kept, and the next step processes
             what this one did not
         """
+        return self._head.next_logits(self._last(token_ids, waiter))
+
+    @torch.inference_mode()
+    def step_bounded(self, token_ids: Sequence[int] = (), *, waiter: Waiter = PATIENT) -> Logits:
+        """As ``step``, but of a large head return bounds of the logits, of which those that matter can be computed."""
+        return self._head.next_bounds(self._last(token_ids, waiter))
+
+    def _last(self, token_ids: Sequence[int], waiter: Waiter) -> torch.Tensor:
+        """Add tokens, process all unprocessed ones, and return the hidden states of the last one: [hidden size]."""
         self.append(token_ids)
         for _, hidden in self._process(waiter):
             last = hidden[0, -1]
-        return self._head.next_logits(last)
+        return last
 
     @torch.inference_mode()
     def step_rows(self, token_ids: Sequence[int], *, waiter: Waiter = PATIENT) -> torch.Tensor:
@@ -128,12 +138,21 @@ class SwarmSession:
         :returns: logits of shape [rows, vocabulary], float32
         :raises: as ``step``
         """
+        return self._head.logits(self._last_of_rows(token_ids, waiter))
+
+    @torch.inference_mode()
+    def step_rows_bounded(self, token_ids: Sequence[int], *, waiter: Waiter = PATIENT) -> Sequence[Logits]:
+        """As ``step_rows``, but of a large head return bounds of each row's logits."""
+        return self._head.bounds(self._last_of_rows(token_ids, waiter))
+
+    def _last_of_rows(self, token_ids: Sequence[int], waiter: Waiter) -> torch.Tensor:
+        """Add a token to each row, process, and return the hidden states of the last ones: [rows, hidden size]."""
         self._check_room(1)
         for branch, token_id in zip(self.branches, token_ids, strict=True):
             branch.append(token_id)
         for _, hidden in self._process(waiter):
             last = hidden[:, -1]
-        return self._head.logits(last)
+        return last
 
     @torch.inference_mode()
     def step_each(self, token_ids: Sequence[int], *, waiter: Waiter = PATIENT) -> Iterator[torch.Tensor]:

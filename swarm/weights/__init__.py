@@ -13,7 +13,7 @@ from pathlib import Path
 from swarm.places import default_cache_dir
 from swarm.weights.bundled import BUNDLED_MODELS, bundled_file
 from swarm.weights.checks import check_directory, check_hub
-from swarm.weights.fingerprint import Fingerprint, fingerprint
+from swarm.weights.fingerprint import Fingerprint, fingerprint, version
 from swarm.weights.gguf_files import gguf_file, identity, is_gguf
 from swarm.weights.preparing import is_whole, prepared
 from swarm.weights.progress import Progress
@@ -27,6 +27,7 @@ __all__ = [
     "fingerprint",
     "is_to_be_prepared",
     "locate",
+    "version",
 ]
 
 NOBODY = Progress()

@@ -86,6 +86,21 @@ def fingerprint(model: str) -> Fingerprint:
     return Fingerprint(hash_config(read_config(model)))
 
 
+def version(model: str) -> str:
+    """Return a text that is another one when the files of a model may have changed, on this machine.
+
+    :param model: as for ``fingerprint``
+    :raises ModelUnavailable: if its files cannot be read
+    """
+    if not os.path.isdir(model):
+        return json.dumps([model, read_config(model)], sort_keys=True)
+    try:
+        stats = [(file.name, file.stat()) for file in weight_files(model, Path(model))]
+    except OSError as error:
+        raise ModelUnavailable(f"{model}: {error.strerror or error}") from error
+    return json.dumps([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
+
+
 def read_config(model: str) -> dict[str, Any]:
     """Return config.json of a model that ``locate`` has found.
 
