@@ -36,6 +36,7 @@ from benchmarks.model_ends import ENDS, HARD, LENGTH, SPREAD, USUAL, hidden_stat
 from config import Settings
 from generation.parameters import GenerationParams
 from generation.sampling import Sampler
+from swarm.client import head
 from swarm.client.bounds import Logits
 from swarm.client.membership import Swarm
 from swarm.client.model import SwarmModel
@@ -123,6 +124,7 @@ def run_part(part: str, directory: Path, memory: float | None) -> dict[str, Any]
 def loaded(path: Path) -> Iterator[tuple[SwarmModel, float]]:
     """Load a model in a swarm of its own, as the app does; yield it, and the seconds that it took."""
     settings = Settings.from_environment()
+    head.BOUNDED_FROM = head.BOUNDED_FROM_WITH_AVX512 = 0  # whatever the shape
     swarm = Swarm.found(["/ip4/127.0.0.1/tcp/0"])
     begin = time.perf_counter()
     model = SwarmModel.load(
