@@ -14,7 +14,7 @@ from swarm.client.together import Together
 from swarm.errors import ModelMismatch
 from swarm.hardware import pick_dtype
 from swarm.products.choice import can_pack
-from swarm.products.linear import PackedLinear
+from swarm.products.linear import PackedLinear, can_loop
 
 # Memory for a second copy of the head's weights, where the embeddings need the first. BLOOM's would take 7 GB.
 COPY_LIMIT = 2**30  # bytes
@@ -35,10 +35,12 @@ def is_large(config: Any, device: str) -> bool:
 def pack_head(lm_head: Any, embeddings: torch.Tensor) -> Any:
     """Return the language-model head with its weights packed in the processor's preferred order, if possible."""
     weight = lm_head.weight
-    if not can_pack(weight) or (weight.dtype != torch.float32 and lm_head.use_chunked_forward):
-        return lm_head  # petals knows a better way for a processor without AVX512
+    small = weight.numel() * weight.element_size() <= COPY_LIMIT
+    by_loops = small and weight.dtype in (torch.bfloat16, torch.float16) and can_loop(weight)
+    if not by_loops and (not can_pack(weight) or (weight.dtype != torch.float32 and lm_head.use_chunked_forward)):
+        return lm_head  # petals knows a way that takes less memory, for a processor without AVX512
     tied = weight.data_ptr() == embeddings.data_ptr()
-    if tied and weight.numel() * weight.element_size() > COPY_LIMIT:
+    if tied and not small:
         return lm_head
     packed = PackedLinear(lm_head)
     if not tied:
