@@ -201,23 +201,23 @@ def free_cache(model: SwarmModel) -> int:
 
 
 def serve_model(
-    local: LocalSwarm, settings: Settings, name: str, device: str, dtype: str, *, share: float, **options: Any
+    local: LocalSwarm, settings: Settings, name: str, device: str, client_dtype: str, *, share: float, **options: Any
 ) -> tuple[SwarmModel, LocalServer]:
     """Serve a model, load the client's part of it, and wait until all its blocks are served.
 
-    :param dtype: the client's, and the server's unless ``options`` have another
+    :param client_dtype: the client's, and the server's unless ``options`` have another
     :param share: share of the free memory for the server's attention cache
     :param options: others of the server
     """
-    model = SwarmModel.load(name, local.swarm, cache_dir=settings.cache_dir, device=device, torch_dtype=dtype)
+    model = SwarmModel.load(name, local.swarm, cache_dir=settings.cache_dir, device=device, torch_dtype=client_dtype)
     server = local.start_server(
         ServerOptions(
             name,
             device=device,
-            attn_cache_tokens=attn_cache_tokens(model.config, dtype, share, device),
+            attn_cache_tokens=attn_cache_tokens(model.config, client_dtype, share, device),
             threads=settings.SERVER_THREADS or None,
             cache_dir=settings.cache_dir,
-            **{"dtype": dtype, **options},
+            **{"dtype": client_dtype, **options},
         )
     )
     model.state.start(timeout=60)

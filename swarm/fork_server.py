@@ -31,6 +31,7 @@ FORKING = (sys.executable, "-W", "ignore", "-m", "swarm.server.forking")
 LOADING_TIMEOUT = 120.0  # seconds
 # How often a fork is looked at whose parent has died, which would have told its end.
 PERIOD = 0.25  # seconds
+OUTPUT, ERRORS = 1, 2  # file descriptors of the program, as a process that it starts would inherit them
 UNKNOWN = 1  # the exit status of a process that nobody has waited for
 
 
@@ -183,7 +184,7 @@ class ForkServer:
         own, theirs = socket.socketpair()
         request = json.dumps({"arguments": list(arguments), "environment": dict(environment)}).encode() + b"\n"
         try:
-            descriptors = [line.fileno(), theirs.fileno(), sys.stdout.fileno(), sys.stderr.fileno()]
+            descriptors = [line.fileno(), theirs.fileno(), OUTPUT, ERRORS]
             sent = socket.send_fds(self._own, [request], descriptors)
             self._own.sendall(request[sent:])
         except BaseException:

@@ -17,7 +17,7 @@ from tests.conftest import READY_TIMEOUT, load_model, tiny_server
 from tests.test_session import PROMPTS, run_greedy
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def own_fork_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """One of this test's own: it is killed, or started in another environment."""
     monkeypatch.setattr(fork_server, "_current", None)
@@ -52,7 +52,7 @@ def test_a_signal_before_there_is_a_process() -> None:
     assert fork.wait(READY_TIMEOUT) == -signal.SIGKILL
 
 
-def test_another_environment_is_another_fork_server(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_environment_is_another_fork_server(own_fork_server: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Libraries read it when they are loaded."""
     fork_server.prepare()
     first = forking()
@@ -64,7 +64,7 @@ def test_another_environment_is_another_fork_server(monkeypatch: pytest.MonkeyPa
     first.wait(READY_TIMEOUT)  # it has no servers
 
 
-def test_the_process_that_forks_is_killed(tiny_bloom: Path) -> None:
+def test_the_process_that_forks_is_killed(own_fork_server: None, tiny_bloom: Path) -> None:
     """Its servers go on, and their ends are noticed; the next ones are forked from another one."""
     with LocalSwarm() as local:
         server = local.start_server(tiny_server(tiny_bloom, "0:4"))
