@@ -5,6 +5,7 @@ done here is done first.
 """
 
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -112,3 +113,27 @@ def settle_temporary_files() -> None:
     if len(os.fsencode(directory)) > room:
         raise PlaceUnusable(f"{called} is too long for the sockets in it: TMPDIR may have {room} bytes")
     os.environ["TMPDIR"] = directory
+
+
+def publish(partial: Path, target: Path) -> None:
+    """Give a directory of files its final name once all of it is on disk; what has the name by then is replaced.
+
+    Most of its content is never checked again.
+
+    :raises OSError: if that fails
+    """
+    for file in partial.iterdir():
+        _sync(file)
+    _sync(partial)
+    if target.exists():
+        shutil.rmtree(target)
+    partial.rename(target)
+    _sync(target.parent)
+
+
+def _sync(path: Path) -> None:
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

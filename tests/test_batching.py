@@ -907,7 +907,7 @@ def test_rows_over_one_prefill(
             if lost and i == 4:
                 for span in range(2):
                     lose(session, span)
-            tokens = session.step_rows(tokens).argmax(dim=-1).tolist()
+            tokens = step_rows(session, tokens).argmax(dim=-1).tolist()
             for row, token in zip(generated, tokens, strict=True):
                 row.append(token)
         assert generated == expected
@@ -917,6 +917,12 @@ def test_rows_over_one_prefill(
                 for now, then in zip(infos(swarm_model), before, strict=True)
             ]
             assert seen == [600 * (1 if info["batching"] else 3) + 7 * 3 for info in before]
+
+
+def step_rows(session: SwarmSession, token_ids: list[int]) -> torch.Tensor:
+    """Return the logits of the rows' next tokens: [rows, vocabulary]."""
+    rows = session.step_rows_bounded(token_ids)
+    return torch.stack([row for row in rows if isinstance(row, torch.Tensor)])
 
 
 @torch.inference_mode()
@@ -932,7 +938,7 @@ def test_rows_restored_from_their_tokens(
         for i in range(5):
             if i == 3:
                 lose(session, 1)
-            tokens = session.step_rows([row[-1] for row in generated]).argmax(dim=-1).tolist()
+            tokens = step_rows(session, [row[-1] for row in generated]).argmax(dim=-1).tolist()
             for row, token in zip(generated, tokens, strict=True):
                 row.append(token)
     assert generated == expected
@@ -945,16 +951,16 @@ def test_rows_set_back(model: SwarmModel, reference: BloomForCausalLM) -> None:
     with model.open_session(16, rows=2) as session:
         logits = session.step(token_ids)
         first = [choices(logits, row) for row in range(2)]
-        session.step_rows([9, 9])
-        session.step_rows([9, 9])
+        step_rows(session, [9, 9])
+        step_rows(session, [9, 9])
         session.truncate(len(token_ids))
         assert session.branches == [[], []]
-        second = session.step_rows(first).argmax(dim=-1).tolist()
-        third = session.step_rows(second).argmax(dim=-1).tolist()
+        second = step_rows(session, first).argmax(dim=-1).tolist()
+        third = step_rows(session, second).argmax(dim=-1).tolist()
         assert [list(row) for row in zip(first, second, third, strict=True)] == expected
         with pytest.raises(SessionLengthExceeded):
             for _ in range(11):
-                session.step_rows([9, 9])
+                step_rows(session, [9, 9])
 
 
 @torch.inference_mode()

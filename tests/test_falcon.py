@@ -23,21 +23,22 @@ from swarm.server.families.falcon import FalconBlocks
 from swarm.weights import dht_prefix
 from tests.conftest import greedy, load_model, tiny_server
 from tests.support.falcon import FALCON_VARIANTS, NEWER, make_tiny_falcon
-from tests.support.families import as_petals_calls, assert_close, chosen, in_batches, load_blocks, reference_states
+from tests.support.families import (
+    as_petals_calls,
+    assert_close,
+    chosen,
+    in_batches,
+    load_blocks,
+    made_once,
+    reference_states,
+)
 from tests.test_session import PROMPTS, infos, run_greedy
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Make a checkpoint of a variant, once."""
-    made: dict[str, Path] = {}
-
-    def get(variant: str) -> Path:
-        if variant not in made:
-            made[variant] = make_tiny_falcon(tmp_path_factory.mktemp("falcon") / variant, variant)
-        return made[variant]
-
-    return get
+    return made_once(lambda: tmp_path_factory.mktemp("falcon"), make_tiny_falcon)
 
 
 def ragged(blocks: list[Any], config: Any, max_length: int = 128) -> RaggedBlocks:

@@ -1,7 +1,6 @@
 """Every family of ``swarm.families``, against plain Transformers."""
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,6 +21,7 @@ from tests.support.families import (
     assert_close,
     in_batches,
     load_blocks,
+    made_once,
     make_tiny_family,
     reference_states,
 )
@@ -31,14 +31,7 @@ FUSED = {"llama", "llama3", "mistral", "qwen2", "qwen2-window", "qwen3"}
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    made: dict[str, Path] = {}
-
-    def get(variant: str) -> Path:
-        if variant not in made:
-            made[variant] = make_tiny_family(tmp_path_factory.mktemp("families") / variant, variant)
-        return made[variant]
-
-    return get
+    return made_once(lambda: tmp_path_factory.mktemp("families"), make_tiny_family)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

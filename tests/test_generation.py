@@ -93,16 +93,13 @@ class ReferenceSession:
     def step_bounded(self, token_ids: Sequence[int] = (), *, waiter: Waiter = PATIENT) -> torch.Tensor:
         return self.step(token_ids, waiter=waiter)
 
-    def step_rows(self, token_ids: Sequence[int], *, waiter: Waiter = PATIENT) -> torch.Tensor:
+    def step_rows_bounded(self, token_ids: Sequence[int], *, waiter: Waiter = PATIENT) -> Sequence[torch.Tensor]:
         if not self.branches:
             self.branches = [ReferenceSession(self._model, self.max_length) for _ in token_ids]
             for branch in self.branches:
                 branch.append(self.token_ids)
         steps = zip(self.branches, token_ids, strict=True)
-        return torch.stack([branch.step([token_id], waiter=waiter) for branch, token_id in steps])
-
-    def step_rows_bounded(self, token_ids: Sequence[int], *, waiter: Waiter = PATIENT) -> Sequence[torch.Tensor]:
-        return self.step_rows(token_ids, waiter=waiter).unbind(0)
+        return [branch.step([token_id], waiter=waiter) for branch, token_id in steps]
 
     def step_each(self, token_ids: Sequence[int], *, waiter: Waiter = PATIENT) -> Iterator[torch.Tensor]:
         for token_id in token_ids:

@@ -15,6 +15,7 @@ from swarm.families.attention import Scoring
 from swarm.products.choice import can_pack
 from swarm.products.linear import PackedLinear, fuse
 from swarm.server import kernels
+from tests.support.layers import Layers
 
 # bfloat16 has eight bits of precision; results differ by the order of additions.
 TOLERANCE: dict[torch.dtype, dict[str, Any]] = {
@@ -107,17 +108,9 @@ def test_gate_of_large_numbers() -> None:
     torch.testing.assert_close(outputs, F.silu(gates), rtol=1e-5, atol=1e-5)
 
 
-class Layers(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second, self.alone = nn.Linear(12, 20), nn.Linear(12, 8), nn.Linear(12, 6, bias=False)
-        self.requires_grad_(False)
-
-
 def test_fused_layers_go_on_working() -> None:
     """Petals computes with the same modules where it does not batch, gradients included."""
-    layers, plain, inputs = Layers(), Layers(), torch.randn(2, 3, 12)
+    layers, plain, inputs = Layers(12), Layers(12), torch.randn(2, 3, 12)
     both, alone = fuse(layers, "first", "second"), fuse(layers, "alone")
     torch.testing.assert_close(both(inputs), torch.cat([plain.first(inputs), plain.second(inputs)], dim=-1))
     torch.testing.assert_close(alone(inputs), plain.alone(inputs))
@@ -132,7 +125,7 @@ def test_fused_layers_go_on_working() -> None:
 def test_weights_that_cannot_be_packed_are_shared() -> None:
     weight = torch.randn(4, 4, dtype=torch.float64)
     assert not can_pack(weight)
-    layers = Layers().double()
+    layers = Layers(12).double()
     fused = fuse(layers, "first", "second")
     assert not fused.holds_copy
     assert layers.first.weight.data_ptr() == fused.product.dense().data_ptr()

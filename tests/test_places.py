@@ -18,7 +18,7 @@ from hivemind.p2p import P2P
 
 from config import Settings
 from errors import ConfigError
-from swarm import places
+from swarm import compiling, places
 from swarm.places import LONGEST_SOCKET, SOCKET_NAME, PlaceUnusable
 from tests.support.processes import GUNICORN, ROOT
 
@@ -108,17 +108,14 @@ def test_compiled_code(homeless: None, tmp_path: Path, locked: set[Path]) -> Non
     assert os.environ["NUMBA_CACHE_DIR"] == str(tmp_path / "numba")
 
 
-def test_compiled_code_that_cannot_be_kept(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    from swarm.server import kernels
-
+def test_compiled_code_that_cannot_be_kept(caplog: pytest.LogCaptureFixture) -> None:
     def njit(cache: bool = False, **options: Any) -> Callable[[Any], Any]:
         if cache:
             raise RuntimeError("cannot cache function 'double': no locator available")
         return functools.lru_cache(maxsize=0)
 
-    monkeypatch.setattr(kernels, "njit", njit)
     with caplog.at_level(logging.WARNING):
-        assert kernels._compile(lambda number: 2 * number)(21) == 42
+        assert compiling.kept(njit, lambda number: 2 * number)(21) == 42
     assert "no locator available; it is compiled at each start" in caplog.text
 
 

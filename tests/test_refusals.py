@@ -20,7 +20,7 @@ from swarm.families.adopt import adopt
 from swarm.families.configuration import read_supported
 from swarm.options import ServerOptions
 from swarm.server.serve import server_arguments
-from tests.support.families import make_tiny_family
+from tests.support.families import TINY, make_tiny_family
 from tests.support.processes import END_TIMEOUT, ROOT, START_TIMEOUT
 
 SUPPORTED = (
@@ -31,12 +31,7 @@ ROTATIONS = "default, linear, llama3, yarn"
 LLAMA = {
     "model_type": "llama",
     "vocab_size": 480,
-    "hidden_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 160,
-    "max_position_embeddings": 512,
+    **TINY,
 }
 LLAMA3 = {
     "rope_type": "llama3",

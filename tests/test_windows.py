@@ -27,7 +27,7 @@ from swarm.wire.replies import Abilities, read_abilities
 from swarm.wire.requests import rewound
 from swarm.wire.text import Malformed
 from tests.conftest import greedy, load_model, tiny_server
-from tests.support.families import assert_close, chosen, load_blocks, make_tiny_family, reference_states
+from tests.support.families import assert_close, chosen, load_blocks, made_once, make_tiny_family, reference_states
 from tests.test_batching import CPU, POISON, Bench, all_sent, fail_for_poison, petals_outputs, ragged
 from tests.test_session import PROMPTS, infos, run_greedy
 
@@ -44,14 +44,7 @@ WINDOWS = {
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    made: dict[str, Path] = {}
-
-    def get(variant: str) -> Path:
-        if variant not in made:
-            made[variant] = make_tiny_family(tmp_path_factory.mktemp("windows") / variant, variant)
-        return made[variant]
-
-    return get
+    return made_once(lambda: tmp_path_factory.mktemp("windows"), make_tiny_family)
 
 
 # Slots

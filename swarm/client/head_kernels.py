@@ -6,7 +6,6 @@ Here inputs are whole numbers of 15 bits, so that the sums of products are whole
 
 import logging
 import platform
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,6 +17,8 @@ from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
+
+from swarm.compiling import kept
 
 log = logging.getLogger(__name__)
 
@@ -138,14 +139,7 @@ ROWS, INPUTS = 4, 2
 _tile_of_one, _tile_of_some = _tile(ROWS, 1), _tile(ROWS, INPUTS)
 
 
-def _compile(function: Callable[..., Any], fastmath: bool | set[str] = False) -> Callable[..., Any]:
-    """Compile a function when it is first called; what is compiled is kept for the next start, if it can be."""
-    options = {"nogil": True, "fastmath": fastmath, "error_model": "numpy"}
-    try:
-        return njit(cache=True, **options)(function)
-    except RuntimeError as error:  # neither beside this file nor in a cache directory can anything be written
-        log.warning("%s; it is compiled at each start, which takes seconds", error)
-        return njit(**options)(function)
+_compile = partial(kept, njit, nogil=True, error_model="numpy")
 
 
 @_compile

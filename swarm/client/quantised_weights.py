@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Executor
@@ -16,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from swarm.client.head_kernels import BLOCK, GROUP, LANES, quantise_rows
+from swarm.places import publish
 
 log = logging.getLogger(__name__)
 
@@ -152,9 +152,7 @@ def _keep(weights: Array, target: Path, pool: Executor) -> None:
             quantise(weights, made, pool)
             for row in fields(made):
                 getattr(made, row.name).flush()
-            for file in partial.iterdir():
-                _sync(file)
-            partial.rename(target)
+            publish(partial, target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -170,11 +168,3 @@ def _make_room(directory: Path, size: int) -> None:
         shutil.rmtree(others.pop(0), ignore_errors=True)
     if shutil.disk_usage(directory).free < size + SPARE:
         raise OSError(f"{directory} has too little room for {size / 2**30:.1f} GiB")
-
-
-def _sync(file: Path) -> None:
-    number = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)

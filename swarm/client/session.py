@@ -132,27 +132,18 @@ class SwarmSession:
         return last
 
     @torch.inference_mode()
-    def step_rows(self, token_ids: Sequence[int], *, waiter: Waiter = PATIENT) -> torch.Tensor:
-        """Add a token to each row, process all unprocessed ones, and return the logits of the rows' next tokens.
+    def step_rows_bounded(self, token_ids: Sequence[int], *, waiter: Waiter = PATIENT) -> Sequence[Logits]:
+        """Add a token to each row and return the logits of each row's next token, or of a large head bounds of them.
 
-        :returns: logits of shape [rows, vocabulary], float32
+        :returns: of shape [vocabulary] each, float32
         :raises: as ``step``
         """
-        return self._head.logits(self._last_of_rows(token_ids, waiter))
-
-    @torch.inference_mode()
-    def step_rows_bounded(self, token_ids: Sequence[int], *, waiter: Waiter = PATIENT) -> Sequence[Logits]:
-        """As ``step_rows``, but of a large head return bounds of each row's logits."""
-        return self._head.bounds(self._last_of_rows(token_ids, waiter))
-
-    def _last_of_rows(self, token_ids: Sequence[int], waiter: Waiter) -> torch.Tensor:
-        """Add a token to each row, process, and return the hidden states of the last ones: [rows, hidden size]."""
         self._check_room(1)
         for branch, token_id in zip(self.branches, token_ids, strict=True):
             branch.append(token_id)
         for _, hidden in self._process(waiter):
             last = hidden[:, -1]
-        return last
+        return self._head.bounds(last)
 
     @torch.inference_mode()
     def step_each(self, token_ids: Sequence[int], *, waiter: Waiter = PATIENT) -> Iterator[torch.Tensor]:

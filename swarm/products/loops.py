@@ -11,7 +11,7 @@ compiled is in this file, since Numba compiles again when a function's file chan
 import functools
 import logging
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import swarm.compat  # noqa: F401
@@ -23,6 +23,8 @@ from llvmlite import ir
 from numba import carray, cfunc, types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from swarm.compiling import kept
 
 log = logging.getLogger(__name__)
 
@@ -252,13 +254,8 @@ def _address(typing_context: Any, pointer: Any) -> Any:
     return types.int64(pointer), generate
 
 
-def _compile(function: Callable[[Any], None]) -> Any:
-    """Compile what a thread calls with the address of its arguments; keep it for the next start, if that can be."""
-    try:
-        return cfunc(types.void(Arguments), cache=True, error_model="numpy")(function)
-    except RuntimeError as error:  # neither beside this file nor in a cache directory can anything be written
-        log.warning("%s; it is compiled at each start, which takes seconds", error)
-        return cfunc(types.void(Arguments), error_model="numpy")(function)
+# What a thread calls with the address of its arguments.
+_compile = functools.partial(kept, functools.partial(cfunc, types.void(Arguments)), error_model="numpy")
 
 
 def _compiled_product(format_: int) -> Any:

@@ -8,7 +8,7 @@ bfloat16 where PyTorch does.
 
 import logging
 import math
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import swarm.compat  # noqa: F401
@@ -19,6 +19,7 @@ from llvmlite import ir
 from numba import carray, njit, types
 from numba.extending import intrinsic, overload
 
+from swarm.compiling import kept
 from swarm.families.attention import Scoring
 
 log = logging.getLogger(__name__)
@@ -87,14 +88,7 @@ def _store_compiled(values, index, value):  # type: ignore[no-untyped-def]  # Nu
     return store_float
 
 
-def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a function when it is first called; what is compiled is kept for the next start, if it can be."""
-    options = {"nogil": True, "fastmath": {"reassoc", "nsz", "arcp", "contract", "afn"}, "error_model": "numpy"}
-    try:
-        return njit(cache=True, **options)(function)
-    except RuntimeError as error:  # neither beside this file nor in a cache directory can anything be written
-        log.warning("%s; it is compiled at each start, which takes seconds", error)
-        return njit(**options)(function)
+_compile = partial(kept, njit, nogil=True, fastmath={"reassoc", "nsz", "arcp", "contract", "afn"}, error_model="numpy")
 
 
 @njit(inline="always", fastmath=True)

@@ -97,11 +97,9 @@ def _check_weights(model: str, file: Path) -> None:
 
 
 def check_hub(model: str) -> None:
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+    from huggingface_hub import hf_hub_download
 
     def download() -> None:
-        # What this raises, the download would answer by trying again, and again, for half a minute.
-        get_hf_file_metadata(hf_hub_url(model, "config.json"), timeout=HUB_TIMEOUT)
         hf_hub_download(model, "config.json", etag_timeout=HUB_TIMEOUT)
 
     file = cached_file(model, "config.json")
@@ -131,20 +129,24 @@ def cached_file(model: str, name: str) -> str | None:
     return None
 
 
-def ask_hub(model: str, file: str, ask: Callable[[], object]) -> None:
-    """Ask the hub something about a file, in one attempt.
+def ask_hub(model: str, file: str, then: Callable[[], object] = lambda: None) -> None:
+    """Ask the hub whether it has a file, in one attempt; if so, go on.
 
     This runs in its own thread: HUB_TIMEOUT bounds each attempt, but neither the lookup of the hub's name nor the
     number of its addresses. When the limit is reached, the thread is left to its own timeouts.
 
-    :param ask: may raise what huggingface_hub does
-    :raises ModelUnavailable: if it did, or did not return within HUB_LIMIT
+    :param then: what is to be done within the limit too; may raise what huggingface_hub does
+    :raises ModelUnavailable: if that fails, or takes longer than HUB_LIMIT
     """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
     results: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
 
     def run() -> None:
         try:
-            ask()
+            # A download would answer what this raises by trying again, and again, for half a minute.
+            get_hf_file_metadata(hf_hub_url(model, file), timeout=HUB_TIMEOUT)
+            then()
             results.put(None)
         except Exception as error:
             results.put(error)

@@ -40,10 +40,9 @@ def gguf_file(model: str, progress: Progress | None = None) -> Path:
 
 def _download(repository: str, name: str, progress: Progress) -> str:
     """Download a file from the hub, which may take long; but whether it is there is known within seconds."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+    from huggingface_hub import hf_hub_download
 
-    url = hf_hub_url(repository, name)
-    checks.ask_hub(repository, name, lambda: get_hf_file_metadata(url, timeout=checks.HUB_TIMEOUT))
+    checks.ask_hub(repository, name)
     progress.say(f"downloading {name}")
     try:
         return hf_hub_download(repository, name, etag_timeout=checks.HUB_TIMEOUT)

@@ -1,12 +1,12 @@
 """Models that are GGUF files: prepared once, under a lock, in a directory that appears complete."""
 
-import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from swarm.errors import ModelUnavailable
+from swarm.places import publish
 from swarm.weights.checks import check_directory, read_json
 from swarm.weights.gguf import convert
 from swarm.weights.progress import Progress
@@ -84,11 +84,7 @@ def _prepare(model: str, gguf_file: Path, target: Path, progress: Progress) -> N
     try:
         partial.mkdir()
         convert(gguf_file, partial, progress)
-        _sync(partial)
-        if target.exists():
-            shutil.rmtree(target)
-        partial.rename(target)
-        _sync_file(target.parent)
+        publish(partial, target)
     except ImportError as error:
         raise ModelUnavailable(f"{model}: the Python package {error.name} is needed to prepare it") from error
     except SafetensorError as error:
@@ -101,18 +97,3 @@ def _prepare(model: str, gguf_file: Path, target: Path, progress: Progress) -> N
         raise ModelUnavailable(f"{model}: {gguf_file} is broken: it is not a whole GGUF file") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _sync(directory: Path) -> None:
-    """Wait until a directory's files are on disk, since most of their content is never checked again."""
-    for file in directory.iterdir():
-        _sync_file(file)
-    _sync_file(directory)
-
-
-def _sync_file(path: Path) -> None:
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)

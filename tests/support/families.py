@@ -1,7 +1,8 @@
 """Tiny random checkpoints of every family, as current Transformers saves them, and what their blocks compute."""
 
+import functools
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -89,6 +90,30 @@ VARIANTS: Mapping[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def made_once(base: Callable[[], Path], make: Callable[[Path, str], Path]) -> Callable[[str], Path]:
+    """Return what makes a checkpoint of a variant when it is first asked for it.
+
+    :param base: makes a directory
+    """
+
+    @functools.cache
+    def get(variant: str) -> Path:
+        return make(base() / variant, variant)
+
+    return get
+
+
+# What all tiny models have.
+TINY: Mapping[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 160,
+    "max_position_embeddings": 512,
+}
+
+
 @alone
 def make_tiny_family(directory: Path, variant: str, **options: Any) -> Path:
     """Write a random checkpoint of one of ``VARIANTS``, of four layers.
@@ -99,13 +124,8 @@ def make_tiny_family(directory: Path, variant: str, **options: Any) -> Path:
     tokenizer = make_tokenizer()
     torch.manual_seed(0)
     usual = {
+        **TINY,
         "vocab_size": len(tokenizer),
-        "hidden_size": 64,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "intermediate_size": 160,
-        "max_position_embeddings": 512,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
