@@ -34,6 +34,7 @@ SPANS = ((0, 2), (2, 4))
 # Whose server computes the first span, and whose the second.
 CHAINS = (("ours", "stock"), ("stock", "ours"), ("ours", "ours"), ("stock", "stock"))
 TOKENS = 20
+BEAMS = {"num_beams": 3, "max_new_tokens": 8}
 ANSWER_TIMEOUT = 120.0  # seconds
 
 pytestmark = pytest.mark.skipif(
@@ -95,6 +96,10 @@ class Mixed:
     def prompts(self) -> list[list[int]]:
         return [self.model.tokenizer.encode(prompt) for prompt in PROMPTS]
 
+    def beams(self, prompt: list[int]) -> list[int]:
+        output = self.reference.generate(torch.tensor([prompt]), do_sample=False, **BEAMS)
+        return output[0, len(prompt) :].tolist()
+
     def expected(self) -> list[list[int]]:
         return [greedy(self.reference, prompt, TOKENS) for prompt in self.prompts()]
 
@@ -104,7 +109,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Stock]
     """The two processes, which import while others do; they wait for their tasks."""
     with contextlib.ExitStack() as ends:
         processes = {}
-        for command in ("serve", "generate"):
+        for command in ("serve", "ask"):
             processes[command] = Stock(command, tmp_path_factory.mktemp("stock") / command)
             ends.callback(processes[command].kill)
         yield processes
@@ -159,16 +164,26 @@ def test_our_client(mixed: dict[str, Mixed], name: str, owners: tuple[str, str])
 
 
 def test_stock_client(mixed: dict[str, Mixed], stock: dict[str, Stock]) -> None:
-    tasks = [
-        {
+    """Greedy texts, beams, and deep prompts with their gradients are what Transformers, or a chain of stock servers,
+    makes of them."""
+    tasks: list[dict[str, Any]] = []
+    for one in mixed.values():
+        same = {
             "model": str(one.path),
             "dht_prefix": weights.dht_prefix(str(one.path)),
             "initial_peers": one.model.swarm.initial_peers,
-            "prompts": one.prompts(),
-            "max_new_tokens": TOKENS,
             "chains": [one.chain(owners) for owners in CHAINS],
         }
-        for one in mixed.values()
-    ]
-    stock["generate"].tell(tasks)
-    assert stock["generate"].answer() == [[one.expected()] * len(CHAINS) for one in mixed.values()]
+        for generation in ({"max_new_tokens": TOKENS}, BEAMS):
+            tasks.append(same | {"what": "generate", "prompts": one.prompts(), "generation": generation})
+        tasks.append(same | {"what": "tune", "prompt": one.prompts()[0]})
+    stock["ask"].tell(tasks)
+    answers = iter(stock["ask"].answer())
+    for one in mixed.values():
+        assert next(answers) == [one.expected()] * len(CHAINS)
+        assert next(answers) == [[one.beams(prompt) for prompt in one.prompts()]] * len(CHAINS)
+        *others, all_stock = next(answers)
+        assert any(gradient != 0 for gradient in all_stock["gradients"])
+        for found in others:
+            for name, values in all_stock.items():
+                torch.testing.assert_close(torch.tensor(found[name]), torch.tensor(values), rtol=1e-3, atol=1e-4)

@@ -1,7 +1,7 @@
 """Servers and a client of released petals, on the packages it was released with: nothing of this program is imported.
 
 ``stock.py serve``: the tasks are servers, each of which runs in a process forked from this one.
-``stock.py generate``: the tasks are greedy generations, whose tokens are printed.
+``stock.py ask``: the tasks are generations, whose tokens are printed, or trainings, whose losses and gradients are.
 Tasks and results are a line of JSON on standard input and output.
 """
 
@@ -9,6 +9,7 @@ import gc
 import json
 import multiprocessing
 import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import hivemind
@@ -58,30 +59,71 @@ def serve(model: str, **options: Any) -> None:
     ).run()
 
 
-def generate(
-    model: str, prompts: list[list[int]], max_new_tokens: int, chains: list[list[str]], **options: Any
-) -> list[list[list[int]]]:
-    """Return the next tokens of each prompt, by each chain of servers.
+def make_client(model: str, **options: Any) -> Any:
+    """Return petals' model, both ends of it.
 
-    :param chains: the ids of the peers that may be used
     :param options: of petals' client configuration
     """
     from petals import AutoDistributedModelForCausalLM
 
     # Without `use_chunked_forward`, petals asks a package that has no wheels for Python 3.12 about the processor.
-    client = AutoDistributedModelForCausalLM.from_pretrained(
+    return AutoDistributedModelForCausalLM.from_pretrained(
         model, torch_dtype=torch.float32, use_chunked_forward=False, show_route=False, **options
     )
+
+
+def each_chain(client: Any, chains: list[list[str]]) -> Iterator[None]:
+    """Let the client use one chain of servers after the other, given as the ids of their peers."""
     manager = client.transformer.h.sequence_manager
-    texts: list[list[list[int]]] = []
     for chain in chains:
         manager.allowed_servers = set(map(hivemind.p2p.PeerID.from_base58, chain))
         manager.update(wait=False)  # whoever looks for servers next waits for it
+        yield
+
+
+def generate(
+    model: str, prompts: list[list[int]], chains: list[list[str]], generation: dict[str, Any], **options: Any
+) -> list[list[list[int]]]:
+    """Return the next tokens of each prompt, by each chain of servers.
+
+    :param generation: arguments of ``generate``
+    """
+    client = make_client(model, **options)
+    texts: list[list[list[int]]] = []
+    for _ in each_chain(client, chains):
         texts.append([])
         for prompt in prompts:
-            output = client.generate(torch.tensor([prompt]), max_new_tokens=max_new_tokens, do_sample=False)
+            output = client.generate(torch.tensor([prompt]), do_sample=False, **generation)
             texts[-1].append(output[0, len(prompt) :].tolist())
     return texts
+
+
+def tune(model: str, prompt: list[int], chains: list[list[str]], **options: Any) -> list[dict[str, list[float]]]:
+    """Return the loss of deep prompts, random but the same for all, its gradients, and what is generated with them, by
+    each chain of servers."""
+    client = make_client(model, tuning_mode="deep_ptune", pre_seq_len=3, **options)
+    deep = client.transformer.intermediate_prompt_embeddings.weight
+    parameters = (client.transformer.prompt_embeddings.weight, deep)
+    torch.manual_seed(0)
+    for parameter in parameters:
+        torch.nn.init.normal_(parameter, std=0.5)
+    token_ids = torch.tensor([prompt])
+    found = []
+    for _ in each_chain(client, chains):
+        loss = client(token_ids, labels=token_ids).loss
+        gradients = torch.autograd.grad(loss, parameters)
+        output = client.generate(token_ids, max_new_tokens=5, do_sample=False)
+        found.append(
+            {
+                "loss": [loss.item()],
+                "gradients": torch.cat([gradient.flatten() for gradient in gradients]).tolist(),
+                "tokens": output[0].tolist(),
+            }
+        )
+    return found
+
+
+ASKED: dict[str, Callable[..., Any]] = {"generate": generate, "tune": tune}
 
 
 def main() -> None:
@@ -89,11 +131,11 @@ def main() -> None:
 
     torch.set_num_threads(1)
     tasks = json.loads(sys.stdin.readline())
-    if sys.argv[1:] == ["generate"]:
+    if sys.argv[1:] == ["ask"]:
         # Petals leaves some sessions open, and their finaliser waits for the event loop. The collector may call it on
         # the loop's own thread, which then waits for itself.
         gc.disable()
-        print(json.dumps([generate(**task) for task in tasks]), flush=True)
+        print(json.dumps([ASKED[task.pop("what")](**task) for task in tasks]), flush=True)
         return
     import petals.server.server  # noqa: F401
 
