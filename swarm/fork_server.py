@@ -21,6 +21,8 @@ from pathlib import Path
 
 import psutil
 
+from swarm.places import PlaceUnusable, default_cache_dir
+
 log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,13 +33,15 @@ FORKING = (sys.executable, "-W", "ignore", "-m", "swarm.server.forking")
 LOADING_TIMEOUT = 120.0  # seconds
 # How often a fork is looked at whose parent has died, which would have told its end.
 PERIOD = 0.25  # seconds
-# Variables that libraries set while the program loads, and in which the tests' runner tells which test is running.
+# Variables that libraries set while the program loads, and in which the tests' runner tells which test is running, and
+# Flask's own server how it is run.
 CHANGING = (
     "PETALS_IGNORE_DEPENDENCY_VERSION",
     "BITSANDBYTES_NOWELCOME",
     "TOKENIZERS_PARALLELISM",
     "TORCHINDUCTOR_",
     "PYTEST_",
+    "WERKZEUG_",
 )
 OUTPUT, ERRORS = 1, 2  # file descriptors of the program, as a process that it starts would inherit them
 UNKNOWN = 1  # the exit status of a process that nobody has waited for
@@ -245,6 +249,9 @@ def start(command: Sequence[str], line: socket.socket, cache_dir: str = "") -> "
 def _get(environment: Mapping[str, str], cache_dir: str) -> ForkServer:
     """Return the fork server for this environment: libraries look at theirs when they are loaded."""
     global _current
+    if not cache_dir:
+        with contextlib.suppress(PlaceUnusable):  # there is none by default, and servers will say so
+            cache_dir = str(default_cache_dir())
     seen = (
         frozenset(item for item in environment.items() if not item[0].startswith(CHANGING)),
         cache_dir,
