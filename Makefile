@@ -18,7 +18,7 @@ help:
 	@echo "make run    install, prepare the default model, start the app at http://$(if $(findstring :,$(HOST)),[$(HOST)],$(HOST)):$(PORT)"
 	@echo "make test   install, run every test"
 	@echo "make lint   ruff and mypy"
-	@echo "make bench  how fast many users are served, against stock Petals servers; a table, docs/serving.json and a plot"
+	@echo "make bench  how fast many users are served, against stock Petals servers and llama.cpp; a table, docs/serving.json and a plot"
 	@echo "make soak   MINUTES=30: use it while its servers are killed"
 	@echo "make attack do to it what users, clients and peers can do to others"
 

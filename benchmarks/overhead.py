@@ -18,7 +18,8 @@ from typing import Any
 
 from websockets.sync.client import connect
 
-from benchmarks.serving import PROMPT, TOPICS, bare_loop, own_loop, serve_model
+from benchmarks.loads import prompt
+from benchmarks.serving import bare_loop, own_loop, serve_model
 from config import Settings
 from swarm.client.model import SwarmModel
 from swarm.local import LocalSwarm
@@ -73,7 +74,7 @@ def stream(program: Program, tokens: int) -> list[float]:
             json.dumps(
                 {
                     "type": "generate",
-                    "inputs": PROMPT.format(topic=TOPICS[0]),
+                    "inputs": prompt(0),
                     "max_new_tokens": 1,
                     "stop_sequence": "no such text in a story",
                 }

@@ -3,10 +3,11 @@
     make bench        or        python -m benchmarks.serving --clients 1 4 16 64
 
 For each number of clients, each a WebSocket that streams token by token as the chat page does, two copies of the app
-get the same load: one in front of a batching server, one in front of a server that computes as stock Petals does. For
-comparison there are two loops without app and transport, petals' own client on the stock server and this project's on
-the batching one; and plain Transformers in one process, all clients' prompts in one batch. Only one of them computes at
-a time. The results go to standard output, to ``--json`` and, as a plot, to ``--plot``.
+get the same load: one in front of a batching server, one in front of a server that computes as stock Petals does. If
+the model is a GGUF file, so do two of llama.cpp's servers, one with that file, one with the same weights in bfloat16.
+For comparison there are two loops without app and transport, petals' own client on the stock server and this project's
+on the batching one; and plain Transformers in one process, all clients' prompts in one batch. Only one of them computes
+at a time. The results go to standard output, to ``--json`` and, as a plot, to ``--plot``.
 """
 
 import argparse
@@ -17,8 +18,8 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from petals.client.inference_session import InferenceSession
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from websockets.asyncio.client import connect
 
+from benchmarks.llama_cpp import servers as llama_servers
+from benchmarks.loads import ROOM, Answer, Load, prompt
 from benchmarks.random_models import RANDOM, random_model
 from config import Settings
 from swarm import weights
@@ -41,45 +44,11 @@ from swarm.process import set_threads
 from tests.support.processes import GUNICORN, Program, running
 from tests.support.swarms import server_info
 
-TOPICS = [
-    "a river",
-    "two brothers",
-    "the first ship to Mars",
-    "a lighthouse keeper",
-    "bread",
-    "a lost letter",
-    "winter",
-]
-PROMPT = "<|im_start|>user\nWrite a long story about {topic}.<|im_end|>\n<|im_start|>assistant\n"
 NEVER = "no such text is ever generated"  # this and rounds of one token stream an answer
 ANSWER_TIMEOUT = 600  # seconds for one message; stock servers make 64 clients wait a long time
 ARRIVALS = 3  # times that all clients arrive at once, besides the load itself, for the time to the first token
 CLOSING_TIMEOUT = 60  # seconds; servers close sessions within one step
 STOCK, BATCHING = "stock Petals server", "batching server"
-
-
-@dataclass
-class Load:
-    """The times that one load of clients measured."""
-
-    seconds: float = 0.0  # from the first request to the last token
-    first: list[float] = field(default_factory=list)  # seconds to the first token, per client
-    gaps: list[float] = field(default_factory=list)  # seconds between tokens
-    tokens: int = 0
-
-    def summary(self) -> dict[str, float]:
-        """Return the reported figures: tokens/s, and milliseconds."""
-        result = {"tokens_per_s": self.tokens / self.seconds}
-        for name, values in (("ttft", self.first), ("itl", self.gaps)):
-            if values:
-                result[f"{name}_p50_ms"] = 1000 * percentile(values, 50)
-                result[f"{name}_p99_ms"] = 1000 * percentile(values, 99)
-        return result
-
-
-def percentile(values: Sequence[float], percent: int) -> float:
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, len(ordered) * percent // 100)]
 
 
 def main() -> None:
@@ -114,6 +83,8 @@ def main() -> None:
             kind: stack.enter_context(Side.started(kind, name, device, dtype, settings, Path(directory), options))
             for kind, options in ((BATCHING, {"dtype": args.dtype, "quant": args.quant}), (STOCK, {"batching": False}))
         }
+        greedy_on_cpu = device == "cpu" and not args.sample
+        llamas = llama_servers(name, max(args.clients), args.tokens, Path(directory), stack) if greedy_on_cpu else []
         for clients in args.clients:
             for kind, side in sides.items():
                 url, sample = side.program.url, args.sample
@@ -124,6 +95,12 @@ def main() -> None:
                     measured.first += arrival.first
                 memory = {"server_mib": side.memory(clients, args.tokens)}
                 note(results, f"app, {kind}", clients, measured.summary() | memory)
+            for llama in llamas:
+                arrivals = [asyncio.run(llama.load(clients, 2, 60)) for _ in range(1 + ARRIVALS)]
+                measured = asyncio.run(llama.load(clients, args.tokens, args.seconds))
+                for arrival in arrivals[1:]:
+                    measured.first += arrival.first
+                note(results, llama.name, clients, measured.summary() | {"server_mib": llama.memory()})
         for kind, loop in ((BATCHING, own_loop), (STOCK, bare_loop)):
             loops = [loop(sides[kind].model, args.tokens) for _ in range(2)]  # the first warms up
             note(results, f"bare loop, {kind}", 1, loops[-1].summary())
@@ -237,7 +214,6 @@ async def load(url: str, clients: int, tokens: int, seconds: float, sample: bool
 
 async def client(url: str, number: int, tokens: int, end: float, sample: bool, result: Load) -> None:
     """Stream one answer."""
-    prompt = PROMPT.format(topic=TOPICS[number % len(TOPICS)])
     async with connect(url.replace("http", "ws") + "/api/v2/generate") as ws:
 
         async def receive() -> dict[str, Any]:
@@ -246,24 +222,14 @@ async def client(url: str, number: int, tokens: int, end: float, sample: bool, r
                 raise SystemExit(reply["error"]["message"])
             return reply
 
-        await ws.send(json.dumps({"type": "open_inference_session", "max_length": 64 + tokens}))
+        await ws.send(json.dumps({"type": "open_inference_session", "max_length": ROOM + tokens}))
         await receive()
-        started = last = time.perf_counter()
-        request = {"type": "generate", "inputs": prompt, "max_new_tokens": 1, "stop_sequence": NEVER}
+        answer = Answer(result, end)
+        request = {"type": "generate", "inputs": prompt(number), "max_new_tokens": 1, "stop_sequence": NEVER}
         await ws.send(json.dumps(request | {"model_defaults": sample}))
-        for i in range(tokens):
-            if (await receive())["stop"]:
+        for _ in range(tokens):
+            if (await receive())["stop"] or not answer.token():
                 break
-            now = time.perf_counter()
-            if i == 0:
-                result.first.append(now - started)
-            else:
-                result.gaps.append(now - last)
-            if now < end:
-                result.tokens += 1
-            elif i > 0:
-                break
-            last = now
 
 
 def timed(step: Callable[[list[int]], int], token_ids: list[int], tokens: int) -> Load:
@@ -281,7 +247,7 @@ def timed(step: Callable[[list[int]], int], token_ids: list[int], tokens: int) -
 
 def own_loop(model: SwarmModel, tokens: int) -> Load:
     """Run this project's session, without text and transport."""
-    token_ids = model.tokenizer.encode(PROMPT.format(topic=TOPICS[0]))
+    token_ids = model.tokenizer.encode(prompt(0))
     with model.open_session(len(token_ids) + tokens) as session:
         return timed(lambda ids: int(session.step(ids).argmax()), token_ids, tokens)
 
@@ -289,7 +255,7 @@ def own_loop(model: SwarmModel, tokens: int) -> Load:
 @torch.inference_mode()
 def bare_loop(model: SwarmModel, tokens: int) -> Load:
     """Run petals' own session directly: embed, step, final norm, head, pick the likeliest."""
-    token_ids = model.tokenizer.encode(PROMPT.format(topic=TOPICS[0]))
+    token_ids = model.tokenizer.encode(prompt(0))
     with InferenceSession(model.state.manager, len(token_ids) + tokens) as session:
 
         def step(ids: list[int]) -> int:
@@ -312,7 +278,7 @@ def plain_model(name: str, device: str, dtype: str, settings: Settings) -> tuple
 @torch.inference_mode()
 def plain(model: Any, tokenizer: Any, clients: int, tokens: int) -> Load:
     """Decode greedily in one batch that begins and ends for all at once."""
-    texts = [PROMPT.format(topic=TOPICS[i % len(TOPICS)]) for i in range(clients)]
+    texts = [prompt(i) for i in range(clients)]
     inputs = tokenizer(texts, padding=True, return_tensors="pt").to(model.device)
     ids, mask, past = inputs["input_ids"], inputs["attention_mask"], None
     result = Load()

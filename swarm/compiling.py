@@ -17,3 +17,14 @@ def kept(compiler: Callable[..., Any], function: Callable[..., Any], **options: 
     except RuntimeError as error:  # neither beside its file nor in a cache directory can anything be written
         log.warning("%s; it is compiled at each start, which takes seconds", error)
         return compiler(**options)(function)
+
+
+def load_compiler() -> None:
+    """Load what Numba otherwise loads when a function is first called: much of itself, some tenths of a second.
+
+    Processes that are forked afterwards share it.
+    """
+    from numba.core.registry import cpu_target
+
+    cpu_target.typing_context.refresh()
+    cpu_target.target_context.refresh()

@@ -3,9 +3,12 @@
 import contextlib
 import ctypes
 import os
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from swarm.shape import head_size
+
+MADV_DONTNEED = 4  # as Linux numbers it
 
 
 def pick_device() -> str:
@@ -64,3 +67,32 @@ def return_free_memory() -> None:
     """Return freed memory to the system, which glibc otherwise keeps for later; without glibc, do nothing."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def return_library_pages() -> None:
+    """Let go of what was read of libraries while the program was loaded; do nothing where that is not known.
+
+    Most of it is needed only then: LLVM alone is 70 MB. What is needed again is read again, from the system's cache.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    with contextlib.suppress(OSError, AttributeError), open("/proc/self/smaps") as maps:
+        for start, size in untouched_mappings(maps):
+            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), MADV_DONTNEED)
+
+
+def untouched_mappings(maps: Iterable[str]) -> Iterator[tuple[int, int]]:
+    """Yield address and size of each mapping of a library that is as its file is, and cannot be written to.
+
+    :param maps: lines as those of ``/proc/PID/smaps``
+    """
+    start = size = 0
+    library = False
+    for line in maps:
+        words = line.split()
+        if "-" in words[0] and not words[0].endswith(":"):
+            start, end = (int(address, 16) for address in words[0].split("-"))
+            size = end - start
+            # Libraries are never unmapped, so that nothing else can be there by now.
+            library = words[1][1] == "-" and ".so" in words[-1]
+        elif words[0] == "Anonymous:" and words[1] == "0" and library:
+            yield start, size

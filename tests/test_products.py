@@ -190,6 +190,7 @@ FORCED: Mapping[str, Mapping[str, str]] = {
     },
 }
 COMPUTE = """
+import threading
 import swarm.compat
 import torch
 from swarm import hardware
@@ -212,13 +213,28 @@ for name in ("int8", "int8 in groups", "int4"):
 weight = torch.randn(64, 256).half()
 assert torch.equal(formats.rounded(weight, "float16").dense(), weight.float())
 assert torch.equal(formats.rounded(weight * 1e-5, "float16").dense(), (weight * 1e-5).float())
+
+# While loops compute, other threads allocate memory from the same heap; each writes to its own only.
+weights, inputs = formats.rounded(torch.randn(64, 576), "int4"), torch.randn(16, 576)
+product, done = formats.product(weights, None), threading.Event()
+def compute():
+    while not done.is_set():
+        product(inputs)
+thread = threading.Thread(target=compute)
+thread.start()
+for _ in range(300):
+    ours = torch.ones(loops.OUTPUTS * 576)
+    done.wait(0.0002)
+    assert (ours == 1).all()
+done.set()
+thread.join()
 """
 
 
 @pytest.mark.parametrize("name", FORCED)
 def test_other_processors(name: str) -> None:
     """Those without AVX512, whose loops are compiled otherwise: 16 bits on all of them, and fewer."""
-    environment = {**os.environ, **FORCED[name]}
+    environment = {**os.environ, **FORCED[name], "MALLOC_ARENA_MAX": "1"}
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", COMPUTE], cwd=ROOT, env=environment, capture_output=True, timeout=120
     )

@@ -264,9 +264,10 @@ def _compiled_product(format_: int) -> Any:
     def product(pointer):  # type: ignore[no-untyped-def]  # Numba knows
         a = carray(pointer, ARGUMENTS)
         counter = _address(pointer) + 8 * NEXT
-        buffer = np.empty(ROWS * OUTPUTS, np.float32)
-        widened = np.empty((OUTPUTS, a[COUNT]), np.float32)
-        sums, wide = buffer.ctypes.data, widened.ctypes.data
+        # Sums, then widened weights. One buffer, for Numba frees an array of which only the address is used any more.
+        buffer = np.empty(ROWS * OUTPUTS + OUTPUTS * a[COUNT], np.float32)
+        sums = buffer.ctypes.data
+        wide = sums + 4 * ROWS * OUTPUTS
         results = carray(_floats(a[RESULTS]), (a[ROW_COUNT], a[RESULTS_STRIDE]))
         scales, bias = carray(_floats(a[SCALES]), a[OUTPUT_COUNT]), carray(_floats(a[BIAS]), a[OUTPUT_COUNT])
         while True:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from swarm import collector, places
+from swarm.compiling import load_compiler
 from swarm.lifeline import program_line
 from swarm.options import parse_args
 from swarm.places import PlaceUnusable
@@ -23,6 +24,7 @@ def load(cache_dir: Path | None) -> Callable[[], int]:
     with collector.paused():
         from swarm.server.serve import main
 
+        load_compiler()
     return main
 
 

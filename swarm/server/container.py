@@ -90,6 +90,7 @@ class BatchingContainer(WatchedContainer):
             blocks.warm_up()
             collector.freeze()
             hardware.return_free_memory()  # packing held the weights twice
+            hardware.return_library_pages()
             self.batcher = Batcher(blocks, first.memory_cache, options["num_handlers"], threads)
         # Announces the blocks, then runs.
         super().__init__(dht, dht_prefix, module_backends, inference_max_length=inference_max_length, **options)
