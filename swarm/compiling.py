@@ -19,6 +19,14 @@ def kept(compiler: Callable[..., Any], function: Callable[..., Any], **options: 
         return compiler(**options)(function)
 
 
+def typed(function: Any, signature: tuple[Any, ...]) -> Any:
+    """Compile what ``njit`` has made for arguments of these Numba types, and for no others. Arguments may have types that
+    can be converted to them without loss, as contiguous arrays to any."""
+    function.compile(signature)
+    function.disable_compile()
+    return function
+
+
 def load_compiler() -> None:
     """Load what Numba otherwise loads when a function is first called: much of itself, some tenths of a second.
 

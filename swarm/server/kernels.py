@@ -6,9 +6,9 @@ sequence; these loops, compiled by Numba when a server starts, take one or two. 
 bfloat16 where PyTorch does.
 """
 
+import functools
 import logging
 import math
-from functools import partial
 from typing import Any
 
 import swarm.compat  # noqa: F401
@@ -19,7 +19,7 @@ from llvmlite import ir
 from numba import carray, njit, types
 from numba.extending import intrinsic, overload
 
-from swarm.compiling import kept
+from swarm.compiling import kept, typed
 from swarm.families.attention import Scoring
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,9 @@ def _store_compiled(values, index, value):  # type: ignore[no-untyped-def]  # Nu
     return store_float
 
 
-_compile = partial(kept, njit, nogil=True, fastmath={"reassoc", "nsz", "arcp", "contract", "afn"}, error_model="numpy")
+_compile = functools.partial(
+    kept, njit, nogil=True, fastmath={"reassoc", "nsz", "arcp", "contract", "afn"}, error_model="numpy"
+)
 
 
 @njit(inline="always", fastmath=True)
@@ -117,7 +119,6 @@ def _ring_slot(position: Any, offset: Any, capacity: Any) -> Any:
     return slot - capacity if slot >= capacity else slot
 
 
-@_compile
 def _attend(
     queries: Any,
     new: Any,
@@ -132,7 +133,7 @@ def _attend(
     scores: Any,
     outputs: Any,
 ) -> None:
-    # What is None costs nothing: Numba compiles a function of its own for each set of types.
+    # What is None costs nothing: a function of its own is compiled for each set of types.
     rows, kv_heads, group, size = queries.shape
     query = np.empty((group, size), np.float32)
     value = np.empty(size, np.float32)
@@ -198,6 +199,20 @@ def _attend(
             for g in range(group):
                 for d in range(size):
                     _store(outputs[row, head, g], d, total[g, d])
+
+
+@functools.cache
+def _attention(number: Any, ring: bool, biases: bool, window: bool, softcap: bool, sinks: bool) -> Any:
+    """Return the compiled ``_attend`` for queries of a Numba type and what is not None.
+
+    Numba would compile another one for a single row, which is contiguous in memory where several may not be.
+    """
+    rows, whole, real = types.Array(number, 4, "A"), types.int64, types.float32
+    integers, reals = types.Array(whole, 1, "C"), types.Array(real, 1, "C")
+    matrix, outputs = types.Array(real, 2, "C"), types.Array(number, 4, "C")
+    optional = {integers: ring, matrix: biases}, {whole: window, real: softcap, reals: sinks}
+    before, after = ([kind if there else types.none for kind, there in kinds.items()] for kinds in optional)
+    return typed(_compile(_attend), (rows, rows, integers, integers, *before, real, *after, matrix, outputs))
 
 
 @_compile
@@ -275,7 +290,13 @@ class Attention:
         :returns: [tokens, heads times head size]
         """
         outputs = torch.empty(queries.shape, dtype=queries.dtype)
-        _attend(
+        softcap = None if scoring.softcap is None else np.float32(scoring.softcap)
+        sinks = None if scoring.sinks is None else scoring.sinks.detach().float().numpy()
+        number = types.int16 if queries.dtype == torch.bfloat16 else types.float32
+        attend = _attention(
+            number, *(it is not None for it in (capacities, self._biases, scoring.window, softcap, sinks))
+        )
+        attend(
             array(queries),
             array(new),
             addresses,
@@ -284,8 +305,8 @@ class Attention:
             self._biases,
             np.float32(scoring.scale),
             scoring.window,
-            None if scoring.softcap is None else np.float32(scoring.softcap),
-            None if scoring.sinks is None else scoring.sinks.detach().float().numpy(),
+            softcap,
+            sinks,
             self._scores,
             array(outputs),
         )
