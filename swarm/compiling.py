@@ -20,8 +20,10 @@ def kept(compiler: Callable[..., Any], function: Callable[..., Any], **options: 
 
 
 def typed(function: Any, signature: tuple[Any, ...]) -> Any:
-    """Compile what ``njit`` has made for arguments of these Numba types, and for no others. Arguments may have types that
-    can be converted to them without loss, as contiguous arrays to any."""
+    """Compile what ``njit`` has made for arguments of these Numba types, and for no others.
+
+    Arguments may have types that can be converted to them without loss, as contiguous arrays to any.
+    """
     function.compile(signature)
     function.disable_compile()
     return function

@@ -12,8 +12,8 @@ from tests.support.processes import ROOT
 
 # Without these Chromium keeps asking for hosts of its maker.
 QUIET = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
-# The list takes the place of Playwright's own, whose relevant names are repeated. The popups of the address bar would be
-# a page of their own beside each page, and take more of the processor than ours.
+# The list takes the place of Playwright's own, whose relevant names are repeated. The popups of the address bar would
+# be a page of their own beside each page, and take more of the processor than ours.
 ABSENT = [
     "WebUIOmniboxPopup",
     "WebUIOmniboxAimPopup",
