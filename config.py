@@ -85,6 +85,9 @@ class Settings:
     ATTN_CACHE_TOKENS: int = 0  # tokens of attention cache of each embedded server; 0: by the machine's memory
     SERVER_THREADS: int = 0  # threads of each embedded server's operators; 0: one per core
     CLIENT_THREADS: int = 1  # threads of this program's operators; they compete with the embedded servers' for cores
+    # Whether several tokens of an answer are computed at once where that is faster: what has followed the last ones
+    # earlier in the text is tried together with them. The answers are the same.
+    DRAFTING: str = setting("auto", choices=("auto", "off"))
     CACHE_DIR: str = ""  # where prepared models are kept; empty: the user's cache directory
 
     # Bounds

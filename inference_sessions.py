@@ -10,13 +10,14 @@ import logging
 import threading
 import time
 import uuid
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from admission.fair_queue import POLL, FairQueue, QueueFull, WaitedTooLong
 from errors import SessionNotFound, ShuttingDown, TimedOut, TooManyRequests, TooManySessions
+from generation.drafting import Drafting
 from generation.lengths import token_budget
 from generation.loop import Chunk, TokenLogprob, generate, score
 from generation.parameters import GenerationParams
@@ -67,6 +68,7 @@ class InferenceSession:
     client: str = ""  # whose share of places and attention cache it uses
     rows: int = 1  # sequences
     connected: bool = False  # whether it belongs to a connection: then it is parked, not closed, when unused for long
+    drafting: Drafting | None = None  # whereby several tokens of an answer are computed at once; None: they are not
     may_grow: bool = False  # whether a longer warm session may replace it
     on_close: Callable[[str], None] | None = None  # called with its id when it has ended
     cached_tokens: int = 0  # tokens of its requests that were computed already
@@ -111,6 +113,7 @@ class InferenceSession:
             detokenizers=detokenizers,
             defaults=defaults,
             waiter=waiter,
+            drafting=self.drafting,
         )
         return self._counted(len(input_ids), chunks)
 
@@ -202,6 +205,7 @@ class InferenceSessions:
         resume_timeout: float = 0.0,
         max_waiting_per_session: int | None = None,
         memory: WarmSessions | None = None,
+        drafting: bool = False,
     ) -> None:
         """Make an empty registry.
 
@@ -213,7 +217,9 @@ class InferenceSessions:
         :param resume_timeout: seconds after which a session that has lost its connection is closed
         :param max_waiting_per_session: how many may wait for one session while it is in use; None: any number
         :param memory: keeps sessions that have ended; default: none are kept
+        :param drafting: whether several tokens of an answer may be computed at once, see ``generation.drafting``
         """
+        self.drafting: defaultdict[str, Drafting] | None = defaultdict(Drafting) if drafting else None  # by the model
         self.memory = WarmSessions() if memory is None else memory
         self.timeout = timeout
         self.resume_timeout = resume_timeout
@@ -280,6 +286,7 @@ class InferenceSessions:
                 rows,
                 connected,
                 on_close=on_close,
+                drafting=None if self.drafting is None else self.drafting[model.name],
             )
         except BaseException:
             self._places.give_back(client)

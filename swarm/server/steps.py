@@ -12,6 +12,10 @@ import torch
 from swarm.server.attention_cache import AttentionCache, Reach
 from swarm.server.channel import BatcherChannel
 
+# As many tokens as a draft and the token before it may have. A step of so few that continues a session is taken for a
+# draft: of a prompt that does, what a batch makes of drafts is as good.
+MOST_VERIFIED = 32
+
 
 @dataclass(eq=False)
 class Session:
@@ -45,10 +49,10 @@ class StepKind(enum.Enum):
     """One token of each sequence: just generated, or the last one of a prompt cut into chunks."""
 
     VERIFY = "verify"
-    """A few tokens of each sequence, guessed by a draft model, whose outputs are all wanted (speculative decoding,
+    """A few tokens of each sequence, drafted by the client, whose outputs are all wanted (speculative decoding,
     Leviathan et al., ICML 2023). As with DECODE, a user waits for the next token: the step takes no prefill budget, is
-    not cut into chunks unless it is very large, and waits for others that are about to come back. No client sends such
-    steps yet."""
+    not cut into chunks unless it is very large, and waits for others that are about to come back. It is known by its
+    length, see ``MOST_VERIFIED``."""
 
 
 @dataclass(eq=False)
@@ -60,7 +64,7 @@ class Step:
     hidden: torch.Tensor  # inputs, replaced by outputs as computed: [sequences or 1, tokens, hidden size]
     prompts: Sequence[torch.Tensor | None] | None = None
     hypotheses: Sequence[int] | None = None  # None also once the cache is reordered
-    verifies: bool = False  # whether the tokens are guesses; see StepKind.VERIFY
+    verifies: bool = False  # whether the tokens are drafted; see StepKind.VERIFY
     done: int = 0  # tokens computed for all sequences
     width: int = 0  # tokens computed for only some sequences so far; they are finished before others begin
     row: int = 0  # sequences for which these are computed
