@@ -80,6 +80,7 @@ def test_each_setting_can_be_set(field: dataclasses.Field) -> None:
         "LOG_LEVEL": ("DEBUG", "DEBUG"),
         "NON_PUBLIC_MODELS": (DEFAULT, (DEFAULT,)),
         "PAGE": ("off", "off"),
+        "DRAFTING": ("off", "off"),
         "INITIAL_PEERS": (f"{PEER}, {PEER}", (PEER, PEER)),
         "SWARM_HOST_MADDRS": ("/ip4/0.0.0.0/tcp/0", ("/ip4/0.0.0.0/tcp/0",)),
         "TRUSTED_PROXIES": ("127.0.0.1, 10.0.0.0/8", ("127.0.0.1", "10.0.0.0/8")),

@@ -12,9 +12,7 @@ import torch
 from swarm.server.attention_cache import AttentionCache, Reach
 from swarm.server.channel import BatcherChannel
 
-# As many tokens as a draft and the token before it may have. A step of so few that continues a session is taken for a
-# draft: of a prompt that does, what a batch makes of drafts is as good.
-MOST_VERIFIED = 32
+MOST_VERIFIED = 32  # tokens of a draft, and the one before it
 
 
 @dataclass(eq=False)
@@ -52,7 +50,7 @@ class StepKind(enum.Enum):
     """A few tokens of each sequence, drafted by the client, whose outputs are all wanted (speculative decoding,
     Leviathan et al., ICML 2023). As with DECODE, a user waits for the next token: the step takes no prefill budget, is
     not cut into chunks unless it is very large, and waits for others that are about to come back. It is known by its
-    length, see ``MOST_VERIFIED``."""
+    length, see ``is_draft``."""
 
 
 @dataclass(eq=False)
@@ -93,6 +91,15 @@ class Step:
         if self.verifies:
             return StepKind.VERIFY
         return StepKind.PREFILL if self.left > 1 else StepKind.DECODE
+
+
+def is_draft(start: int, tokens: int) -> bool:
+    """Whether a step is taken for a draft: of a prompt that continues a session with so few tokens, what a batch makes
+    of drafts is as good.
+
+    :param start: position of its first token
+    """
+    return start > 0 and 1 < tokens <= MOST_VERIFIED
 
 
 @dataclass(frozen=True)
