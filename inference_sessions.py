@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 import uuid
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -219,7 +219,7 @@ class InferenceSessions:
         :param memory: keeps sessions that have ended; default: none are kept
         :param drafting: whether several tokens of an answer may be computed at once, see ``generation.drafting``
         """
-        self.drafting: defaultdict[str, Drafting] | None = defaultdict(Drafting) if drafting else None  # by the model
+        self.drafting: dict[str, Drafting] | None = {} if drafting else None  # by the model's name
         self.memory = WarmSessions() if memory is None else memory
         self.timeout = timeout
         self.resume_timeout = resume_timeout
@@ -286,13 +286,19 @@ class InferenceSessions:
                 rows,
                 connected,
                 on_close=on_close,
-                drafting=None if self.drafting is None else self.drafting[model.name],
+                drafting=self._drafting_of(model),
             )
         except BaseException:
             self._places.give_back(client)
             raise
         self._add(entry)
         return entry.session_id
+
+    def _drafting_of(self, model: "SwarmModel") -> Drafting | None:
+        if self.drafting is None:
+            return None
+        with self._lock:
+            return self.drafting.setdefault(model.name, Drafting()).using(model.draft_model)
 
     def _take_place(self, client: str, waiter: Waiter) -> None:
         self._check_open()

@@ -10,6 +10,7 @@ every opportunity, whether they pay or not. Tokens per second are those after an
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import statistics
@@ -24,7 +25,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from benchmarks.delaying import far_apart
+from benchmarks.delaying import Links, far_apart
 from config import Settings
 from generation.drafting import Drafting
 from generation.loop import generate
@@ -117,35 +118,10 @@ def main() -> None:
     parser.add_argument("--quant", default="auto")
     parser.add_argument("--json", type=Path, help="where to write the results")
     args = parser.parse_args()
-    settings = Settings.from_environment()
     set_threads(1)
-    path = weights.locate(settings.default_model, cache_dir=settings.cache_dir)
-    servers = [
-        ServerOptions(
-            settings.default_model,
-            blocks=blocks,
-            dtype=args.dtype,
-            quant=args.quant,
-            threads=1,
-            cache_dir=settings.cache_dir,
-            attn_cache_tokens=65536,
-        )
-        for blocks in SPANS
-    ]
     with contextlib.ExitStack() as stack:
         local = stack.enter_context(LocalSwarm())
-        links = stack.enter_context(far_apart(local, servers))
-        model = SwarmModel.load(
-            settings.default_model, local.swarm, cache_dir=settings.cache_dir, device="cpu", torch_dtype=args.dtype
-        )
-        stack.callback(model.close)
-        if not (
-            model.state.start(READY_TIMEOUT)
-            and model.state.wait(lambda: not model.state.missing_blocks(), READY_TIMEOUT)
-        ):
-            raise SystemExit("the servers did not come up")
-        bench = Bench(model, path, args.tokens)
-        bench.answer(bench.free[0], None, Tally())
+        bench, links = begin(stack, local, args)
         results: dict[str, Any] = {"processor": processor(), "dtype": args.dtype, "quant": args.quant}
         results["near_and_far"] = []
         for round_trip in args.round_trips:
@@ -160,6 +136,31 @@ def main() -> None:
         if args.json:
             args.json.write_text(json.dumps(results, indent=2) + "\n")
         local.close()
+
+
+def begin(stack: contextlib.ExitStack, local: LocalSwarm, args: argparse.Namespace) -> tuple[Bench, Links]:
+    """Start the servers and the model, and answer once."""
+    settings = Settings.from_environment()
+    common = ServerOptions(
+        settings.default_model,
+        dtype=args.dtype,
+        quant=args.quant,
+        threads=1,
+        cache_dir=settings.cache_dir,
+        attn_cache_tokens=65536,
+    )
+    path = weights.locate(settings.default_model, cache_dir=settings.cache_dir)
+    links = stack.enter_context(far_apart(local, [dataclasses.replace(common, blocks=blocks) for blocks in SPANS]))
+    model = SwarmModel.load(
+        settings.default_model, local.swarm, cache_dir=settings.cache_dir, device="cpu", torch_dtype=args.dtype
+    )
+    stack.callback(model.close)
+    state = model.state
+    if not (state.start(READY_TIMEOUT) and state.wait(lambda: not state.missing_blocks(), READY_TIMEOUT)):
+        raise SystemExit("the servers did not come up")
+    bench = Bench(model, path, args.tokens)
+    bench.answer(bench.free[0], None, Tally())
+    return bench, links
 
 
 def in_turn(bench: Bench, name: str, prompts: Sequence[Sequence[int]], round_trip: float) -> dict[str, Any]:

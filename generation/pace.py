@@ -117,12 +117,13 @@ class Pace:
                     break  # one experiment at a time, from small ones to large ones
             return best
 
-    def note(self, size: int, seconds: float, tokens: int) -> None:
+    def note(self, size: int, seconds: float, tokens: int, drafting: float = 0.0) -> None:
         """Note a step.
 
         :param size: tokens of its draft
-        :param seconds: that it took, its draft included
+        :param seconds: that it took
         :param tokens: how many it has given: what was taken of the draft, and one more
+        :param drafting: seconds that the draft took
         """
         with self._lock:
             number, now = SIZES.index(size), self.clock()
@@ -140,7 +141,7 @@ class Pace:
             if size and plain is not None:
                 others = self._others
                 worth = plain.seconds * (others + tokens) / (others + 1)
-                self._lost = max(0.0, self._lost + min(seconds, OUTLIER * usual) - worth)
+                self._lost = max(0.0, self._lost + min(seconds, OUTLIER * usual) + drafting - worth)
 
 
 def expected(likelihood: float, size: int) -> float:

@@ -1,5 +1,6 @@
 """Answers with drafts are those without, in everything that a client sees; and when drafts are made. Needs no swarm."""
 
+import dataclasses
 import itertools
 import random
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, BloomForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
+from config import Settings
 from errors import TooLong
 from generation.drafting import Acceptance, Drafting, OwnText
 from generation.lengths import token_budget
@@ -19,11 +21,14 @@ from generation.pace import MOST_DRAFTED, SHARE, SIZES, Pace, expected
 from generation.parameters import GenerationParams
 from generation.suffixes import LONGEST, SuffixIndex
 from generation.text import Detokenizer
+from models.draft_models import load_draft_model
 from swarm.client.bounded_head import BoundedHead
 from swarm.client.bounds import Logits
-from swarm.errors import BlocksMissing
+from swarm.client.draft_model import DraftModel, DraftSession
+from swarm.errors import BlocksMissing, ModelUnavailable
 from swarm.tokenization import TextTokenizer
 from swarm.waiter import PATIENT, Waiter
+from tests.conftest import greedy
 from tests.support.drafts import Eager, eager, prophecies
 from tests.support.reference import ReferenceSession
 from tests.support.waiters import Ends
@@ -91,7 +96,7 @@ def same(found: Sequence[Chunk], wanted: Sequence[Chunk]) -> bool:
 
 # The same answers
 
-PARAMS = [
+PARAMS: list[dict[str, Any]] = [
     {},
     {"logprobs": 3},
     {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.7},
@@ -466,3 +471,81 @@ def test_acceptance_is_learned() -> None:
         acceptance.note(3, 0, 1)
     assert acceptance.likelihood(3) < 0.05
     assert acceptance.likelihood(2) == Acceptance().likelihood(2)
+
+
+# A small model that drafts
+
+
+@pytest.fixture(scope="module")
+def small(tiny_bloom: Path, texts: TextTokenizer) -> DraftModel:
+    """The large model itself: it is right about everything."""
+    vocabulary = texts.get_vocab()
+    return DraftModel.load(
+        str(tiny_bloom), vocabulary, len(vocabulary), cache_dir=tiny_bloom.parent, device="cpu", torch_dtype="float32"
+    )
+
+
+def continued(small: DraftModel, session: DraftSession, token_ids: Sequence[int], count: int) -> list[int]:
+    """Return a draft, when the model has caught up."""
+    while not (found := session.continued(token_ids, count)):
+        small.worker.submit(int).result()
+    return found
+
+
+@pytest.mark.parametrize("length", [1, 20, 300])
+def test_draft_model_says_what_it_would(reference: BloomForCausalLM, small: DraftModel, length: int) -> None:
+    text = [(7 * i) % 400 + 5 for i in range(length)]
+    session = small.open()
+    for prompt in (text, [*text, 9], [*text[: length // 2], 8], [*text, 9, 9], [5]):  # it goes back, and on
+        assert continued(small, session, prompt, 6) == greedy(reference, prompt, 6)
+    assert continued(small, session, text, 1) == greedy(reference, text, 1)
+    session.close()
+    again = small.open()  # goes on from what the other one has computed
+    assert again.continued([*text, 7], 3) == greedy(reference, [*text, 7], 3)
+    again.close()
+
+
+def test_answers_with_a_draft_model(reference: BloomForCausalLM, texts: TextTokenizer, small: DraftModel) -> None:
+    params = GenerationParams(max_new_tokens=40)
+    wanted = answer(ReferenceSession(reference), texts, None, params)
+    drafting = Drafting().using(small)
+    drafting.pace = Eager((3,))
+    session = ReferenceSession(reference)
+    assert same(answer(session, texts, drafting, params), wanted)
+    assert len(session.drafts) < 20 and drafting.taken > 20
+    assert not small._running
+    assert Drafting().using(None).make_drafters == (OwnText,)
+
+
+def test_bounded_number_of_tokens(
+    reference: BloomForCausalLM, small: DraftModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("swarm.client.draft_model.MAX_TOKENS", 50)
+    first, second = small.open(), small.open()
+    assert continued(small, first, [5] * 20, 4) and not small._kept  # those of ended answers have made room
+    assert second.continued([5] * 40, 4) == []
+    first.close()
+    assert continued(small, second, [5] * 40, 4) == greedy(reference, [5] * 40, 4)
+    second.close()
+
+
+def test_draft_models_that_are_refused(tiny_bloom: Path, texts: TextTokenizer, tmp_path: Path) -> None:
+    where: dict[str, Any] = {"cache_dir": tmp_path, "device": "cpu", "torch_dtype": "float32"}
+    other = dict(texts.get_vocab()) | {"something else": 999}
+    with pytest.raises(ModelUnavailable, match="tiny-bloom cannot draft: its tokenizer is not the model's"):
+        DraftModel.load(str(tiny_bloom), other, 1000, **where)
+    with pytest.raises(ModelUnavailable, match="nowhere"):
+        DraftModel.load(str(tmp_path / "nowhere"), other, 1000, **where)
+
+
+def test_app_does_without_a_draft_model(
+    tiny_bloom: Path, texts: TextTokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = Settings(MODELS=(str(tiny_bloom),), DRAFT_MODELS=(f"{tiny_bloom}=/nowhere/small",), DEVICE="cpu")
+    head = SimpleNamespace(vocab_size=480)
+    model: Any = SimpleNamespace(name=str(tiny_bloom), tokenizer=texts, head=head, draft_model=None)
+    error = load_draft_model(settings, model)
+    assert error is not None and "/nowhere/small" in error and "/nowhere/small" in caplog.text
+    assert model.draft_model is None
+    assert load_draft_model(dataclasses.replace(settings, DRAFTING="off"), model) is None
+    assert load_draft_model(dataclasses.replace(settings, DRAFT_MODELS=()), model) is None

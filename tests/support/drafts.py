@@ -19,7 +19,7 @@ class Eager(Pace):
     def choose(self, likelihood: float, longest: int, drafting: float = 0.0) -> int:
         return min(self._random.choice(self._sizes), longest)
 
-    def note(self, size: int, seconds: float, tokens: int) -> None:
+    def note(self, size: int, seconds: float, tokens: int, drafting: float = 0.0) -> None:
         self.notes.append((size, tokens))
 
 
