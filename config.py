@@ -32,6 +32,12 @@ def _check_host(text: str) -> None:
         raise ValueError("it may have letters, digits, dots and hyphens only")
 
 
+def _check_pair(text: str) -> None:
+    if not all(text.partition("=")):
+        raise ValueError("it must name two models")
+
+
+PAIR = Form(_check_pair, "no pair of models, such as bigscience/bloomz=bigscience/bloom-560m")
 PEER = Form(check_peer, "no multiaddr, such as /ip4/192.0.2.1/tcp/31330/p2p/12D3...")
 LISTENING = Form(check_listening, "no multiaddr to listen on, such as /ip4/0.0.0.0/tcp/31330")
 HOST = Form(_check_host, "no name of a host, without scheme, port and path")
@@ -85,6 +91,11 @@ class Settings:
     ATTN_CACHE_TOKENS: int = 0  # tokens of attention cache of each embedded server; 0: by the machine's memory
     SERVER_THREADS: int = 0  # threads of each embedded server's operators; 0: one per core
     CLIENT_THREADS: int = 1  # threads of this program's operators; they compete with the embedded servers' for cores
+    # Whether several tokens of an answer are computed at once where that is faster: what has followed the last ones
+    # earlier in the text is tried together with them. The answers are the same.
+    DRAFTING: str = setting("auto", choices=("auto", "off"))
+    # Models of the same tokenizer as MODEL, which this program runs itself to draft for it: MODEL=DRAFT_MODEL
+    DRAFT_MODELS: tuple[str, ...] = setting((), each=PAIR)
     CACHE_DIR: str = ""  # where prepared models are kept; empty: the user's cache directory
 
     # Bounds
@@ -172,6 +183,8 @@ class Settings:
             raise ConfigError("MODELS names no model")
         if self.PAGE == "key" and not (self.API_KEYS or self.API_KEYS_FILE):
             raise ConfigError("PAGE=key needs keys: set API_KEYS or API_KEYS_FILE")
+        if unknown := set(self.draft_models) - set(self.MODELS):
+            raise ConfigError(f"DRAFT_MODELS names {', '.join(sorted(unknown))}, which MODELS does not")
         if unknown := set(self.NON_PUBLIC_MODELS) - set(self.MODELS):
             raise ConfigError(f"NON_PUBLIC_MODELS names {', '.join(sorted(unknown))}, which MODELS does not")
         try:
@@ -187,6 +200,11 @@ class Settings:
     def page(self) -> str:
         """Who may use the chat page: open, key, off."""
         return self.PAGE or ("key" if self.API_KEYS or self.API_KEYS_FILE else "open")
+
+    @property
+    def draft_models(self) -> dict[str, str]:
+        """The draft models, by the models for which they draft."""
+        return {model: draft for model, _, draft in (pair.partition("=") for pair in self.DRAFT_MODELS)}
 
     @property
     def default_model(self) -> str:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from admission.fair_queue import POLL, FairQueue, QueueFull, WaitedTooLong
 from errors import SessionNotFound, ShuttingDown, TimedOut, TooManyRequests, TooManySessions
+from generation.drafting import Drafting
 from generation.lengths import token_budget
 from generation.loop import Chunk, TokenLogprob, generate, score
 from generation.parameters import GenerationParams
@@ -67,6 +68,7 @@ class InferenceSession:
     client: str = ""  # whose share of places and attention cache it uses
     rows: int = 1  # sequences
     connected: bool = False  # whether it belongs to a connection: then it is parked, not closed, when unused for long
+    drafting: Drafting | None = None  # whereby several tokens of an answer are computed at once; None: they are not
     may_grow: bool = False  # whether a longer warm session may replace it
     on_close: Callable[[str], None] | None = None  # called with its id when it has ended
     cached_tokens: int = 0  # tokens of its requests that were computed already
@@ -111,6 +113,7 @@ class InferenceSession:
             detokenizers=detokenizers,
             defaults=defaults,
             waiter=waiter,
+            drafting=self.drafting,
         )
         return self._counted(len(input_ids), chunks)
 
@@ -202,6 +205,7 @@ class InferenceSessions:
         resume_timeout: float = 0.0,
         max_waiting_per_session: int | None = None,
         memory: WarmSessions | None = None,
+        drafting: bool = False,
     ) -> None:
         """Make an empty registry.
 
@@ -213,7 +217,9 @@ class InferenceSessions:
         :param resume_timeout: seconds after which a session that has lost its connection is closed
         :param max_waiting_per_session: how many may wait for one session while it is in use; None: any number
         :param memory: keeps sessions that have ended; default: none are kept
+        :param drafting: whether several tokens of an answer may be computed at once, see ``generation.drafting``
         """
+        self.drafting: dict[str, Drafting] | None = {} if drafting else None  # by the model's name
         self.memory = WarmSessions() if memory is None else memory
         self.timeout = timeout
         self.resume_timeout = resume_timeout
@@ -280,12 +286,19 @@ class InferenceSessions:
                 rows,
                 connected,
                 on_close=on_close,
+                drafting=self._drafting_of(model),
             )
         except BaseException:
             self._places.give_back(client)
             raise
         self._add(entry)
         return entry.session_id
+
+    def _drafting_of(self, model: "SwarmModel") -> Drafting | None:
+        if self.drafting is None:
+            return None
+        with self._lock:
+            return self.drafting.setdefault(model.name, Drafting()).using(model.draft_model)
 
     def _take_place(self, client: str, waiter: Waiter) -> None:
         self._check_open()

@@ -83,6 +83,7 @@ class Service:
             resume_timeout=settings.RESUME_TIMEOUT,
             max_waiting_per_session=settings.MAX_WAITING_PER_SESSION,
             memory=WarmSessions(settings.WARM_SESSIONS, settings.WARM_TOKENS, settings.WARM_TIMEOUT),
+            drafting=settings.DRAFTING == "auto",
         )
         self.models = Models(settings, relief=self.sessions)
         self._generations = FairQueue(

@@ -4,6 +4,7 @@ It knows nothing of how logits come about (a session is anything that has the me
 text goes out. The loop is ours, not Transformers', so that it can stream, stop exactly and be cancelled.
 """
 
+import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Literal
 import torch
 from transformers import GenerationConfig
 
+from generation.drafting import Drafting, Lookahead
 from generation.parameters import GenerationParams
 from generation.sampling import Sampler
 from generation.session import Session
@@ -87,6 +89,7 @@ def generate(
     detokenizers: Sequence[Detokenizer],
     defaults: GenerationConfig,
     waiter: Waiter = PATIENT,
+    drafting: Drafting | None = None,
 ) -> Iterator[tuple[int, Chunk]]:
     """Generate an answer in each row, token by token; yield (row, chunk): one per token, a row's last with its reason.
 
@@ -98,6 +101,7 @@ def generate(
     :param detokenizers: of each row; they may hold back the beginning of a character for a later request
     :param defaults: the model's own sampling parameters
     :param waiter: looked after between and during steps; when it gives up, the answer ends as "cancelled"
+    :param drafting: whereby several tokens of a single row may be computed at once, if there is room for them
     :raises SwarmError: if the swarm cannot compute; the tokens so far stay in the session
     """
     if input_ids:
@@ -109,11 +113,25 @@ def generate(
         _Row(_Writer(params, defaults, detokenizer, number), list(session.token_ids))
         for number, detokenizer in enumerate(detokenizers)
     ]
+    with contextlib.ExitStack() as stack:
+        ahead = None
+        if drafting is not None and len(rows) == 1 and budget > 1:
+            ahead = stack.enter_context(drafting.answering(session))
+        yield from _write(session, rows, budget, limit, ahead)
+
+
+def _write(
+    session: Session, rows: Sequence["_Row"], budget: int, limit: TimeLimit, ahead: Lookahead | None
+) -> Iterator[tuple[int, Chunk]]:
+    """Write all rows, token by token; see ``generate``."""
     running = dict(enumerate(rows))
     for left in range(budget - 1, -1, -1):
         try:
             limit.look()
-            logits = _step(session, rows, limit, is_first=left == budget - 1)
+            if ahead is not None:
+                logits: Sequence[Logits] = [ahead.next_logits(left, limit)]
+            else:
+                logits = _step(session, rows, limit, is_first=left == budget - 1)
         except Cancelled:
             for number, row in running.items():
                 yield number, row.writer.end("time" if limit.over else "cancelled")

@@ -17,6 +17,7 @@ from config import Settings
 from errors import ModelNotFound, ModelNotReady
 from models.catalog import KNOWN_MODELS, AnswerMarkup, ChatFormat, ModelConfig, State, configured, markup_of
 from models.derived_format import derive_format
+from models.draft_models import load_draft_model
 from swarm.background import Loop, growing_delays
 from swarm.errors import CacheFull, ClockOff, ModelUnavailable, SwarmError, SwarmUnreachable, format_blocks
 from swarm.waiter import Until
@@ -62,6 +63,7 @@ class ServedModel:
         self.fraction: float | None = None  # how much of that is done, where it is known
         self.server: LocalServer | None = None  # of the embedded swarm; it is started again if it dies
         self.ready = False  # whether it has answered once
+        self.draft_error: str | None = None  # why its draft model is not used
         self._derived: tuple[datetime.date, ChatFormat] | None = None  # see ``chat``
 
     @property
@@ -280,6 +282,7 @@ class Models:
         self._await_blocks(served, served.model)
         self._warm_up(served, served.model)
         served.ready = True
+        served.draft_error = load_draft_model(self.settings, served.model)
         collector.freeze()
         log.info("%s: ready after %.1f s", served.config.name, time.monotonic() - started)
 

@@ -26,6 +26,7 @@ from petals.utils.convert_block import QuantType, convert_block
 from petals.utils.misc import DUMMY, DUMMY_INT64
 from transformers import BloomForCausalLM, LlamaForCausalLM, PreTrainedTokenizerBase
 
+from generation.pace import SIZES
 from swarm.client.history import HistoryBudget
 from swarm.client.model import SwarmModel
 from swarm.client.session import SwarmSession
@@ -45,7 +46,7 @@ from swarm.server.families import make_ragged_blocks
 from swarm.server.families.bloom import BloomBlocks
 from swarm.server.families.layers import LayerBlocks
 from swarm.server.families.llama import FusedLayerBlocks
-from swarm.server.steps import Session, Step, StepKind
+from swarm.server.steps import Session, Step, StepKind, is_draft
 from swarm.wire.requests import check_inputs, check_room, rewound
 from tests.conftest import greedy, load_model, tiny_server
 from tests.support.tiny import make_tiny_bloom, make_tiny_llama
@@ -567,6 +568,11 @@ def test_kinds_of_steps() -> None:
     assert make_step(4, verifies=True).kind is make_step(1, verifies=True).kind is StepKind.VERIFY
     for verifies in (True, False):  # what has to be computed for some sequences at a time
         assert make_step(1, rows=300, row=64, width=1, verifies=verifies).kind is StepKind.PREFILL
+
+
+def test_which_steps_verify() -> None:
+    assert not is_draft(5, 1) and not is_draft(0, 2)  # a token, the beginning of a prompt
+    assert is_draft(1, 2) and is_draft(5, SIZES[-1] + 1) and not is_draft(5, SIZES[-1] + 2)
 
 
 def test_verifying_takes_no_prefill_budget() -> None:

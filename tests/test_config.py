@@ -80,6 +80,8 @@ def test_each_setting_can_be_set(field: dataclasses.Field) -> None:
         "LOG_LEVEL": ("DEBUG", "DEBUG"),
         "NON_PUBLIC_MODELS": (DEFAULT, (DEFAULT,)),
         "PAGE": ("off", "off"),
+        "DRAFTING": ("off", "off"),
+        "DRAFT_MODELS": (f"{DEFAULT}=tiny", (f"{DEFAULT}=tiny",)),
         "INITIAL_PEERS": (f"{PEER}, {PEER}", (PEER, PEER)),
         "SWARM_HOST_MADDRS": ("/ip4/0.0.0.0/tcp/0", ("/ip4/0.0.0.0/tcp/0",)),
         "TRUSTED_PROXIES": ("127.0.0.1, 10.0.0.0/8", ("127.0.0.1", "10.0.0.0/8")),
@@ -199,6 +201,8 @@ def test_default_model_is_one_of_the_models() -> None:
 
 
 def test_models_that_are_not_public_are_served() -> None:
+    assert refusal(DRAFT_MODELS="gpt2=tiny") == "DRAFT_MODELS names gpt2, which MODELS does not"
+    assert "it must name two models" in refusal(DRAFT_MODELS=f"{DEFAULT}=")
     message = refusal(NON_PUBLIC_MODELS=f"{DEFAULT},gpt2")
     assert message == "NON_PUBLIC_MODELS names gpt2, which MODELS does not"
 

@@ -9,7 +9,8 @@ import psutil
 import pytest
 from transformers import BloomForCausalLM
 
-from generation.loop import Chunk, generate
+from generation.drafting import Drafting
+from generation.loop import generate
 from generation.parameters import GenerationParams
 from generation.text import Detokenizer
 from swarm.client.model import SwarmModel
@@ -18,6 +19,7 @@ from swarm.client.terms import SessionTerms
 from swarm.errors import BlocksMissing
 from swarm.local import LocalServer, LocalSwarm
 from tests.conftest import READY_TIMEOUT, greedy, load_model, tiny_server
+from tests.support.drafts import prophecies
 from tests.support.hosts import Host, can_make_hosts
 from tests.support.swarms import server_info
 from tests.test_session import PROMPTS, run_greedy, wait_until
@@ -48,6 +50,38 @@ class Chaos:
         names = {view.peer_id: view.public_name for view in self.model.state.servers()}
         by_name = {server.options.public_name: server for server in self.local.servers}
         return [by_name[names[peer]] for peer, _, _ in session.route]
+
+    def sample(
+        self,
+        params: GenerationParams,
+        *,
+        strike_at: int | None = None,
+        index: int = 0,
+        soon: bool = False,
+        drafting: Drafting | None = None,
+    ) -> tuple[str, list[int]]:
+        """Generate an answer; return its text, and the session's tokens.
+
+        :param strike_at: kill a server of the route after so many tokens; ``index``: which
+        :param soon: a little later, while the session waits for it
+        """
+        tokenizer, text = self.model.tokenizer, ""
+        with self.model.open_session(128) as session:
+            chunks = generate(
+                session,
+                tokenizer.encode(params.inputs),
+                params,
+                budget=TOKENS,
+                detokenizers=[Detokenizer(tokenizer)],
+                defaults=self.model.generation_config,
+                drafting=drafting,
+            )
+            for number, (_, chunk) in enumerate(chunks):
+                text += chunk.text
+                if number == strike_at:
+                    victim = self.serving(session)[index].process
+                    threading.Timer(0.004, victim.kill).start() if soon else victim.kill()
+            return text, list(session.token_ids)
 
 
 @pytest.fixture(scope="module")
@@ -93,28 +127,20 @@ def test_sampling_goes_on_as_if_nothing_had_happened(chaos: Chaos) -> None:
         inputs=PROMPTS[0], max_new_tokens=TOKENS, do_sample=True, temperature=0.9, top_p=0.9, seed=11
     )
 
-    def sample(strike: bool) -> str:
-        tokenizer = chaos.model.tokenizer
-        with chaos.model.open_session(128) as session:
-            text = ""
-            for number, chunk in enumerate(run(session, tokenizer, params)):
-                text += chunk.text
-                if strike and number == 12:
-                    chaos.serving(session)[0].process.kill()
-            return text
+    assert chaos.sample(params, strike_at=12)[0] == chaos.sample(params)[0]
 
-    def run(session: SwarmSession, tokenizer, params: GenerationParams) -> Iterator[Chunk]:  # type: ignore[no-untyped-def]
-        chunks = generate(
-            session,
-            tokenizer.encode(params.inputs),
-            params,
-            budget=TOKENS,
-            detokenizers=[Detokenizer(tokenizer)],
-            defaults=chaos.model.generation_config,
-        )
-        return (chunk for _, chunk in chunks)
 
-    assert sample(strike=True) == sample(strike=False)
+@pytest.mark.parametrize("index", [0, 1])
+def test_killed_during_verification(chaos: Chaos, index: int) -> None:
+    """Drafts right and wrong, and a server that dies while one is being verified."""
+    chaos.all_back()
+    params = GenerationParams(
+        inputs=PROMPTS[1], max_new_tokens=TOKENS, do_sample=True, temperature=0.9, top_p=0.9, seed=12, logprobs=1
+    )
+    text, token_ids = chaos.sample(params)
+    drafting = prophecies(token_ids, 0.2, (3,))
+    assert chaos.sample(params, strike_at=9, index=index, drafting=drafting, soon=True) == (text, token_ids)
+    assert 0 < drafting.taken < drafting.drafted
 
 
 def test_replacement_with_other_borders(chaos: Chaos, reference: BloomForCausalLM) -> None:

@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,11 @@ from generation.loop import Chunk, end_tokens, generate
 from generation.parameters import GenerationParams, parse_generation
 from generation.text import CONTEXT_TOKENS, Detokenizer, StopMatcher, encode_inputs
 from swarm.client.model import with_all_ends
-from swarm.errors import BlocksMissing, SessionLengthExceeded
+from swarm.errors import BlocksMissing
 from swarm.tokenization import TextTokenizer
 from swarm.waiter import PATIENT, Waiter
 from tests.conftest import greedy
+from tests.support.reference import ReferenceSession
 from tests.support.tiny import make_tokenizer
 from tests.support.waiters import Ends
 
@@ -61,49 +62,6 @@ examples = settings(deadline=None, derandomize=True, max_examples=200)
 def tokenizer(tiny_bloom: Path) -> PreTrainedTokenizerBase:
     """The tiny model's, from its files; conftest's would start a swarm."""
     return AutoTokenizer.from_pretrained(tiny_bloom)
-
-
-class ReferenceSession:
-    """A session that plain Transformers computes, with an attention cache."""
-
-    def __init__(self, model: BloomForCausalLM, max_length: int = 256) -> None:
-        self.token_ids: list[int] = []
-        self.max_length = max_length
-        self.position = 0
-        self.branches: list[ReferenceSession] = []
-        self._model = model
-        self._cache: Any = None
-
-    def append(self, token_ids: Sequence[int]) -> None:
-        if len(self.token_ids) + len(token_ids) > self.max_length:
-            raise SessionLengthExceeded("too many tokens")
-        self.token_ids.extend(token_ids)
-
-    @torch.inference_mode()
-    def step(self, token_ids: Sequence[int] = (), *, waiter: Waiter = PATIENT) -> torch.Tensor:
-        self.append(token_ids)
-        if self.position == len(self.token_ids):
-            raise ValueError("there is no unprocessed token to step from")
-        waiter.look()
-        new = torch.tensor([self.token_ids[self.position :]])
-        output = self._model(new, cache=self._cache, use_cache=True)
-        self._cache, self.position = output.cache, len(self.token_ids)
-        return output.logits[0, -1].float()
-
-    def step_bounded(self, token_ids: Sequence[int] = (), *, waiter: Waiter = PATIENT) -> torch.Tensor:
-        return self.step(token_ids, waiter=waiter)
-
-    def step_rows_bounded(self, token_ids: Sequence[int], *, waiter: Waiter = PATIENT) -> Sequence[torch.Tensor]:
-        if not self.branches:
-            self.branches = [ReferenceSession(self._model, self.max_length) for _ in token_ids]
-            for branch in self.branches:
-                branch.append(self.token_ids)
-        steps = zip(self.branches, token_ids, strict=True)
-        return [branch.step([token_id], waiter=waiter) for branch, token_id in steps]
-
-    def step_each(self, token_ids: Sequence[int], *, waiter: Waiter = PATIENT) -> Iterator[torch.Tensor]:
-        for token_id in token_ids:
-            yield self.step([token_id], waiter=waiter)[None]
 
 
 class ScriptedSession(ReferenceSession):

@@ -16,6 +16,9 @@ import torch
 from hivemind import MSGPackSerializer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from generation.loop import generate
+from generation.parameters import GenerationParams
+from generation.text import Detokenizer
 from swarm.client.model import SwarmModel
 from swarm.families.attention import Scoring
 from swarm.local import LocalSwarm
@@ -27,6 +30,7 @@ from swarm.wire.replies import Abilities, read_abilities
 from swarm.wire.requests import rewound
 from swarm.wire.text import Malformed
 from tests.conftest import greedy, load_model, tiny_server
+from tests.support.drafts import prophecies
 from tests.support.families import assert_close, chosen, load_blocks, made_once, make_tiny_family, reference_states
 from tests.test_batching import CPU, POISON, Bench, all_sent, fail_for_poison, petals_outputs, ragged
 from tests.test_session import PROMPTS, infos, run_greedy
@@ -416,3 +420,17 @@ def test_a_way_back_that_servers_refuse(served: Served) -> None:
     again, session = go_back(served, 200, knowing=False)
     assert all(count >= 200 for count in again) and session.recoveries
     assert "cannot go back to position 200" in session.losses[0].reason
+
+
+@pytest.mark.parametrize("lies", [0.0, 0.3])
+def test_drafts_around_the_ring(served: Served, lies: float) -> None:
+    """Going back by a draft needs no more room than the ring has."""
+    expected = greedy(served.reference, served.text, 40)
+    drafting = prophecies([*served.text, *expected], lies, (3, 15))
+    with served.model.open_session(1000) as session:
+        params = GenerationParams(max_new_tokens=len(expected))
+        detokenizers = [Detokenizer(served.model.tokenizer)]
+        options = {"detokenizers": detokenizers, "defaults": served.model.generation_config, "drafting": drafting}
+        chunks = list(generate(session, served.text, params, budget=len(expected), **options))
+        assert [token_id for _, chunk in chunks for token_id in chunk.token_ids] == expected
+        assert session.recoveries == 0 and drafting.taken > 10

@@ -122,6 +122,15 @@ class PageFormat(BaseModel):
     alone: str = Field(description="The first turn, without a system prompt; empty: as the others.")
 
 
+class DraftingInfo(BaseModel):
+    """How tokens are drafted for a model's answers."""
+
+    model: str | None = Field(description="What drafts beside the text itself; null: nothing.")
+    error: str | None = Field(description="Why the model that was to draft does not.")
+    drafted: int = Field(description="Tokens so far.")
+    taken: int = Field(description="How many of them the answers have.")
+
+
 class ModelInfo(BaseModel):
     name: str
     title: str
@@ -136,6 +145,7 @@ class ModelInfo(BaseModel):
     chat: PageFormat | None = Field(description="How the chat page writes conversations for the model.")
     num_blocks: int | None
     blocks: list[int] = Field(description="For each block the number of servers that hold it.")
+    drafting: DraftingInfo | None = Field(description="null: nothing is drafted.")
     servers: list[ServerInfo]
 
 

@@ -115,7 +115,22 @@ def model_report(served: ServedModel) -> dict[str, Any]:
         "chat": dataclasses.asdict(served.chat) if model else None,
         "num_blocks": model.state.num_blocks if model else None,
         "blocks": model.state.holders() if model else [],
+        "drafting": drafting_report(served),
         "servers": server_reports(model.state.servers()) if model else [],
+    }
+
+
+def drafting_report(served: ServedModel) -> dict[str, Any] | None:
+    """Return what drafts for a model's answers, and how well; null if nothing does."""
+    all_drafting = get_service(current_app).sessions.drafting
+    if all_drafting is None:
+        return None
+    drafting, model = all_drafting.get(served.config.name), served.model
+    return {
+        "model": model.draft_model.name if model and model.draft_model else None,
+        "error": served.draft_error,
+        "drafted": drafting.drafted if drafting else 0,
+        "taken": drafting.taken if drafting else 0,
     }
 
 

@@ -124,6 +124,14 @@ class Head:
             return self.next_logits(hidden)
         return self._bounds_together(self._checked(hidden))
 
+    def next_bounds_of_each(self, hidden: torch.Tensor) -> Sequence[Logits]:
+        """As ``next_bounds``, for several positions.
+
+        :param hidden: [n, hidden size], floating
+        """
+        together: Together[Any] = self._all_together if self._bounded is None else self._bounds_together
+        return together.each([self._checked(row) for row in hidden])
+
     def _checked(self, hidden: torch.Tensor) -> torch.Tensor:
         if hidden.shape != self._hidden_shape or not hidden.is_floating_point():
             raise ModelMismatch(f"hidden states are {hidden.dtype} of shape {list(hidden.shape)}")

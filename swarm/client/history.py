@@ -30,9 +30,7 @@ class History:
         """Append the part of ``hidden``, which ends with the token before ``end``, that is not here yet."""
         missing = end - self.length
         if missing > 0:
-            chunk = hidden[:, hidden.shape[1] - missing :]
-            self._chunks.append(chunk)
-            self.size += chunk.numel() * chunk.element_size()
+            self._push(hidden[:, hidden.shape[1] - missing :])
             self.length = end
 
     def read(self, start: int, end: int) -> torch.Tensor:
@@ -57,16 +55,24 @@ class History:
         """Forget the inputs of the tokens after the first ``length``."""
         if length >= self.length:
             return
-        self._dropped = min(self._dropped, length)
-        self._join()
-        kept, position = [], self._dropped
-        for chunk in self._chunks:
-            if position < length:
-                kept.append(chunk[:, : length - position].clone())
-            position += chunk.shape[1]
-        self._chunks = kept
-        self.size = sum(chunk.numel() * chunk.element_size() for chunk in kept)
+        # From the end on, so that forgetting a few tokens costs no more than they are.
+        while self._chunks and (begin := self.length - self._chunks[-1].shape[1]) >= length:
+            self._pop()
+            self.length = begin
+        if self._chunks and self.length > length:
+            chunk = self._pop()
+            self._push(chunk[:, : chunk.shape[1] - (self.length - length)].clone())
         self.length = length
+        self._dropped = min(self._dropped, length)
+
+    def _push(self, chunk: torch.Tensor) -> None:
+        self._chunks.append(chunk)
+        self.size += chunk.numel() * chunk.element_size()
+
+    def _pop(self) -> torch.Tensor:
+        chunk = self._chunks.pop()
+        self.size -= chunk.numel() * chunk.element_size()
+        return chunk
 
     def drop(self) -> None:
         """Forget all inputs."""

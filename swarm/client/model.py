@@ -5,7 +5,7 @@ import logging
 import threading
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from swarm.compat import shared_dht
 
@@ -26,6 +26,9 @@ from swarm.families.configuration import read_supported
 from swarm.lengths import context_length, stock_length
 from swarm.tokenization import TextTokenizer
 from swarm.weights.pickles import refusal
+
+if TYPE_CHECKING:
+    from swarm.client.draft_model import DraftModel
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +68,7 @@ class SwarmModel:
         swarm.follow(self.state)
         self.limits = limits
         self.budget = budget
+        self.draft_model: DraftModel | None = None  # drafts for its answers
         # Tokens of a text, as the model was made; one that does not say is trusted as far as stock servers go.
         self.context_length = context_length(model.config, tokenizer.limit) or stock_length(model.config)
 

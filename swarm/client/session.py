@@ -20,6 +20,7 @@ from swarm.client.chain import Chain, Loss
 from swarm.client.head import Head
 from swarm.client.span import PREFILL_CHUNK, Span
 from swarm.client.terms import SessionTerms
+from swarm.client.warm_sessions import common_prefix
 from swarm.errors import SessionClosed, SessionLengthExceeded, SwarmTimeout
 from swarm.waiter import PATIENT, Waiter
 
@@ -30,6 +31,8 @@ Result = TypeVar("Result")
 CANCEL_POLL = 0.05  # seconds
 # Rows of logits computed at a time when all are wanted: with BLOOM's vocabulary, 32 MB.
 LOGIT_ROWS = 32
+# The same when most of them may not be wanted, as of a draft.
+DRAFT_ROWS = 8
 # The event loop never computes and never waits, so that it answers within milliseconds even on a busy machine.
 LOOP_TIMEOUT = 10.0  # seconds
 
@@ -50,14 +53,23 @@ class SwarmSession:
         self.branches: list[list[int]] = [[] for _ in range(terms.rows)]  # each row's tokens after it, equally many
         self._head = head
         self._chain = Chain(terms)
+        # Tokens that the servers may have processed without knowing whether they follow, and where they begin.
+        self._draft: list[int] = []
+        self._drafted_at = 0
         # The finaliser may run on any thread, the event loop's included, so it only asks the loop to close.
         self._finalizer = weakref.finalize(self, self._chain.close_soon)
         self._finalizer.atexit = False
 
     @property
     def position(self) -> int:
-        """The number of tokens that the servers have processed."""
-        return self._chain.position
+        """The number of the session's tokens that the servers have processed."""
+        return min(self._chain.position, self._agreed) if self._draft else self._chain.position
+
+    @property
+    def _agreed(self) -> int:
+        """Up to which position the session's tokens are those of the draft."""
+        start = self._drafted_at
+        return start + common_prefix(self.token_ids[start : start + len(self._draft)], self._draft)
 
     @property
     def closed(self) -> bool:
@@ -82,6 +94,11 @@ class SwarmSession:
         """Whether truncating to ``length`` costs nothing: all servers of the session can go back that far."""
         spans = tuple(self._chain.spans)  # see ``route``
         return bool(spans) and all(isinstance(span, Span) and span.rewinds_to(length) for span in spans)
+
+    @property
+    def can_verify(self) -> bool:
+        """Whether a draft can be tried: there is one row, and all servers can go back to what came before it."""
+        return len(self.branches) == 1 and self.rewinds_to(len(self.token_ids))
 
     @property
     def recoveries(self) -> int:
@@ -132,6 +149,25 @@ class SwarmSession:
         return last
 
     @torch.inference_mode()
+    def verify(self, draft: Sequence[int], *, waiter: Waiter = PATIENT) -> Iterator[Logits]:
+        """As ``step_bounded``, and process the tokens of a draft, which may follow, in the same pass.
+
+        The session does not get them: whoever chooses them appends them, and the next step goes on from there.
+
+        :returns: what is known of the logits of the next token, and of those after each token of the draft; fewer if
+            the servers could not go back, or were lost
+        :raises: as ``step``, when the first ones are asked for
+        """
+        self._settle()
+        fits = self._length + len(draft) <= self.max_length and self.position >= self._length - 1
+        tried = list(draft) if fits and self.can_verify else []
+        self._drafted_at, self._draft = self._length, tried
+        for start, hidden in self._process(waiter, tried):
+            rows = hidden[0, self._length - 1 - start :]
+        for some in rows.split(DRAFT_ROWS):
+            yield from self._head.next_bounds_of_each(some)
+
+    @torch.inference_mode()
     def step_rows_bounded(self, token_ids: Sequence[int], *, waiter: Waiter = PATIENT) -> Sequence[Logits]:
         """Add a token to each row and return the logits of each row's next token, or of a large head bounds of them.
 
@@ -157,36 +193,49 @@ class SwarmSession:
                     yield self._head.logits(piece)
             done = max(done, start + hidden.shape[1])
 
-    def _process(self, waiter: Waiter) -> Iterator[tuple[int, torch.Tensor]]:
+    def _process(self, waiter: Waiter, draft: Sequence[int] = ()) -> Iterator[tuple[int, torch.Tensor]]:
         """Process the unprocessed tokens, at least the last one; yield positions and hidden states [1 or rows, n, h].
 
         If a lost span cannot be restored in place, positions already yielded are yielded again.
+
+        :param draft: tokens to process after them, unless a span is lost
         """
         if not self._length:
             raise ValueError("there is no token to step from")
+        if not draft:
+            self._settle()
         if self.position == self._length:  # compute the last token's logits again
             self._chain.truncate_soon(self.position - 1).result(timeout=LOOP_TIMEOUT)
         lost_since, furthest = None, 0
-        while (start := self.position) < self._length:
-            hidden = self._run(self._chain.forward(self._inputs(start), start), waiter)
+        while (start := self._chain.position) < self._length:
+            hidden = self._run(self._chain.forward(self._inputs(start, draft), start), waiter)
             if hidden is not None:
-                if self.position > furthest:  # the lost positions are restored, and more
-                    lost_since, furthest = None, self.position
+                if self._chain.position > furthest:  # the lost positions are restored, and more
+                    lost_since, furthest = None, self._chain.position
                 yield start, hidden
-                if self.position < self._length:
+                if self._chain.position < self._length:
                     waiter.look()  # each piece may finish before `_run` looks for the first time
                 continue
+            draft = ()
             lost_since = lost_since or time.monotonic()
             if time.monotonic() - lost_since > self._chain.terms.limits.recovery_timeout:
                 raise SwarmTimeout("servers were lost again and again while the session was being restored")
 
-    def _inputs(self, start: int) -> torch.Tensor:
+    def _inputs(self, start: int, draft: Sequence[int]) -> torch.Tensor:
         """Return the embeddings of the next tokens: [1, n, hidden size] of what all rows share, or [rows, ...]."""
         if start < len(self.token_ids):
-            return self._head.embed(self.token_ids[start : start + PREFILL_CHUNK])
+            return self._head.embed([*self.token_ids[start : start + PREFILL_CHUNK], *draft])
         first = start - len(self.token_ids)
         count = max(1, PREFILL_CHUNK // len(self.branches))
         return self._head.embed(*(branch[first : first + count] for branch in self.branches))
+
+    def _settle(self) -> None:
+        """Have the servers forget what they have processed of a draft that the session's tokens do not follow."""
+        if self._draft:
+            agreed = self._agreed
+            if self._chain.position > agreed:
+                self._chain.truncate_soon(agreed).result(timeout=LOOP_TIMEOUT)
+            self._draft = []
 
     def _run(self, coroutine: Coroutine[Any, Any, Result], waiter: Waiter) -> Result:
         """Run a coroutine on the event loop and wait for it, while the waiter looks periodically."""
@@ -216,6 +265,7 @@ class SwarmSession:
 
         Servers that cannot go back so far are dropped, stock ones always; the next step recomputes their blocks.
         """
+        self._settle()
         if length < self.position:
             self._chain.truncate_soon(length).result(timeout=LOOP_TIMEOUT)
         for branch in self.branches:

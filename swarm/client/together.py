@@ -2,7 +2,7 @@
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Generic, TypeVar
 
@@ -12,7 +12,7 @@ Result = TypeVar("Result")
 
 
 class Together(Generic[Result]):
-    """Computes something of one row for each of many threads, and of the rows of all that wait together.
+    """Computes something of a few rows for each of many threads, and of the rows of all that wait together.
 
     Reading large weights takes most of the time: 32 rows at once take hardly longer than one. The thread that finds
     nobody computing computes for all waiting threads (flat combining, Hendler et al., SPAA 2010); no thread waits for
@@ -27,12 +27,16 @@ class Together(Generic[Result]):
 
     def __call__(self, row: torch.Tensor) -> Result:
         """Return the result of a row. Thread-safe. All rows have the same shape."""
-        mine: Future[Result] = Future()
-        self.waiting.append((row, mine))
+        return self.each([row])[0]
+
+    def each(self, rows: Iterable[torch.Tensor]) -> list[Result]:
+        """Return the results of several rows. Thread-safe."""
+        mine = [(row, Future[Result]()) for row in rows]
+        self.waiting.extend(mine)
         with self.computing:
-            if not mine.done():
+            if not all(future.done() for _, future in mine):
                 self._compute_waiting()
-        return mine.result()
+        return [future.result() for _, future in mine]
 
     def _compute_waiting(self) -> None:
         waiting = [self.waiting.popleft() for _ in range(len(self.waiting))]

@@ -42,7 +42,7 @@ from swarm.server.channel import (
 )
 from swarm.server.checks import check_opening, check_step
 from swarm.server.compute import compute_batch, threads_for
-from swarm.server.steps import Piece, Session, Step, StepKind
+from swarm.server.steps import Piece, Session, Step, StepKind, is_draft
 
 log = logging.getLogger(__name__)
 
@@ -255,7 +255,8 @@ class Batcher(threading.Thread):
             raise ValueError(self._refused.get(key, "there is no such session"))
         check_step(request, session, self.blocks.config.hidden_size)
         hidden = from_bytes(request.hidden, self.blocks.dtype, request.shape)
-        step = Step(session, request.start, hidden, request.prompts, request.hypotheses)
+        verifies = is_draft(request.start, request.shape[1])
+        step = Step(session, request.start, hidden, request.prompts, request.hypotheses, verifies)
         session.reach.advance(step.start, step.start + step.left)
         self._queues.setdefault((session.first, session.last), []).append(step)
         self._away.pop(session, None)

@@ -12,6 +12,8 @@ import torch
 from swarm.server.attention_cache import AttentionCache, Reach
 from swarm.server.channel import BatcherChannel
 
+MOST_VERIFIED = 32  # tokens of a draft, and the one before it
+
 
 @dataclass(eq=False)
 class Session:
@@ -45,10 +47,10 @@ class StepKind(enum.Enum):
     """One token of each sequence: just generated, or the last one of a prompt cut into chunks."""
 
     VERIFY = "verify"
-    """A few tokens of each sequence, guessed by a draft model, whose outputs are all wanted (speculative decoding,
+    """A few tokens of each sequence, drafted by the client, whose outputs are all wanted (speculative decoding,
     Leviathan et al., ICML 2023). As with DECODE, a user waits for the next token: the step takes no prefill budget, is
-    not cut into chunks unless it is very large, and waits for others that are about to come back. No client sends such
-    steps yet."""
+    not cut into chunks unless it is very large, and waits for others that are about to come back. It is known by its
+    length, see ``is_draft``."""
 
 
 @dataclass(eq=False)
@@ -60,7 +62,7 @@ class Step:
     hidden: torch.Tensor  # inputs, replaced by outputs as computed: [sequences or 1, tokens, hidden size]
     prompts: Sequence[torch.Tensor | None] | None = None
     hypotheses: Sequence[int] | None = None  # None also once the cache is reordered
-    verifies: bool = False  # whether the tokens are guesses; see StepKind.VERIFY
+    verifies: bool = False  # whether the tokens are drafted; see StepKind.VERIFY
     done: int = 0  # tokens computed for all sequences
     width: int = 0  # tokens computed for only some sequences so far; they are finished before others begin
     row: int = 0  # sequences for which these are computed
@@ -89,6 +91,15 @@ class Step:
         if self.verifies:
             return StepKind.VERIFY
         return StepKind.PREFILL if self.left > 1 else StepKind.DECODE
+
+
+def is_draft(start: int, tokens: int) -> bool:
+    """Whether a step is taken for a draft: of a prompt that continues a session with so few tokens, what a batch makes
+    of drafts is as good.
+
+    :param start: position of its first token
+    """
+    return start > 0 and 1 < tokens <= MOST_VERIFIED
 
 
 @dataclass(frozen=True)
