@@ -1,4 +1,4 @@
-"""What a session is opened with: its maximum length, and how long it waits for the swarm."""
+"""What a session is opened with: its maximum length, how long it waits for the swarm, and which ways it goes."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from swarm.client.routing import SwarmState
 
 @dataclass(frozen=True)
 class SessionLimits:
-    """How long a session waits for the swarm."""
+    """How long a session waits for the swarm, and which ways it goes."""
 
     connect_timeout: float = 5.0  # seconds to open a stream to a server
     step_timeout: float = 120.0  # seconds for one server to answer one step
@@ -16,6 +16,9 @@ class SessionLimits:
     probe_timeout: float = 2.0  # seconds for the probe, and for which a live server's process may be silent
     recovery_timeout: float = 60.0  # seconds to wait for lost blocks to be served again
     cache_timeout: float = 10.0  # seconds to wait for a server with free attention cache
+    # Whether servers may pass their outputs on to one another, and a prompt's chunks may follow one another.
+    pushing: bool = True
+    pipelining: bool = True
 
 
 @dataclass(frozen=True)
