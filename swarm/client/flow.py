@@ -122,7 +122,7 @@ class Flow:
         span = self._spans[index]
         try:
             # One that gets its inputs from a server is opened before they come.
-            early = not span.opened and (self._all_rows > 1 or (index > 0 and span.pushing))
+            early = not span.opened and (self._all_rows > 1 or self._links[index] is not None)
             opening = span.expect_opening(self._opening, self._width) if early else None
             shapes = [(self._rows, chunk.end - chunk.start, self._width) for chunk in self._chunks]
             awaited = [span.expect(chunk.number, shape) for chunk, shape in zip(self._chunks, shapes, strict=True)]
@@ -190,7 +190,8 @@ def pushing_links(spans: Sequence[Span], links: Links) -> list[Link | None]:
     """Return for each span the way from the one before it, if steps can be pushed along it."""
     found: list[Link | None] = [None]
     for first, second in itertools.pairwise(spans):
-        link = links.between(first.peer_id, second.peer_id) if first.pushing and second.pushing else None
+        pays = first.pushing and second.pushing and second.far
+        link = links.between(first.peer_id, second.peer_id) if pays else None
         found.append(link if link is not None and link.usable else None)
     return found
 

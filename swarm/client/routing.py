@@ -238,6 +238,10 @@ class SwarmState:
             if span.server_info.state == ServerState.ONLINE
         ]
 
+    def round_trip(self, peer_id: PeerID) -> float:
+        """Return how many seconds a message to a server and back takes; infinity if that is not known."""
+        return self.manager.ping_aggregator.to_dict().get(peer_id, math.inf)
+
     def route(
         self, start: int, end: int, cache_tokens: int, avoid: Collection[PeerID] = frozenset(), *, length: int = 0
     ) -> list[RemoteSpanInfo]:

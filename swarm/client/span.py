@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import math
 import secrets
 import time
 from collections.abc import Iterator, Sequence
@@ -101,7 +102,8 @@ class Span:
         self.history = history
         self.processed = 0  # tokens in the server's attention cache
         # Whether the server takes steps from other servers and passes them on; then its replies name them.
-        self.pushing = terms.limits.pushing and getattr(info.server_info, "pushing", False)
+        self.pushing = getattr(info.server_info, "pushing", False) and math.isfinite(terms.limits.push_from)
+        self.far = terms.state.round_trip(info.peer_id) >= terms.limits.push_from
         self._session_id, self._key = secrets.token_hex(KEY_BYTES), secrets.token_bytes(KEY_BYTES)
         self._dtype = info.server_info.torch_dtype if self.pushing else None
         self._abilities = Abilities()  # what the server can do; its replies say so

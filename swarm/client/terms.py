@@ -16,9 +16,10 @@ class SessionLimits:
     probe_timeout: float = 2.0  # seconds for the probe, and for which a live server's process may be silent
     recovery_timeout: float = 60.0  # seconds to wait for lost blocks to be served again
     cache_timeout: float = 10.0  # seconds to wait for a server with free attention cache
-    # Whether servers may pass their outputs on to one another, and a prompt's chunks may follow one another.
-    pushing: bool = True
-    pipelining: bool = True
+    # Servers this far away, seconds of round trip, get their inputs from the server before them. On one machine or in
+    # one room that takes more work than it saves time. Infinity: none do.
+    push_from: float = 0.005
+    pipelining: bool = True  # whether a prompt's chunks follow one another
 
 
 @dataclass(frozen=True)
