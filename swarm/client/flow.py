@@ -28,6 +28,8 @@ from swarm.wire.replies import SLACK, StepNews
 # Tokens that are on their way at a time, at most. Cancelling takes effect at once.
 PIECE = 2048
 MIN_CHUNK = 64  # tokens
+# Before Python 3.12 asyncio's waits may lose a cancellation.
+CANCEL_AGAIN = 0.1  # seconds
 
 
 class Broken(Exception):
@@ -208,6 +210,9 @@ async def at_once(coroutines: "Sequence[Coroutine[Any, Any, None]]") -> None:
             if task.done():
                 task.result()
     finally:
+        while left := [task for task in tasks if not task.done()]:
+            for task in left:
+                task.cancel()
+            await asyncio.wait(left, timeout=CANCEL_AGAIN)
         for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+            task.cancelled() or task.exception()  # it is no fault that nobody asks for it
