@@ -5,6 +5,7 @@ import dataclasses
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,7 +59,7 @@ def tiny_server(model: Path, blocks: str, attn_cache_tokens: int = 65536, *, bat
     )
 
 
-def load_model(path: Path, swarm: LocalSwarm, relief: CacheRelief | None = None, **limits: float) -> SwarmModel:
+def load_model(path: Path, swarm: LocalSwarm, relief: CacheRelief | None = None, **limits: Any) -> SwarmModel:
     """Load the client's part of a model and wait until all its blocks are served, and their servers answer."""
     model = SwarmModel.load(
         str(path),

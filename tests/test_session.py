@@ -154,7 +154,7 @@ def test_cancel_from_another_thread(model: SwarmModel, monkeypatch: pytest.Monke
     with model.open_session(64) as session:
         expected = session.step([3, 4])
         with monkeypatch.context() as patch:
-            patch.setattr(Span, "_exchange", hang)
+            patch.setattr(Span, "answer", hang)
             threading.Timer(0.1, canceller.cancel).start()
             with pytest.raises(Cancelled):
                 session.step([5], waiter=canceller)
@@ -167,6 +167,7 @@ def test_cancel_from_another_thread(model: SwarmModel, monkeypatch: pytest.Monke
 def test_cancelled_between_the_pieces_of_a_prompt(model: SwarmModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """However fast each piece is: the waiter looks before the next one, and what is processed stays processed."""
     monkeypatch.setattr("swarm.client.session.CANCEL_POLL", 60.0)
+    monkeypatch.setattr("swarm.client.session.PIECE", PREFILL_CHUNK)
     canceller = Canceller()
     canceller.cancel()
     with model.open_session(2048) as session:
@@ -271,8 +272,8 @@ def lose(session: SwarmSession, index: int) -> None:
 
     async def cut() -> None:
         span = session._chain.spans[index]
-        assert isinstance(span, Span) and span._streams is not None
-        span._streams[1].close()
+        assert isinstance(span, Span) and span._stream._writer is not None
+        span._stream._writer.close()
 
     RemoteExpertWorker.run_coroutine(cut())
 

@@ -49,6 +49,7 @@ from swarm.wire import messages, records
 from swarm.wire.announcements import read_announcement, read_announcements
 from swarm.wire.messages import bound_streams, receive
 from swarm.wire.packing import MAX_LEVELS, read_metadata, unpack
+from swarm.wire.pushes import Label
 from swarm.wire.records import MAX_RECORD, is_sane, unpack_dictionary
 from swarm.wire.replies import read_abilities, read_hidden, read_silence
 from swarm.wire.requests import MAX_ROWS, check_call, read_session, read_step
@@ -160,16 +161,16 @@ def test_more_servers_refuse_than_patience_lasts(
     monkeypatch.setattr(sequence_info, "_sort_spans", lambda infos: ([*spans, *honest], ()))
     sequence_info.spans_by_priority = [*spans, *honest]
     monkeypatch.setattr(tempted.state.manager.ping_aggregator, "to_dict", dict)  # nobody is near
-    exchange, refused = Span._exchange, []
+    send, refused = Span.send, []
 
-    async def refuse(self: Span, inputs: torch.Tensor) -> torch.Tensor:
+    async def refuse(self: Span, inputs: torch.Tensor, label: Label) -> None:
         if self.peer_id in fakes:
             refused.append(self.peer_id)
             await asyncio.sleep(0.1)
             raise self._offence("refuses")
-        return await exchange(self, inputs)
+        await send(self, inputs, label)
 
-    monkeypatch.setattr(Span, "_exchange", refuse)
+    monkeypatch.setattr(Span, "send", refuse)
     enemy.answer = evil.tensors(0)
     token_ids = tempted.tokenizer.encode(PROMPT)
     expected = greedy(reference, token_ids, TOKENS)

@@ -8,26 +8,23 @@ may be called from any thread; they only schedule work on that one.
 import asyncio
 import concurrent.futures
 import logging
-import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import swarm.compat  # noqa: F401
 
 import torch
 from hivemind.moe.client.remote_expert_worker import RemoteExpertWorker
-from hivemind.p2p import PeerID
 
+from swarm.client.flow import Broken, Flow
 from swarm.client.history import History
-from swarm.client.routing import MAX_SERVERS_OF_BLOCK, SwarmState
-from swarm.client.span import Gap, OtherModel, ServerFailed, Span
+from swarm.client.recovery import Search, Turn
+from swarm.client.span import Gap, ServerFailed, Span
 from swarm.client.terms import SessionTerms
-from swarm.errors import BlocksMissing, CacheFull, SessionClosed, SwarmError
+from swarm.errors import BlocksMissing, CacheFull, SessionClosed
 
 log = logging.getLogger(__name__)
 
-# Servers that one step tries regardless of time: enough for the view to be refilled with new ones several times.
-MAX_TRIED = 8 * MAX_SERVERS_OF_BLOCK
 LOSSES_KEPT = 32  # the newest, for observers of a session
 # A server frees the attention cache of a closed session within a few milliseconds.
 FREEING_TIME = 0.05  # seconds
@@ -88,18 +85,33 @@ class Chain:
     async def _truncate(self, length: int) -> None:
         for index, span in enumerate(self.spans):
             span.history.truncate(length)
-            if isinstance(span, Gap) or span.processed <= length:
-                continue
-            if span.rewinds_to(length):
-                span.truncate(length)
-            elif span.history.complete:
-                span.close()
-                self.spans[index] = Gap(span.start, span.end, span.history)
-            else:
-                self._drop()
+            if isinstance(span, Span) and span.processed > length and not self._cut(index, length):
                 return
         self.position = min(self.position, length)
         self._account_history()
+
+    def _cut(self, index: int, length: int) -> bool:
+        """Have a server forget all but its first ``length`` tokens; one that cannot is dropped.
+
+        :returns: False if that was not possible without dropping all
+        """
+        span = self.spans[index]
+        assert isinstance(span, Span)
+        if span.rewinds_to(length):
+            span.truncate(length)
+        elif span.history.complete:
+            self._leave(index)
+        else:
+            self._drop()
+            return False
+        return True
+
+    def _leave(self, index: int) -> None:
+        """Close a span, and let its blocks be a gap."""
+        span = self.spans[index]
+        if isinstance(span, Span):
+            span.close()
+            self.spans[index] = Gap(span.start, span.end, span.history)
 
     async def forward(self, inputs: torch.Tensor, start: int) -> torch.Tensor | None:
         """Send the hidden states of tokens [start, start + n) through all blocks.
@@ -122,7 +134,7 @@ class Chain:
                 self._task = None
 
     async def _forward(self, inputs: torch.Tensor, end: int) -> torch.Tensor | None:
-        turn = _Turn(self.terms.state.cache_turn, self.terms.limits.cache_timeout)
+        turn = Turn(self.terms.state.cache_turn, self.terms.limits.cache_timeout)
         new = not self.spans
         if new:
             self.spans = [Gap(0, self.terms.state.num_blocks)]
@@ -139,14 +151,59 @@ class Chain:
         finally:
             turn.end()
 
-    async def _pass_through(self, inputs: torch.Tensor, end: int, turn: "_Turn") -> torch.Tensor | None:
-        spans, hidden, index = self.spans, inputs, 0
-        search = _Search()
+    async def _pass_through(self, inputs: torch.Tensor, end: int, turn: Turn) -> torch.Tensor | None:
+        search = Search()
+        flow = self._flow(inputs, end, search)
+        if flow is not None:
+            spans = self.spans
+            try:
+                await flow.run()
+            except Broken as broken:
+                self._check_not_dropped(spans)
+                if not self._settle(broken.index):
+                    return None
+                if not await self._look_elsewhere(broken.index, broken.failure, search, turn):
+                    return None
+        hidden = await self._one_by_one(inputs, end, search, turn)
+        if self.position != end:
+            return None
+        outputs = [*(flow.outputs if flow is not None else ()), *([] if hidden is None else [hidden])]
+        return last_tokens(outputs, inputs.shape[1])
+
+    def _flow(self, inputs: torch.Tensor, end: int, search: Search) -> Flow | None:
+        """Return a flow of these tokens, if it pays; None while some spans are missing, or have lost tokens."""
+        index = 0
+        while index < len(self.spans):
+            try:
+                if self._span(index, search).processed != self.position:
+                    return None
+            except ServerFailed:  # which is dealt with when it is its turn
+                return None
+            index += 1
+        spans = [span for span in self.spans if isinstance(span, Span)]
+        return Flow.if_it_pays(spans, inputs, end - inputs.shape[1], self.terms)
+
+    def _settle(self, failed: int) -> bool:
+        """After a failure, give up all steps that are not answered yet. Return whether the session is still there."""
+        for index, span in enumerate(self.spans):
+            if index != failed and isinstance(span, Span) and span.forget() and not self._cut(index, span.processed):
+                return False
+        return True
+
+    async def _one_by_one(self, inputs: torch.Tensor, end: int, search: Search, turn: Turn) -> torch.Tensor | None:
+        """Let one span after the other process what it has not processed yet, and replace those that fail.
+
+        :returns: outputs of the last span that end with the token before ``end``; None if it has processed all before
+        """
+        spans, index = self.spans, 0
+        hidden: torch.Tensor | None = inputs
         while index < len(spans):
             self._check_not_dropped(spans)
             try:
                 span = self._span(index, search)
-                hidden = await span.step(hidden, end)
+                if hidden is not None:
+                    span.history.extend(hidden, end)
+                hidden = await span.step(end) if span.processed < end else None
             except ServerFailed as failure:
                 self._check_not_dropped(spans)
                 if not await self._look_elsewhere(index, failure, search, turn):
@@ -154,12 +211,12 @@ class Chain:
             else:
                 self._check_not_dropped(spans)
                 self.terms.state.unban(span.peer_id)
-                search = _Search()
+                search = search if hidden is None else Search()
                 index += 1
         self.position = end
         self.terms.state.note_answer()
         self._account_history()
-        return hidden[:, -inputs.shape[1] :]
+        return hidden
 
     def _check_not_dropped(self, spans: list[Span | Gap]) -> None:
         """End a step that missed its cancellation: before Python 3.12 asyncio's waits may lose one.
@@ -169,7 +226,7 @@ class Chain:
         if self.spans is not spans:
             raise asyncio.CancelledError
 
-    async def _look_elsewhere(self, index: int, failure: ServerFailed, search: "_Search", turn: "_Turn") -> bool:
+    async def _look_elsewhere(self, index: int, failure: ServerFailed, search: Search, turn: Turn) -> bool:
         """After a failure, drop the server and wait until it makes sense to continue.
 
         :returns: whether the step can continue; if not, all spans were dropped
@@ -186,6 +243,10 @@ class Chain:
         if not self._vacate(index, failure, ban=not full):
             self._drop()
             return False
+        if full:  # while it waits, the session holds no cache that it need not: others may wait for that
+            for later, span in enumerate(spans):
+                if later > index and isinstance(span, Span) and not span.processed:
+                    self._leave(later)
         if untried:
             return True
         if full:
@@ -202,7 +263,7 @@ class Chain:
         """Tokens of attention cache that the session needs on each server."""
         return self.terms.max_length * self.terms.rows
 
-    def _span(self, index: int, search: "_Search") -> Span:
+    def _span(self, index: int, search: Search) -> Span:
         """Return the span at ``index``. A gap is first replaced by spans, of which the first gets its history.
 
         :raises ServerFailed: if the gap cannot be filled
@@ -238,10 +299,9 @@ class Chain:
             number = self.losses[-1].number + 1 if self.losses else 1
             loss = Loss(number, str(span.peer_id), span.start, span.end, str(failure))
             self.losses = (*self.losses, loss)[-LOSSES_KEPT:]
-        span.close()
         if ban:
             self.terms.state.ban(span.peer_id, offence=failure.offence)
-        self.spans[index] = Gap(span.start, span.end, span.history)
+        self._leave(index)
         return span.history.complete
 
     def drop_history_soon(self) -> None:
@@ -265,81 +325,10 @@ class Chain:
         self._history_bytes = size
 
 
-class _Search:
-    """The search for a server that can do its part of a step, from the first failure on."""
+def last_tokens(outputs: Sequence[torch.Tensor], count: int) -> torch.Tensor:
+    """Return the hidden states of the last ``count`` tokens.
 
-    def __init__(self) -> None:
-        self.tried: set[PeerID] = set()  # peers that have failed; others are asked first
-        self.delays = _retry_delays()
-        self._since: float | None = None
-        self._patience = 0.0  # seconds, the longest of all failures
-        self._other_model: OtherModel | None = None  # a server that holds the blocks of one
-
-    def note(self, span: Span | Gap, failure: ServerFailed, state: SwarmState) -> bool:
-        """Record a failure; return whether untried servers are left for its blocks.
-
-        However many servers refuse, once each, an answer that another one can compute is computed. The number tried is
-        limited, since an attacker may announce new servers faster than they are tried.
-        """
-        self._since = self._since or time.monotonic()
-        patience = failure.patience
-        if isinstance(failure, OtherModel):
-            self._other_model = failure
-        elif self._other_model is not None and isinstance(failure.error, BlocksMissing):
-            patience = self._other_model.patience  # they are held, by servers that do not change
-        self._patience = max(self._patience, patience)
-        if isinstance(span, Gap):  # there was no server
-            return False
-        self.tried.add(span.peer_id)
-        return len(self.tried) <= MAX_TRIED and state.has_others(span.start, span.end, self.tried)
-
-    def error(self, last: ServerFailed) -> SwarmError:
-        """Return why the search has failed: blocks that only servers of another model hold are not just missing."""
-        if self._other_model is not None and isinstance(last.error, BlocksMissing):
-            return self._other_model.error
-        return last.error
-
-    def is_over(self) -> bool:
-        """Whether the search has exhausted its patience."""
-        return self._since is not None and time.monotonic() - self._since > self._patience
-
-
-class _Turn:
-    """A turn among the sessions that wait for attention cache to become free: first come, first served."""
-
-    def __init__(self, lock: asyncio.Lock, timeout: float) -> None:
-        self._lock = lock
-        self._timeout = timeout  # seconds
-        self._has_it = False
-
-    async def wait_behind_others(self) -> None:
-        """Let sessions that already wait go first; costs nothing if there are none."""
-        if self._lock.locked():
-            await self.take()
-
-    async def take(self) -> None:
-        """Wait for the turn.
-
-        :raises CacheFull: if it does not come in time
-        """
-        if not self._has_it:
-            try:
-                await asyncio.wait_for(self._lock.acquire(), self._timeout)
-            except TimeoutError:
-                raise CacheFull(f"other sessions were ahead for attention cache for {self._timeout:.0f} s") from None
-            self._has_it = True
-
-    def end(self) -> None:
-        """Pass the turn to the next session."""
-        if self._has_it:
-            self._lock.release()
-            self._has_it = False
-
-
-def _retry_delays() -> Iterator[float]:
-    """Yield seconds to wait: none at first, as another server may be there; then longer, as the swarm must change."""
-    yield 0.0
-    delay = 0.05
-    while True:
-        yield delay
-        delay = min(delay * 1.5, 1.0)
+    :param outputs: [1 or rows, n, hidden size] each, one after the other; the last may have all of them, and more
+    """
+    last = outputs[-1] if outputs[-1].shape[1] >= count else torch.cat([*outputs], dim=1)
+    return last[:, -count:]

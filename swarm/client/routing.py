@@ -20,6 +20,7 @@ from petals.utils.random import sample_up_to
 
 from swarm.background import FIRST_DELAY, Loop
 from swarm.client.cheapest_route import cheapest_route
+from swarm.client.links import Links
 from swarm.errors import BlocksMissing, CacheFull, SessionLengthExceeded, SwarmError
 from swarm.lengths import stock_length
 from swarm.weights import Fingerprint
@@ -87,6 +88,7 @@ class SwarmState:
         self._longest_session = self._stock_length  # as last read
         self._relief = relief
         self.cache_turn = asyncio.Lock()  # held by the session that waits for attention cache; on the event loop only
+        self.links = Links()  # between servers; on the event loop only
         period = manager.config.update_period
         # A reading begins one period after the last, or two if servers were slow to answer pings, and has a limit.
         self.stale_after = 2 * period + CALL_TIMEOUT  # seconds
@@ -235,6 +237,10 @@ class SwarmState:
             for span in spans
             if span.server_info.state == ServerState.ONLINE
         ]
+
+    def round_trip(self, peer_id: PeerID) -> float:
+        """Return how many seconds a message to a server and back takes; infinity if that is not known."""
+        return self.manager.ping_aggregator.to_dict().get(peer_id, math.inf)
 
     def route(
         self, start: int, end: int, cache_tokens: int, avoid: Collection[PeerID] = frozenset(), *, length: int = 0

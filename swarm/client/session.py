@@ -17,6 +17,7 @@ from hivemind.moe.client.remote_expert_worker import RemoteExpertWorker
 
 from swarm.client.bounds import Logits
 from swarm.client.chain import Chain, Loss
+from swarm.client.flow import PIECE
 from swarm.client.head import Head
 from swarm.client.span import PREFILL_CHUNK, Span
 from swarm.client.terms import SessionTerms
@@ -224,7 +225,8 @@ class SwarmSession:
     def _inputs(self, start: int, draft: Sequence[int]) -> torch.Tensor:
         """Return the embeddings of the next tokens: [1, n, hidden size] of what all rows share, or [rows, ...]."""
         if start < len(self.token_ids):
-            return self._head.embed([*self.token_ids[start : start + PREFILL_CHUNK], *draft])
+            count = PIECE if self._chain.terms.limits.pipelining else PREFILL_CHUNK
+            return self._head.embed([*self.token_ids[start : start + count], *draft])
         first = start - len(self.token_ids)
         count = max(1, PREFILL_CHUNK // len(self.branches))
         return self._head.embed(*(branch[first : first + count] for branch in self.branches))

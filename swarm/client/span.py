@@ -1,12 +1,18 @@
 """One server's part of a session: its blocks, and the stream over which it computes them.
 
 The wire protocol is petals' ``rpc_inference``: one stream per span, and for each step a request with new hidden states
-and a reply with as many. Everything runs on hivemind's event-loop thread.
+and a reply with as many. A server of this project may get a step from another server instead, and pass its outputs on,
+see ``swarm.wire.pushes``. Everything runs on hivemind's event-loop thread.
 """
 
 import asyncio
+import contextlib
+import itertools
 import logging
+import math
+import secrets
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,11 +29,12 @@ from petals.utils.misc import DUMMY, DUMMY_INT64
 from petals.utils.packaging import pack_args_kwargs
 
 from swarm.client.history import History
+from swarm.client.stream import Awaited, Refused, Stream
 from swarm.client.terms import SessionTerms
 from swarm.errors import CacheFull, ModelMismatch, SessionLengthExceeded, SwarmError, SwarmTimeout, format_blocks
 from swarm.weights import Fingerprint
-from swarm.wire.messages import receive
-from swarm.wire.replies import Abilities, read_abilities, read_hidden, read_silence, reply_limit
+from swarm.wire.pushes import KEY_BYTES, Hop, Label, make_permit
+from swarm.wire.replies import Abilities, StepNews, read_abilities, read_hidden, read_news, read_silence
 from swarm.wire.text import Malformed, clean, quoted
 
 log = logging.getLogger(__name__)
@@ -41,6 +48,10 @@ REFUSAL_PATIENCE = 3.0  # seconds
 # A request carries hidden states, deep prompts and beam hypotheses; this program sends only the first.
 ARGS_STRUCTURE = pack_args_kwargs(torch.empty(1), DUMMY, DUMMY_INT64)[1]
 NO_PROMPTS_AND_HYPOTHESES = (serialize_torch_tensor(DUMMY), serialize_torch_tensor(DUMMY_INT64))
+# What servers that compute in 16 bits make of their inputs, by the names that they announce.
+HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+# Numbers of steps, which only grow. All sessions share them, so that a step has one number on all its servers.
+STEPS = itertools.count()
 
 
 class ServerFailed(Exception):
@@ -90,43 +101,51 @@ class Span:
         self.peer_id = info.peer_id
         self.history = history
         self.processed = 0  # tokens in the server's attention cache
+        # Whether the server takes steps from other servers and passes them on; then its replies name them.
+        self.pushing = getattr(info.server_info, "pushing", False) and math.isfinite(terms.limits.push_from)
+        self.far = terms.state.round_trip(info.peer_id) >= terms.limits.push_from
+        self._session_id, self._key = secrets.token_hex(KEY_BYTES), secrets.token_bytes(KEY_BYTES)
+        self._dtype = info.server_info.torch_dtype if self.pushing else None
         self._abilities = Abilities()  # what the server can do; its replies say so
         self._must_rewind = False  # whether the next request must ask it to rewind
         self._terms = terms
         manager = terms.state.manager
         self._p2p: P2P = manager.state.p2p
         self._uid: str = CHAIN_DELIMITER.join(manager.block_uids[info.start : info.end])
-        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        self._stream = Stream(self._p2p, self.peer_id)
 
-    async def step(self, hidden: torch.Tensor, end: int) -> torch.Tensor:
-        """Process all tokens before ``end`` that the server has not processed yet.
+    async def step(self, end: int) -> torch.Tensor:
+        """Process all tokens of the history before ``end`` that the server has not processed yet, at least one.
 
-        :param hidden: [1 or rows, n, hidden size], inputs that end with the token before ``end``
-        :returns: [1 or rows, m, hidden size], outputs that end with it; m > n if the server had to catch up
+        :returns: [1 or rows, n, hidden size], outputs that end with the token before ``end``
         :raises ServerFailed: if the server does not do it
         """
-        self.history.extend(hidden, end)
-        if self._terms.rows > 1 and self._streams is None:  # no tokens: only to learn what the server can do
-            await self._exchange(hidden.new_empty(self._terms.rows, 0, hidden.shape[2]))
-        chunk = PREFILL_CHUNK if self._terms.rows == 1 or self.spreads else max(1, PREFILL_CHUNK // self._terms.rows)
+        rows = self._terms.rows
+        if rows > 1 and not self.opened:
+            await self.open(self.expect_opening(next(STEPS), self.history.read(self.processed, end).shape[2]))
+        chunk = PREFILL_CHUNK if rows == 1 or self.spreads else max(1, PREFILL_CHUNK // rows)
         outputs = []
         while self.processed < end:
             inputs = self.history.read(self.processed, min(self.processed + chunk, end))
-            shared = inputs.shape[0] == 1
-            if shared and not self.spreads:
-                inputs = inputs.expand(self._terms.rows, -1, -1)
-            output = await self._exchange(inputs)
-            outputs.append(output[:1] if shared else output)
+            awaited = self.expect(next(STEPS), inputs.shape)
+            await self.send(inputs, Label(awaited.number, self.processed))
+            output, _ = await self.answer(awaited, inputs.shape[0])
+            outputs.append(output)
             self.processed += inputs.shape[1]
         if len(outputs) == 1:
             return outputs[0]
-        rows = max(output.shape[0] for output in outputs)
-        return torch.cat([output.expand(rows, -1, -1) for output in outputs], dim=1)
+        widest = max(output.shape[0] for output in outputs)
+        return torch.cat([output.expand(widest, -1, -1) for output in outputs], dim=1)
+
+    @property
+    def opened(self) -> bool:
+        """Whether the server was asked for a session."""
+        return self._stream.is_open
 
     @property
     def spreads(self) -> bool:
-        """Whether the server computes for all rows what is sent once."""
-        return self._abilities.spread
+        """Whether the server computes for all rows what is sent once; those that take pushes do."""
+        return self.pushing or self._abilities.spread
 
     def rewinds_to(self, length: int) -> bool:
         """Whether the server can forget all but its first ``length`` tokens."""
@@ -136,39 +155,95 @@ class Span:
         """Have the server forget all but its first ``length`` tokens, with the next step."""
         self.processed, self._must_rewind = length, True
 
-    async def _exchange(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Send inputs to the server and wait for its outputs.
+    def expect_opening(self, number: int, width: int) -> Awaited:
+        """Return the reply to come to a step without tokens; see ``open``.
 
+        :param number: of the step
+        :param width: hidden size
+        """
+        return self._stream.expect(number, (self._terms.rows, 0, width))
+
+    async def open(self, opening: Awaited) -> None:
+        """Open the session, and learn what the server can do, by a step without tokens.
+
+        :param opening: its reply to come
+        :raises ServerFailed: if the server has no room, or is lost
+        """
+        await self.send(torch.empty(opening.shape), Label(opening.number, 0))
+        await self.answer(opening, self._terms.rows)
+
+    def expect(self, number: int, shape: Sequence[int]) -> Awaited:
+        """Return a reply to come, to a step that is sent later, by this program or a server.
+
+        :param number: of the step, larger than those before
+        :param shape: of its inputs: [1 or rows, n, hidden size]
+        """
+        shared = shape[0] == 1 and not self.spreads
+        return self._stream.expect(number, (self._terms.rows, *shape[1:]) if shared else shape)
+
+    def forget(self) -> bool:
+        """Give up the steps that are not answered yet; return whether there were any."""
+        return self._stream.forget()
+
+    def hop(self, number: int, start: int, tokens: int) -> Hop:
+        """Return what lets the server before this one pass a step on.
+
+        :param start: position of its first token
+        """
+        permit = make_permit(self._key, number, start, tokens)
+        return Hop(self.peer_id.to_base58(), self._session_id, self.start, self.end, permit)
+
+    async def send(self, inputs: torch.Tensor, label: Label) -> None:
+        """Send a step to the server; its first request opens the session.
+
+        :param inputs: [1 or rows, n, hidden size]
+        :raises ServerFailed: if it cannot be sent
+        """
+        if inputs.shape[0] == 1 and not self.spreads:
+            inputs = inputs.expand(self._terms.rows, -1, -1)
+        with self._failures():
+            request = self._request(inputs, label)
+            if not self._stream.is_open:
+                await self._stream.open(self._terms.limits.connect_timeout)
+            await self._stream.send(request)
+
+    async def answer(self, awaited: Awaited, rows: int) -> tuple[torch.Tensor, StepNews]:
+        """Wait for the reply to a step that is on its way.
+
+        :param rows: of its inputs
+        :returns: hidden states of their shape, and what the server says of the step
         :raises ServerFailed: if the reply does not come, or anything is wrong with it
         """
-        request = self._request(inputs)
-        reply = asyncio.ensure_future(self._call(request, reply_limit(inputs.shape)))
+        with self._failures():
+            await self._wait_while_alive(awaited.response)
+            response = awaited.response.result()
+            news = StepNews()
+            if response.metadata:
+                self._abilities = read_abilities(response.metadata, self._abilities)
+                self._check_model(self._abilities)
+                news = read_news(response.metadata)
+            hidden = read_hidden(response.tensors, awaited.shape)
+            return hidden[:rows], news
+
+    @contextlib.contextmanager
+    def _failures(self) -> Iterator[None]:
+        """Let whatever goes wrong be a failure of this server."""
         try:
-            await self._wait_while_alive(reply)
-            response, error = reply.result()
-            if error is not None:
-                raise self._refusal(clean(error.message))
-            return self._read(response, inputs.shape)
+            yield
         except ServerFailed:
             raise
+        except Refused as failure:
+            raise self._refusal(str(failure)) from failure
         except (TimeoutError, OSError, EOFError, P2PDaemonError, ControlFailure, P2PHandlerError) as failure:
             reason = clean(str(failure)) or type(failure).__name__
-            error_ = SwarmTimeout(f"the server of {format_blocks(range(self.start, self.end))} was lost: {reason}")
+            error = SwarmTimeout(f"the server of {format_blocks(range(self.start, self.end))} was lost: {reason}")
             late = isinstance(failure, StepTooSlow)
-            raise ServerFailed(error_, self._terms.limits.recovery_timeout, offence=late) from failure
+            raise ServerFailed(error, self._terms.limits.recovery_timeout, offence=late) from failure
         except Malformed as failure:
             raise self._offence(f"sends what cannot be used: {failure}") from failure
         except Exception as failure:  # an unforeseen failure, caused by this server's reply
             log.exception("the reply of the server %s cannot be read", self.peer_id)
             raise self._offence(f"sends what cannot be read: {quoted(failure)}") from failure
-        finally:
-            reply.cancel()
-
-    def _read(self, response: runtime_pb2.ExpertResponse, shape: torch.Size) -> torch.Tensor:
-        if response.metadata:
-            self._abilities = read_abilities(response.metadata, self._abilities)
-            self._check_model(self._abilities)
-        return read_hidden(response.tensors, shape)
 
     def _check_model(self, abilities: Abilities) -> None:
         """Refuse a server of another model, before anything that it has computed is used.
@@ -184,31 +259,26 @@ class Span:
     def _offence(self, what: str) -> ServerFailed:
         return ServerFailed(ModelMismatch(f"the server {self.peer_id} {what}"), REFUSAL_PATIENCE, offence=True)
 
-    def _request(self, inputs: torch.Tensor) -> runtime_pb2.ExpertRequest:
+    def _request(self, inputs: torch.Tensor, label: Label) -> runtime_pb2.ExpertRequest:
         metadata: dict[str, Any] = {}
-        if self._streams is None:
+        if not self.opened:
             metadata = {"max_length": self._terms.max_length, "args_structure": ARGS_STRUCTURE}
-        if self._must_rewind:
-            metadata["start_from_position"] = self.processed
-            self._must_rewind = False
+            if self.pushing:
+                metadata |= {"session_id": self._session_id, "push_key": self._key}
+        if self.pushing:
+            metadata |= {"step_id": label.number, "start_from_position": label.start}
+            if label.hops:
+                metadata["next_servers"] = [hop.packed() for hop in label.hops]
+        elif self._must_rewind:
+            metadata["start_from_position"] = label.start
+        self._must_rewind = False
+        if self._dtype in HALVES and inputs.dtype == torch.float32:
+            inputs = inputs.to(HALVES[self._dtype])  # as the server would
         return runtime_pb2.ExpertRequest(
             uid=self._uid,
             tensors=[serialize_torch_tensor(inputs), *NO_PROMPTS_AND_HYPOTHESES],
             metadata=MSGPackSerializer.dumps(metadata),
         )
-
-    async def _call(self, request: runtime_pb2.ExpertRequest, limit: int) -> tuple[Any, Any]:
-        if self._streams is None:
-            handle = TransformerConnectionHandler._get_handle_name(None, "rpc_inference")
-            _, *streams = await asyncio.wait_for(
-                self._p2p.call_binary_stream_handler(self.peer_id, handle), self._terms.limits.connect_timeout
-            )
-            self._streams = (streams[0], streams[1])
-        reader, writer = self._streams
-        if writer.is_closing():  # uvloop would raise a RuntimeError
-            raise ConnectionResetError("the connection is closed")
-        await P2P.send_protobuf(request, writer)
-        return await receive(runtime_pb2.ExpertResponse, reader, limit)
 
     async def _wait_while_alive(self, reply: asyncio.Future) -> None:
         """Wait for a reply; while it is late, probe whether the server is alive.
@@ -251,10 +321,12 @@ class Span:
             tokens = self._terms.max_length
             error = CacheFull(f"no attention cache is free for {tokens} tokens on the servers of {blocks}")
             return ServerFailed(error, self._terms.limits.cache_timeout)
+        if "cannot go back to position" in message:  # it has computed steps that were given up
+            blocks = format_blocks(range(self.start, self.end))
+            error = SwarmTimeout(f"the server of {blocks} has lost the session's place: {message}")
+            return ServerFailed(error, self._terms.limits.recovery_timeout)
         return self._offence(f"refuses: {message}")
 
     def close(self) -> None:
         """Close the stream, which makes the server free the attention cache. Does not wait."""
-        if self._streams is not None:
-            self._streams[1].close()
-        self._streams = None
+        self._stream.close()

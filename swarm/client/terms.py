@@ -1,4 +1,4 @@
-"""What a session is opened with: its maximum length, and how long it waits for the swarm."""
+"""What a session is opened with: its maximum length, how long it waits for the swarm, and which ways it goes."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from swarm.client.routing import SwarmState
 
 @dataclass(frozen=True)
 class SessionLimits:
-    """How long a session waits for the swarm."""
+    """How long a session waits for the swarm, and which ways it goes."""
 
     connect_timeout: float = 5.0  # seconds to open a stream to a server
     step_timeout: float = 120.0  # seconds for one server to answer one step
@@ -16,6 +16,10 @@ class SessionLimits:
     probe_timeout: float = 2.0  # seconds for the probe, and for which a live server's process may be silent
     recovery_timeout: float = 60.0  # seconds to wait for lost blocks to be served again
     cache_timeout: float = 10.0  # seconds to wait for a server with free attention cache
+    # Servers this far away, seconds of round trip, get their inputs from the server before them. On one machine or in
+    # one room that takes more work than it saves time. Infinity: none do.
+    push_from: float = 0.0
+    pipelining: bool = True  # whether a prompt's chunks follow one another
 
 
 @dataclass(frozen=True)

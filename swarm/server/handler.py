@@ -6,6 +6,9 @@ metadata. ``rewind``: a step may carry ``start_from_position``, as of petals 2.3
 also has ``model``, the hashes of ``swarm.weights.fingerprint``, by which a client sees whether it is the one it wants,
 and, in every response that changes it, ``earliest``: how far back the session can go from now on, see
 ``swarm.server.attention_cache.Reach``.
+
+Sessions may also take steps from other servers and pass theirs on, see ``swarm.server.pushing``. Their responses name
+the step, ``step_id``, and say whether it was ``pushed`` and which peers are ``unreachable``.
 """
 
 import asyncio
@@ -20,6 +23,7 @@ import swarm.compat  # noqa: F401
 import torch
 from async_timeout import timeout
 from hivemind import MSGPackSerializer, serialize_torch_tensor
+from hivemind.p2p import PeerID
 from hivemind.proto import runtime_pb2
 from hivemind.utils.asyncio import achain, anext, as_aiter
 from petals.data_structures import CHAIN_DELIMITER
@@ -29,13 +33,27 @@ from petals.utils.misc import is_dummy
 from swarm.lengths import STOCK_LENGTH_GROUPED
 from swarm.server.attention_cache import CacheDescriptor, Reach
 from swarm.server.channel import HandlerChannel
+from swarm.server.pushing import Arrival, Inbox, Outbox, Store
 from swarm.wire.messages import MAX_MESSAGE, bound_total, limit_messages
-from swarm.wire.packing import read_metadata
-from swarm.wire.requests import SessionRequest, check_call, read_arguments, read_session, read_step, split_uids
+from swarm.wire.packing import read_metadata, read_text
+from swarm.wire.requests import (
+    SessionRequest,
+    StepInputs,
+    check_call,
+    read_arguments,
+    read_session,
+    read_step,
+    split_uids,
+)
 from swarm.wire.text import Malformed
 
-# A server pushes a step once it has answered its own, so one is waited for and one may be on its way.
+log = logging.getLogger(__name__)
+
+# Of a session of a stock client: a server pushes a step once it has answered its own, so one is waited for and one may
+# be on its way.
 MAX_PUSHED = 4
+# Pushes on their way from the handler that takes them to the one that has the session.
+MAX_ROUTED = 32
 
 
 class TransformerConnectionHandler(petals_handler.TransformerConnectionHandler):
@@ -49,6 +67,7 @@ class TransformerConnectionHandler(petals_handler.TransformerConnectionHandler):
     cache_descriptor: Any  # see RaggedBlocks
     batches: Any  # batches computed
     model: Mapping[str, str] = {}  # hashes of its configuration and, if known, its weights
+    pushes = Store()  # of all sessions of this process
 
     async def add_p2p_handlers(self, *args: Any, **kwargs: Any) -> None:
         hidden_size = next(iter(self.module_backends.values())).outputs_schema[0].shape[-1]
@@ -71,9 +90,10 @@ class TransformerConnectionHandler(petals_handler.TransformerConnectionHandler):
                 batched = True
                 responses = self._serve_session(self.channel, request, session, requests, context)
             else:
-                request.metadata = MSGPackSerializer.dumps(
-                    {**read_metadata(request.metadata), "alloc_timeout": session.alloc_timeout}
-                )
+                metadata = {**read_metadata(request.metadata), "alloc_timeout": session.alloc_timeout}
+                if session.push_key is not None:
+                    del metadata["session_id"]  # petals would take pushes, whoever sends them
+                request.metadata = MSGPackSerializer.dumps(metadata)
                 responses = super().rpc_inference(achain(as_aiter(request), requests), context)
             async with contextlib.aclosing(responses):  # once the client is gone, not at garbage collection
                 first = {"rewind": batched, "spread": batched, "model": dict(self.model)}
@@ -103,12 +123,16 @@ class TransformerConnectionHandler(petals_handler.TransformerConnectionHandler):
         first = list(self.module_backends).index(uids[0])
         memory_cache = self.module_backends[uids[0]].memory_cache
         session = None
+        inbox = None if wanted.push_key is None else Inbox(request.uid, wanted.push_key, self.pushes)
         try:
             descriptor = self.cache_descriptor(first, first + len(uids), wanted.batch_size, wanted.max_length)
             async with memory_cache.allocate_cache(descriptor, timeout=wanted.alloc_timeout) as (handle,):
                 session = await channel.open(handle, first, first + len(uids))
-                steps: Any = self._iterate_inference_steps(request, requests, wanted.session_id, uids, context)
-                responses: Any = self._compute_steps(channel, session, steps, wanted, descriptor)
+                if inbox is None:
+                    steps: Any = self._iterate_stock_steps(request, requests, wanted.session_id, uids, context)
+                else:
+                    steps = self._iterate_steps(inbox, request, requests, wanted.session_id)
+                responses: Any = self._compute_steps(channel, session, steps, wanted, descriptor, inbox)
                 async with contextlib.aclosing(steps), contextlib.aclosing(responses):
                     async for response in responses:
                         yield response
@@ -121,46 +145,84 @@ class TransformerConnectionHandler(petals_handler.TransformerConnectionHandler):
         self,
         channel: HandlerChannel,
         session: int,
-        steps: AsyncIterator[tuple[runtime_pb2.ExpertRequest, dict[str, Any]]],
+        steps: AsyncIterator[Arrival],
         wanted: SessionRequest,
         descriptor: CacheDescriptor,
+        inbox: Inbox | None,
     ) -> AsyncIterator[runtime_pb2.ExpertResponse]:
         position, reach, told = 0, Reach(descriptor), 0
         num_blocks = len(descriptor.windows)
         schema = next(iter(self.module_backends.values())).outputs_schema[0]
-        async for request, metadata in steps:
-            step = read_step(
-                request,
-                metadata,
-                wanted,
-                position=position,
-                num_blocks=num_blocks,
-                hidden_size=schema.shape[-1],
-                earliest=reach.earliest,
-            )
-            hidden = step.hidden
-            if hidden.numel() > 0:  # a client may send no tokens, to see whether the session has room
-                hidden = await channel.step(
-                    session,
-                    step.start,
-                    hidden.to(channel.dtype),
-                    None if step.prompts is None else split_prompts(step.prompts.to(channel.dtype)),
-                    step.hypotheses,
-                )
-            position = step.start + hidden.shape[1]
-            reach.advance(step.start, position)
-            news = b"" if reach.earliest == told else MSGPackSerializer.dumps({"earliest": reach.earliest})
-            told = reach.earliest
-            output = serialize_torch_tensor(hidden.to(schema.dtype), schema.compression, allow_inplace=True)
-            yield runtime_pb2.ExpertResponse(tensors=[output], metadata=news)
+        with contextlib.closing(Outbox(self._send_push, self.dht_prefix)) as outbox:
+            async for arrival in steps:
+                try:
+                    step = read_step(
+                        arrival.request,
+                        arrival.metadata,
+                        wanted,
+                        position=position,
+                        num_blocks=num_blocks,
+                        hidden_size=schema.shape[-1],
+                        earliest=reach.earliest,
+                    )
+                except Malformed as error:
+                    if not arrival.pushed:
+                        raise
+                    log.debug("a push was refused: %s", error)  # the client sends the step itself
+                    continue
+                if inbox is not None and arrival.label is not None:
+                    inbox.newest = arrival.label.number
+                hidden = await compute_step(channel, session, step)
+                position = step.start + hidden.shape[1]
+                if inbox is not None:
+                    inbox.position = position
+                reach.advance(step.start, position)
+                output = serialize_torch_tensor(hidden.to(schema.dtype), schema.compression, allow_inplace=True)
+                if arrival.label is not None and arrival.label.hops and step.prompts is step.hypotheses is None:
+                    outbox.push(arrival.label, step.start, output)
+                    await asyncio.sleep(0)  # the push goes first: others wait for it longer
+                news = describe(arrival, outbox.take_unreachable())
+                if reach.earliest != told:
+                    news["earliest"] = told = reach.earliest
+                metadata = MSGPackSerializer.dumps(news) if news else b""
+                yield runtime_pb2.ExpertResponse(tensors=[output], metadata=metadata)
+
+    async def _iterate_stock_steps(self, *args: Any) -> AsyncIterator[Arrival]:
+        """Yield the steps of a session that has no key, as those of stock clients."""
+        async for request, metadata in self._iterate_inference_steps(*args):
+            yield Arrival(request, metadata)
 
     async def _iterate_inference_steps(self, *args: Any) -> AsyncIterator[tuple[Any, dict]]:
         async for request, metadata in super()._iterate_inference_steps(*args):
-            check_call(request)
-            batch_size, length = (*request.tensors[0].size, 0, 0)[:2]
-            with self.inference_tokens.get_lock():
-                self.inference_tokens.value += batch_size * length
+            self._note(request)
             yield request, metadata
+
+    async def _iterate_steps(
+        self,
+        inbox: Inbox,
+        request: runtime_pb2.ExpertRequest,
+        requests: AsyncIterator[runtime_pb2.ExpertRequest],
+        session_id: str | None,
+    ) -> AsyncIterator[Arrival]:
+        """Yield the steps of a session that takes pushes."""
+        assert session_id is not None  # one with a key has a name, see `read_session`
+        with self._managed_session(session_id):
+            self._session_queues[session_id] = inbox
+            arrivals: Any = inbox.arrivals(request, requests, self.step_timeout)
+            async with contextlib.aclosing(arrivals):
+                async for arrival in arrivals:
+                    self._note(arrival.request)
+                    yield arrival
+
+    def _note(self, request: runtime_pb2.ExpertRequest) -> None:
+        """Check the parts of a step that are read first, and count its tokens."""
+        check_call(request)
+        batch_size, length = (*request.tensors[0].size, 0, 0)[:2]
+        with self.inference_tokens.get_lock():
+            self.inference_tokens.value += batch_size * length
+
+    async def _send_push(self, peer_id: PeerID, request: runtime_pb2.ExpertRequest) -> None:
+        await self.get_stub(self._p2p, peer_id).rpc_push(request)
 
     @contextlib.contextmanager
     def _managed_session(self, session_id: str) -> Iterator[None]:
@@ -172,7 +234,14 @@ class TransformerConnectionHandler(petals_handler.TransformerConnectionHandler):
         self, request: runtime_pb2.ExpertRequest, context: petals_handler.P2PContext
     ) -> runtime_pb2.ExpertResponse:
         check_call(request)
+        read_text(read_metadata(request.metadata).get("session_id"), "session_id")
         return await super().rpc_push(request, context)
+
+    def _put_into_session_queue(self, session_id: str, request: runtime_pb2.ExpertRequest) -> None:
+        """Give a push to the handler that has the session, if that handler takes what it gets."""
+        index = self._session_handlers.get(session_id)
+        if index in (None, self._handler_index) or waiting_in(self._handler_event_queues[index]) < MAX_ROUTED:
+            super()._put_into_session_queue(session_id, request)
 
     async def rpc_forward(
         self, request: runtime_pb2.ExpertRequest, context: petals_handler.P2PContext
@@ -214,6 +283,34 @@ class Pushes(asyncio.Queue):
     def put_nowait(self, item: Any) -> None:
         if item is None or self.qsize() < MAX_PUSHED:  # None marks the end
             super().put_nowait(item)
+
+
+async def compute_step(channel: HandlerChannel, session: int, step: StepInputs) -> torch.Tensor:
+    """Have the batcher compute a step; a client may send no tokens, to see whether the session has room."""
+    if not step.hidden.numel():
+        return step.hidden
+    prompts = None if step.prompts is None else split_prompts(step.prompts.to(channel.dtype))
+    return await channel.step(session, step.start, step.hidden.to(channel.dtype), prompts, step.hypotheses)
+
+
+def describe(arrival: Arrival, unreachable: list[str]) -> dict[str, Any]:
+    """Return what a response says of the step that it answers."""
+    news: dict[str, Any] = {}
+    if arrival.label is not None:
+        news["step_id"] = arrival.label.number
+    if arrival.pushed:
+        news["pushed"] = True
+    if unreachable:
+        news["unreachable"] = unreachable
+    return news
+
+
+def waiting_in(queue: Any) -> int:
+    """Return how many events wait in a queue between processes."""
+    try:
+        return queue.qsize()
+    except NotImplementedError:  # macOS cannot tell
+        return 0
 
 
 def shorten_malformed(record: logging.LogRecord) -> bool:

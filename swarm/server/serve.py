@@ -80,7 +80,7 @@ def make_server(options: ServerOptions) -> Server:
         collector.freeze()
     with identity_file(options) as identity_path:
         server = Server(**arguments, host_maddrs=host_maddrs, identity_path=identity_path)
-    server.server_info = extended(server.server_info, server.inference_max_length)
+    server.server_info = extended(server.server_info, server.inference_max_length, options.batching)
     if not options.initial_peers:
         remember_maddrs(host_maddrs, server.dht.get_visible_maddrs())
     return server

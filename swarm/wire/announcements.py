@@ -118,6 +118,7 @@ def read_announcement(value: object, block: int) -> Any:
         cache_tokens_left=None if cache is None else read_integer(cache, "cache_tokens_left", 0, 2**62),
         next_pings=_pings(rest.get("next_pings")),
         longest_session=None if longest is None else read_integer(longest, "longest_session", 1, MAX_SESSION),
+        pushing=rest.get("pushing") is True,
     )
 
 

@@ -9,6 +9,7 @@ import torch
 from hivemind.proto import runtime_pb2
 
 from swarm.wire.packing import read_integer, read_metadata, read_number, read_text
+from swarm.wire.pushes import MAX_NUMBER, read_unreachable
 from swarm.wire.tensors import FLOATING, is_finite, read_tensor
 from swarm.wire.text import Malformed, quoted
 
@@ -27,6 +28,14 @@ class Abilities:
     config: str | None = None
     weights: str | None = None
     earliest: int = 0  # position to which the session can go back, beside 0, if it can at all
+
+
+@dataclass(frozen=True)
+class StepNews:
+    """What a server of this project says of a step that it answers."""
+
+    pushed: bool = False  # whether it took the inputs from another server
+    unreachable: Sequence[str] = ()  # peers that it could not pass a step on to
 
 
 def reply_limit(shape: Sequence[int]) -> int:
@@ -69,6 +78,24 @@ def read_abilities(metadata: bytes, before: Abilities = Abilities()) -> Abilitie
         raise Malformed(f"it reports a model {quoted(model)}")
     config, weights = _hash(model, "config", before.config), _hash(model, "weights", before.weights)
     return Abilities(rewind, spread, config, weights, earliest)
+
+
+def read_step_id(metadata: bytes) -> int | None:
+    """Return the number of the step that a reply answers; None: it does not say.
+
+    :raises Malformed: if that cannot be read
+    """
+    number = read_metadata(metadata).get("step_id")
+    return None if number is None else read_integer(number, "step_id", 0, MAX_NUMBER)
+
+
+def read_news(metadata: bytes) -> StepNews:
+    """Return what a reply says of its step.
+
+    :raises Malformed: if that cannot be read
+    """
+    reported = read_metadata(metadata)
+    return StepNews(reported.get("pushed") is True, read_unreachable(reported.get("unreachable") or ()))
 
 
 def _hash(model: Mapping[str, Any], name: str, before: str | None) -> str | None:

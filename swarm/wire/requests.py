@@ -8,6 +8,7 @@ import torch
 from hivemind.proto import runtime_pb2
 
 from swarm.wire.packing import read_integer, read_metadata, read_number, read_text
+from swarm.wire.pushes import read_key
 from swarm.wire.tensors import check_tensor, is_finite, read_tensor
 from swarm.wire.text import Malformed, quoted
 
@@ -30,6 +31,7 @@ class SessionRequest:
     adapter: str
     # Which tensors of a step are the hidden states, deep prompts and hypotheses; None: in that order.
     arguments: tuple[int, ...] | None
+    push_key: bytes | None = None  # see ``swarm.wire.pushes``; None: as stock clients
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,9 @@ def read_session(request: runtime_pb2.ExpertRequest, longest: int) -> SessionReq
         raise Malformed(f"Cannot allocate KV cache for {quoted(max_length)} tokens, max = {longest}")
     patience = read_number(metadata.get("alloc_timeout", 0.0), "alloc_timeout")
     session_id = metadata.get("session_id")
+    push_key = read_key(metadata.get("push_key"))
+    if push_key is not None and session_id is None:
+        raise Malformed("a session with a push_key must have a session_id")
     adapter = metadata.get("active_adapter") or ""
     arguments = read_arguments(metadata.get("args_structure"), len(request.tensors))
     batch_size = 1
@@ -83,6 +88,7 @@ def read_session(request: runtime_pb2.ExpertRequest, longest: int) -> SessionReq
         None if session_id is None else read_text(session_id, "session_id"),
         read_text(adapter, "active_adapter"),
         arguments,
+        push_key,
     )
 
 
