@@ -226,7 +226,10 @@ class Chat:
 @pytest.fixture
 def context(browser: Browser) -> Iterator[BrowserContext]:
     context = browser.new_context(
-        viewport={"width": 1100, "height": 760}, color_scheme="light", permissions=["clipboard-read", "clipboard-write"]
+        viewport={"width": 1100, "height": 760},
+        color_scheme="light",
+        permissions=["clipboard-read", "clipboard-write"],
+        reduced_motion="reduce",  # drawing what moves takes a sixth of the processor's time
     )
     context.set_default_timeout(TIMEOUT)
     yield context

@@ -82,19 +82,19 @@ def each_chain(client: Any, chains: list[list[str]]) -> Iterator[None]:
 
 
 def generate(
-    model: str, prompts: list[list[int]], chains: list[list[str]], generation: dict[str, Any], **options: Any
-) -> list[list[list[int]]]:
-    """Return the next tokens of each prompt, by each chain of servers.
+    model: str, prompts: list[list[int]], chains: list[list[str]], ways: list[dict[str, Any]], **options: Any
+) -> list[list[list[list[int]]]]:
+    """Return the next tokens of each prompt, by each chain of servers in each way.
 
-    :param generation: arguments of ``generate``
+    :param ways: arguments of ``generate``
     """
     client = make_client(model, **options)
-    texts: list[list[list[int]]] = []
+    texts: list[list[list[list[int]]]] = []
     for _ in each_chain(client, chains):
         texts.append([])
-        for prompt in prompts:
-            output = client.generate(torch.tensor([prompt]), do_sample=False, **generation)
-            texts[-1].append(output[0, len(prompt) :].tolist())
+        for way in ways:
+            outputs = [client.generate(torch.tensor([prompt]), do_sample=False, **way) for prompt in prompts]
+            texts[-1].append([out[0, len(prompt) :].tolist() for prompt, out in zip(prompts, outputs, strict=True)])
     return texts
 
 
