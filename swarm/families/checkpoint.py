@@ -15,6 +15,7 @@ from torch import nn
 
 from swarm.errors import ModelUnavailable
 from swarm.families import files  # noqa: F401  petals reads files by it
+from swarm.families.experts import rounded_experts
 from swarm.families.layers import SwarmLayer
 from swarm.families.quantised import dequantised
 from swarm.products.linear import rounded_layers
@@ -33,7 +34,8 @@ def load_block(
 ) -> nn.Module:
     """Load a block; in place of petals' ``load_pretrained_block``, whose blocks do not know their number.
 
-    :param quant: how to round the weights of its linear layers, see ``swarm.products.linear.rounding``; None: not
+    :param quant: how to round the weights of its linear layers and experts, see ``swarm.products.linear.rounding``;
+        None: not
     :param options: revision, token, cache_dir, max_disk_space: as petals has them
     :raises ModelUnavailable: if weights are missing, or there are some that are not known
     """
@@ -62,6 +64,7 @@ def prepared(block: nn.Module, quant: str | None) -> nn.Module:
     """Return a loaded block, ready to compute."""
     if quant is not None:
         rounded_layers(block, quant)
+        rounded_experts(block, quant)
     return block.eval()  # petals leaves its blocks in training mode, where dropout would be computed
 
 

@@ -36,10 +36,10 @@ def refusal(options: ServerOptions, config: Any) -> str | None:
     """
     if options.quant in (None, "none", "auto"):
         return None
-    if getattr(config, "num_local_experts", None):
+    if by_loops(options) is None and getattr(config, "num_local_experts", None):
         return (
-            f"is not supported for models with experts ({config.model_type}): "
-            "all but the experts would be quantised, which are most of the weights"
+            f"is not supported for models with experts ({config.model_type}) but on a CPU, by batching servers: "
+            "bitsandbytes would quantise all but the experts, which are most of the weights"
         )
     if options.quant == "int4" and by_loops(options) is None:
         return "is only for a CPU, and not for --no-batching; --quant nf4 takes as many bits"
