@@ -337,6 +337,13 @@ def test_a_mixed_chain_and_its_failover(tiny_bloom: Path) -> None:
         first = local.start_server(rounded)
         local.start_server(tiny_server(tiny_bloom, "2:4"))
         model = load_model(tiny_bloom, local)
+        blocks = model.state.manager.state.sequence_info.block_infos
+        assert [[info.quant_type for info in block.servers.values()] for block in blocks] == [
+            ["int8"],
+            ["int8"],
+            ["none"],
+            ["none"],
+        ]
         token_ids = model.tokenizer.encode(PROMPTS[0])
         with model.open_session(128) as session:
             generated = run_greedy(session, token_ids, 10)
