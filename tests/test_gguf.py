@@ -19,11 +19,13 @@ from swarm import weights
 from swarm.errors import ModelUnavailable
 from swarm.families.adopt import adopt
 from swarm.families.checkpoint import load_block
+from swarm.families.tensors import check_tensors
 from swarm.local import LocalSwarm
+from swarm.products.linear import PackedLinear
 from swarm.weights.gguf.architectures import ARCHITECTURES
 from swarm.weights.gguf.tokens import eos_token_ids, splitter
 from tests.conftest import greedy, load_model, tiny_server
-from tests.support.families import make_tiny_family
+from tests.support.families import load_blocks, make_tiny_family
 from tests.support.gguf_files import write_gguf
 from tests.support.processes import ROOT
 from tests.support.tiny import CORPUS, make_tiny_bloom, save_random
@@ -155,6 +157,31 @@ def test_large_models_are_written_in_parts_and_in_bfloat16(
         assert torch.equal(after.state_dict()[name], weight.bfloat16())
 
 
+@pytest.mark.parametrize(
+    ("variant", "kind"), [("llama", "Q4_0"), ("llama", "Q4_1"), ("llama", "Q8_0"), ("qwen3_moe", "Q8_0")]
+)
+def test_large_models_keep_their_bits(
+    variant: str, kind: str, checkpoints: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Servers compute with the values of the file, as of a small one."""
+    file = write_gguf(checkpoints(variant), tmp_path / "model.gguf", kind)
+    small = load_blocks(Path(weights.locate(str(file), cache_dir=tmp_path / "small")))[1]
+    monkeypatch.setattr("swarm.weights.gguf.FLOAT32_PARAMETERS", 1000)
+    place = Path(weights.locate(str(file), cache_dir=tmp_path / "large"))
+    check_tensors(str(place))
+    for quant in (None, "auto"):
+        for block, expected in zip(load_blocks(place, quant)[1], small, strict=True):
+            layers = {name: layer for name, layer in expected.named_modules() if isinstance(layer, torch.nn.Linear)}
+            assert len(layers) >= 4
+            for name, layer in layers.items():
+                found: Any = block.get_submodule(name)
+                assert isinstance(found, PackedLinear) == (quant == "auto")
+                weight = found.product.dense() if quant == "auto" else found.weight
+                assert torch.equal(weight, layer.weight), name
+                if quant == "auto":
+                    assert found.weights.format == ("int8 in groups" if kind == "Q8_0" else "int4")
+
+
 # Names
 
 
@@ -163,7 +190,7 @@ def test_names(checkpoints: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     place = weights.locate(str(file), cache_dir=tmp_path / "cache")
     prefix = weights.dht_prefix(str(file))
     assert prefix == Path(place).name
-    assert re.fullmatch("My-Model-Q8_0-[0-9a-f]{8}-v1", str(prefix))
+    assert re.fullmatch("My-Model-Q8_0-[0-9a-f]{8}-v2", str(prefix))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in (file.name, f"./{file.name}", f"~/{file.name}"):

@@ -41,7 +41,6 @@ from tests.support.layers import Layers
 from tests.support.processes import ROOT
 from tests.test_session import PROMPTS, run_greedy
 
-EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss")
 # The largest rounding error, relative to the largest weight of the output (int8) or of its group.
 ERRORS = {"bfloat16": 2**-8, "float16": 2**-11, "int8": 0.5 / 127, "int8 in groups": 0.51 / 127, "int4": 0.51 * 2 / 15}
 
@@ -254,11 +253,12 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory, tiny_bloom: Path) -> A
     return made_once(lambda: tmp_path_factory.mktemp("rounded"), make)
 
 
-ROUNDED = ["bloom", "falcon", *(name for name in VARIANTS if name not in EXPERTS)]
+ROUNDED = ["bloom", "falcon", *VARIANTS]
 
 
 @pytest.mark.parametrize(
-    ("variant", "quant"), [*((name, quant) for name in ROUNDED for quant in ("int8", "int4")), ("llama", "auto")]
+    ("variant", "quant"),
+    [*((name, quant) for name in ROUNDED for quant in ("int8", "int4")), ("llama", "auto"), ("mixtral", "auto")],
 )
 def test_families_compute_with_rounded_weights(variant: str, quant: str, checkpoints: Any) -> None:
     """They are as close to plain Transformers with these weights as without rounding to Transformers with its own."""
@@ -276,24 +276,20 @@ def test_families_compute_with_rounded_weights(variant: str, quant: str, checkpo
     assert packed and all(layer.weights is not None for layer in packed)
 
 
-@pytest.mark.parametrize("quant", ["int8", "int4"])
-def test_experts_are_refused(quant: str, checkpoints: Any) -> None:
+def test_experts_are_rounded(checkpoints: Any) -> None:
+    """Nothing is left of their own weights."""
+    _, (block, *_) = load_blocks(checkpoints("mixtral"), "int8")
+    assert not any(parameter.dim() > 2 for parameter in block.parameters())
+    layers = [*block.mlp.experts.gate_up, *block.mlp.experts.down]
+    assert len(layers) == 8 and all(layer.weights.format == formats.INT8 for layer in layers)
+
+
+@pytest.mark.parametrize("options", [{"quant": "nf4"}, {"quant": "int8", "batching": False}])
+def test_bitsandbytes_quantises_no_experts(options: dict[str, Any], checkpoints: Any) -> None:
     path = str(checkpoints("mixtral"))
     load_blocks(Path(path))
-    with pytest.raises(ModelUnavailable, match=f"--quant {quant} is not supported for models with experts"):
-        server_arguments(ServerOptions(path, device="cpu", quant=quant), path)
-
-
-def test_experts_are_computed_as_they_are(checkpoints: Any) -> None:
-    """By default; beside them, linear layers are rounded."""
-    path = checkpoints("mixtral")
-    inputs, outputs = reference_states(path, quant="auto")
-    config, blocks = load_blocks(path, "auto")
-    modules: Any = [SimpleNamespace(module_shards=[block]) for block in blocks]
-    served = make_ragged_blocks(modules, config, torch.float32, 128)
-    assert served is not None
-    for computed in in_batches(served, inputs):
-        assert_close(computed, outputs)
+    with pytest.raises(ModelUnavailable, match="is not supported for models with experts"):
+        server_arguments(ServerOptions(path, device="cpu", **options), path)
 
 
 # Servers
@@ -341,6 +337,13 @@ def test_a_mixed_chain_and_its_failover(tiny_bloom: Path) -> None:
         first = local.start_server(rounded)
         local.start_server(tiny_server(tiny_bloom, "2:4"))
         model = load_model(tiny_bloom, local)
+        blocks = model.state.manager.state.sequence_info.block_infos
+        assert [[info.quant_type for info in block.servers.values()] for block in blocks] == [
+            ["int8"],
+            ["int8"],
+            ["none"],
+            ["none"],
+        ]
         token_ids = model.tokenizer.encode(PROMPTS[0])
         with model.open_session(128) as session:
             generated = run_greedy(session, token_ids, 10)

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import swarm.compat  # noqa: F401
@@ -15,8 +15,12 @@ from torch import nn
 
 from swarm.errors import ModelUnavailable
 from swarm.families import files  # noqa: F401  petals reads files by it
+from swarm.families.experts import rounded_experts
 from swarm.families.layers import SwarmLayer
+from swarm.families.packed import take_packed
 from swarm.families.quantised import dequantised
+from swarm.products import loops
+from swarm.products.formats import Weights
 from swarm.products.linear import rounded_layers
 
 NAMED = 3  # tensors that a message names
@@ -33,7 +37,8 @@ def load_block(
 ) -> nn.Module:
     """Load a block; in place of petals' ``load_pretrained_block``, whose blocks do not know their number.
 
-    :param quant: how to round the weights of its linear layers, see ``swarm.products.linear.rounding``; None: not
+    :param quant: how to round the weights of its linear layers and experts, see ``swarm.products.linear.rounding``;
+        None: not
     :param options: revision, token, cache_dir, max_disk_space: as petals has them
     :raises ModelUnavailable: if weights are missing, or there are some that are not known
     """
@@ -45,7 +50,11 @@ def load_block(
     options["cache_dir"] = options.get("cache_dir") or DEFAULT_CACHE_DIR
     prefix = f"{config.block_prefix}.{number}."
     state = petals_loading._load_state_dict_from_repo(model, prefix, **options)
-    state = {name: tensor for name, tensor in state.items() if not ignored(name)}
+    state, packed = take_packed({name: tensor for name, tensor in state.items() if not ignored(name)})
+    kept = {name: weights for name, weights in packed.items() if quant == "auto" and loops_take(block, name, weights)}
+    for name, weights in packed.items():
+        shape = weights.outputs, weights.inputs
+        state[name] = torch.empty(shape, device="meta") if name in kept else weights.dense()
     try:
         state = dequantised(state, getattr(config, "quantisation", None), dtype)
     except (RuntimeError, ValueError, KeyError) as error:
@@ -55,13 +64,23 @@ def load_block(
     state = fuse_experts(state, block)
     block.load_state_dict({name: converted(tensor, dtype) for name, tensor in state.items()}, assign=True)
     log.info("loaded block %d of %s", number, model)
-    return prepared(block, quant)
+    return prepared(block, quant, kept)
 
 
-def prepared(block: nn.Module, quant: str | None) -> nn.Module:
-    """Return a loaded block, ready to compute."""
+def loops_take(block: nn.Module, name: str, weights: Weights) -> bool:
+    """Whether a weight is a linear layer's that loops can compute."""
+    layer = dict(block.named_modules()).get(name.removesuffix(".weight"))
+    return isinstance(layer, nn.Linear) and weights.outputs >= loops.OUTPUTS
+
+
+def prepared(block: nn.Module, quant: str | None, known: Mapping[str, Weights] | None = None) -> nn.Module:
+    """Return a loaded block, ready to compute.
+
+    :param known: weights that were rounded before, by their names
+    """
     if quant is not None:
-        rounded_layers(block, quant)
+        rounded_layers(block, quant, known)
+        rounded_experts(block, quant)
     return block.eval()  # petals leaves its blocks in training mode, where dropout would be computed
 
 

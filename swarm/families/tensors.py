@@ -11,6 +11,7 @@ from petals import AutoDistributedConfig
 
 from swarm.errors import ModelUnavailable
 from swarm.families.checkpoint import differences, empty_block, ignored, sentence
+from swarm.families.packed import unpacked
 from swarm.weights.checks import weight_files
 from swarm.weights.fingerprint import read_header, sample_tensor
 
@@ -36,7 +37,8 @@ def check_tensors(path: str) -> None:
     found: dict[str, Shape] = {}
     places: dict[str, Path] = {}
     for file in files:
-        shapes = {name: tuple(it["shape"]) for name, it in read_header(file)[0].items() if not ignored(name)}
+        tensors = {name: tuple(it["shape"]) for name, it in read_header(file)[0].items() if not ignored(name)}
+        shapes = dict(unpacked(name, shape) for name, shape in tensors.items())
         found |= shapes
         places |= dict.fromkeys(shapes, file)
     if config.tie_word_embeddings and HEAD in found:

@@ -7,6 +7,7 @@ the product itself. Weights that were put in order once make a step of 16 rows 1
 Weights of fewer bits are read faster still, see ``swarm.products.loops``.
 """
 
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any, Protocol
 
@@ -234,15 +235,17 @@ def _plain_linear(fused: PackedLinear, rows: slice) -> nn.Module:
     return linear
 
 
-def rounded_layers(block: nn.Module, quant: str) -> None:
+def rounded_layers(block: nn.Module, quant: str, known: Mapping[str, Weights] | None = None) -> None:
     """Round the weights of a block's linear layers, and compute with these from now on.
 
     :param quant: a format, see ``rounding``, or ``"auto"``
+    :param known: weights that were rounded before, by the names of the block's parameters
     """
-    for parent in list(block.modules()):
+    for path, parent in list(block.named_modules()):
         for name, layer in list(parent.named_children()):
-            if isinstance(layer, nn.Linear) and can_loop(layer.weight):
-                setattr(parent, name, PackedLinear(layer, rounding=rounding(layer.weight.data, quant)))
+            weights = (known or {}).get(f"{path}.{name}.weight".removeprefix("."))
+            if isinstance(layer, nn.Linear) and (weights is not None or can_loop(layer.weight)):
+                setattr(parent, name, PackedLinear(layer, rounding=weights or rounding(layer.weight.data, quant)))
 
 
 def rounding(weight: torch.Tensor, quant: str) -> Weights:

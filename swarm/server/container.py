@@ -1,5 +1,6 @@
 """Petals' container of blocks, able to list its parts; and one with a batcher beside petals' own runtime."""
 
+import dataclasses
 import logging
 import os
 import time
@@ -12,6 +13,7 @@ from petals.server.server import ModuleContainer
 
 from swarm import collector, hardware
 from swarm import lazy_imports as imports
+from swarm.server import quantising
 from swarm.server.batching import Batcher
 from swarm.server.families import make_ragged_blocks
 from swarm.server.restart import STOP_TIMEOUT
@@ -89,6 +91,10 @@ class BatchingContainer(WatchedContainer):
         else:
             blocks.warm_up()
             collector.freeze()
+            # In a copy: of its own, petals takes it for what it has quantised.
+            announcer, kind = options["dht_announcer"], quantising.announced(blocks.blocks)
+            if kind is not None:
+                announcer.server_info = dataclasses.replace(announcer.server_info, quant_type=kind)
             hardware.return_free_memory()  # packing held the weights twice
             hardware.return_library_pages()
             self.batcher = Batcher(blocks, first.memory_cache, options["num_handlers"], threads)

@@ -10,6 +10,7 @@ from swarm.weights.preparing import prepared_name
 from swarm.weights.progress import Progress
 
 SAMPLES, SAMPLE_SIZE = 1024, 4096  # how many pieces of a file identify it, and their size in bytes
+CONVERSION = 2  # the first one rounded all of a large file's weights to bfloat16
 HEADER_SIZE = 2**20  # bytes at its beginning that do too
 
 
@@ -68,4 +69,4 @@ def identity(file: Path) -> str:
                 digest.update(opened.read(SAMPLE_SIZE))
     except OSError as error:
         raise ModelUnavailable(f"cannot read {file}: {error.strerror or error}") from error
-    return prepared_name(file.name, digest.hexdigest())
+    return prepared_name(file.name, digest.hexdigest(), CONVERSION)

@@ -18,13 +18,14 @@ PREPARATION_LIMIT = 3600.0
 _CONVERSION = 1
 
 
-def prepared_name(file: str, digest: str) -> str:
+def prepared_name(file: str, digest: str, conversion: int = _CONVERSION) -> str:
     """Return the name of a prepared directory, which is the DHT prefix too; it identifies exactly these weights.
 
     :param file: the GGUF file
     :param digest: of its content, in hexadecimal digits
+    :param conversion: increment it when what becomes of the file changes
     """
-    return f"{re.sub(r'[^A-Za-z0-9_-]', '-', Path(file).stem)}-{digest[:8]}-v{_CONVERSION}"
+    return f"{re.sub(r'[^A-Za-z0-9_-]', '-', Path(file).stem)}-{digest[:8]}-v{conversion}"
 
 
 def prepared(model: str, name: str, find: Callable[[], Path], cache_dir: Path, progress: Progress) -> Path:

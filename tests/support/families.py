@@ -170,6 +170,12 @@ def reference_states(path: Path, tokens: int = 60, quant: str | None = None) -> 
     for layer in (base.h if hasattr(base, "h") else base.layers).modules():
         if quant is not None and isinstance(layer, torch.nn.Linear):
             layer.weight.data = rounding(layer.weight.data, quant).dense()
+        elif quant is not None and hasattr(layer, "gate_up_proj") and hasattr(layer, "num_experts"):
+            for matrices in (layer.gate_up_proj.data, layer.down_proj.data):
+                for matrix in matrices:  # [out, in], but for gpt-oss, which has them the other way round
+                    matrix.copy_(
+                        rounding(matrix.T, quant).dense().T if layer.is_transposed else rounding(matrix, quant).dense()
+                    )
     first, norm = (base.h[0], base.ln_f) if hasattr(base, "h") else (base.layers[0], base.norm)
     first.register_forward_pre_hook(note_inputs, with_kwargs=True)
     norm.register_forward_pre_hook(lambda module, args: seen.update(outputs=args[0][0].clone()))

@@ -18,7 +18,8 @@ from swarm.weights.gguf.tensors import convert_tensors
 from swarm.weights.gguf.tokens import eos_token_ids, write_tokenizer
 from swarm.weights.progress import Progress
 
-# Models with more parameters are written in bfloat16, as their originals mostly are.
+# Models with more parameters are written in bfloat16, as their originals mostly are. Matrices in few bits that can be
+# computed with stay in these: rounded to bfloat16, their bits could not be found again.
 FLOAT32_PARAMETERS = 2**30
 
 
@@ -46,7 +47,7 @@ def convert(gguf_file: Path, directory: Path, progress: Progress) -> None:
     token_ids = {"bos_token_id": config["bos_token_id"], "eos_token_id": eos_token_ids(settings.tokenizer)}
     write_json(directory / "generation_config.json", {**token_ids, "pad_token_id": config["pad_token_id"]})
     with WeightFiles(directory, config["torch_dtype"]) as files:
-        convert_tensors(tensors, config, architecture, files.add, progress)
+        convert_tensors(tensors, config, architecture, files.add, progress, keep_bits=not small)
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:

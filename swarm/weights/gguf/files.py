@@ -32,7 +32,7 @@ class WeightFiles:
         self._written: list[list[str]] = []  # names of the weights in each file
 
     def add(self, name: str, weight: "Array") -> None:
-        """Add a weight, float32."""
+        """Add a weight, float32, or rows of bytes, which stay as they are."""
         if self._waiting and sum(array.nbytes for array in self._waiting.values()) + weight.nbytes > FILE_SIZE:
             self._write()
         self._waiting[name] = weight
@@ -74,5 +74,6 @@ def save_bfloat16(weights: "Mapping[str, Array]", file: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    rounded = {name: torch.from_numpy(weight).bfloat16().contiguous() for name, weight in weights.items()}
-    save_file(rounded, file, metadata={"format": "pt"})
+    tensors = {name: torch.from_numpy(weight) for name, weight in weights.items()}
+    rounded = {name: tensor.bfloat16() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    save_file({name: tensor.contiguous() for name, tensor in rounded.items()}, file, metadata={"format": "pt"})

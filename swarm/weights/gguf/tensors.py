@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, Any]
 
+# Formats that ``swarm.products`` computes with as they are, and the bytes of 32 weights of a row in each.
+KEPT = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
+
 # They say what the configuration says too, see ``swarm.weights.gguf.rotation``.
 DERIVED = ("rope_freqs.weight",)
 
@@ -21,19 +24,31 @@ def convert_tensors(
     architecture: Architecture,
     add: Callable[[str, "Array"], None],
     progress: Progress,
+    *,
+    keep_bits: bool,
 ) -> None:
     """Pass Transformers' names and the weights, float32, to ``add``, block by block.
 
     :param tensors: gguf's, by their names
+    :param keep_bits: pass blocks' matrices in the formats of ``KEPT`` as they are: uint8, [out, bytes], with the format
+        after their names, as in ``q_proj.weight.Q8_0``
     :raises ValueError: if tensors are left that are not understood
     :raises KeyError: if one is missing
     """
+    import numpy as np
     from gguf import dequantize
 
     left = dict(tensors)
+    keep_bits = keep_bits and not architecture.fused  # blocks of petals' own are read by petals
+
+    def kept(name: str) -> str:
+        tensor = tensors[name]
+        return tensor.tensor_type.name if keep_bits and len(tensor.shape) == 2 else ""
 
     def take(name: str) -> "Array":
         tensor = left.pop(name)
+        if name.startswith("blk.") and kept(name) in KEPT:
+            return np.array(tensor.data)  # not the file's memory, which is read-only
         weight: Array = dequantize(tensor.data, tensor.tensor_type)
         return weight - architecture.norm_offset if "norm." in name else weight
 
@@ -43,8 +58,10 @@ def convert_tensors(
         progress.done(block / blocks)
         names = architecture.block(config)
         weights = {ours: take(f"blk.{block}.{theirs}") for theirs, ours in names.items()}
+        kinds = {ours: kept(f"blk.{block}.{theirs}") for theirs, ours in names.items()}
         for name, weight in arranged(weights, config, architecture).items():
-            add(f"{architecture.blocks}.{block}.{name}", weight)
+            suffix = f".{kinds[name]}" if weight.dtype == np.uint8 else ""
+            add(f"{architecture.blocks}.{block}.{name}{suffix}", weight)
     for theirs, ours in architecture.ends.items():
         if theirs != "output.weight" or not config["tie_word_embeddings"]:
             add(ours, take(theirs))
