@@ -205,8 +205,9 @@ class Lookahead:
         size, taken = len(self._draft.token_ids), self._taken
         if not size:
             return
-        self._pace.note(size, self._seconds, taken + 1, self._drafting_seconds)
-        self._drafting.acceptance.note(self._draft.kind, taken, taken + refused)
+        if taken or refused:  # else the text has ended before there was anything to learn
+            self._pace.note(size, self._seconds, taken + 1, self._drafting_seconds)
+            self._drafting.acceptance.note(self._draft.kind, taken, taken + refused)
         self._drafting.steps += 1
         self._drafting.drafted += size
         self._drafting.taken += taken
@@ -214,7 +215,6 @@ class Lookahead:
 
     def close(self) -> None:
         """End with the answer. What is left of a draft was not refused: the text has ended."""
-        if self._taken:
-            self._account(refused=False)
+        self._account(refused=False)
         for drafter in self._drafters:
             drafter.close()
