@@ -6,6 +6,7 @@ Tokens are chosen from them as ever, by the same sampler: a draft changes when l
 """
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,6 +35,9 @@ class Draft:
 
     token_ids: Sequence[int]
     kind: int  # drafts of a kind are taken alike often
+
+
+NOTHING = Draft((), 0)
 
 
 class Drafter(Protocol):
@@ -118,7 +122,7 @@ class Acceptance:
 
 
 class Drafting:
-    """What all answers of a model know about drafts together."""
+    """What all answers of a model know about drafts together. Thread-safe."""
 
     def __init__(self, *make_drafters: Callable[[], Drafter]) -> None:
         """:param make_drafters: called once for each answer; the first one's drafts are preferred to as good ones"""
@@ -126,11 +130,25 @@ class Drafting:
         self.pace = Pace()
         self.acceptance = Acceptance()
         self.steps = self.drafted = self.taken = 0  # steps with drafts, tokens of these, and how many were taken
+        self._lock = threading.Lock()
 
     def using(self, model: "DraftModel | None") -> "Drafting":
         """Let a small model draft for answers that begin from now on, beside their own text."""
         self.make_drafters = (OwnText,) if model is None else (OwnText, partial(SmallModel, model))
         return self
+
+    def note(self, draft: Draft, taken: int, *, refused: bool) -> None:
+        """Note how many tokens of a draft were taken, and whether the next one was refused."""
+        with self._lock:
+            self.acceptance.note(draft.kind, taken, taken + refused)
+            self.steps += 1
+            self.drafted += len(draft.token_ids)
+            self.taken += taken
+
+    def compare(self, guess: Draft, *, right: bool) -> None:
+        """Note whether a draft that was not verified began with the next token."""
+        with self._lock:
+            self.acceptance.note(guess.kind, right, 1)
 
     @contextlib.contextmanager
     def answering(self, session: Session) -> Iterator["Lookahead"]:
@@ -151,7 +169,7 @@ class Lookahead:
         self._session = session
         self._drafting, self._pace = drafting, drafting.pace
         self._drafters = [make() for make in drafting.make_drafters]
-        self._draft = Draft((), 0)
+        self._draft = self._guess = NOTHING  # what is verified; what is only compared with what comes
         self._rows: Iterator[Logits] = iter(())  # after the tokens of the draft
         self._taken = 0  # tokens of the draft
         self._seconds = self._drafting_seconds = 0.0  # that the last step took, and its draft
@@ -169,6 +187,10 @@ class Lookahead:
                 self._taken += 1
                 return logits
         self._account(refused=refused)
+        if self._guess.token_ids:
+            right = self._session.token_ids[-1] == self._guess.token_ids[0]
+            self._drafting.compare(self._guess, right=right)
+            self._guess = NOTHING
         return self._step(left, waiter)
 
     def _step(self, left: int, waiter: Waiter) -> Logits:
@@ -189,32 +211,32 @@ class Lookahead:
         return logits
 
     def _proposed(self, left: int) -> Draft:
-        nothing = Draft((), 0)
         if left < 1 or not self._session.can_verify:
-            return nothing
+            return NOTHING
         found = [(drafter, drafter.follow(self._session.token_ids)) for drafter in self._drafters]
         likely = self._drafting.acceptance.likelihood
         for drafter, kind in sorted(found, key=lambda it: -1.0 if it[1] is None else likely(it[1]), reverse=True):
-            if kind is not None and (size := self._pace.choose(likely(kind), left, drafter.seconds)):
-                if token_ids := drafter.draft(size):
-                    return Draft(token_ids, kind)
-        return nothing
+            if kind is None:
+                continue
+            size = self._pace.choose(likely(kind), left, drafter.seconds)
+            if size and (token_ids := drafter.draft(size)):
+                return Draft(token_ids, kind)
+            if not drafter.seconds:  # it costs nothing to see whether the draft would have been right
+                self._guess = Draft(drafter.draft(1), kind)
+        return NOTHING
 
     def _account(self, *, refused: bool) -> None:
         """Note what has become of the last draft."""
         size, taken = len(self._draft.token_ids), self._taken
         if not size:
             return
-        self._pace.note(size, self._seconds, taken + 1, self._drafting_seconds)
-        self._drafting.acceptance.note(self._draft.kind, taken, taken + refused)
-        self._drafting.steps += 1
-        self._drafting.drafted += size
-        self._drafting.taken += taken
-        self._draft = Draft((), 0)
+        if taken or refused:  # else the text has ended before there was anything to learn
+            self._pace.note(size, self._seconds, taken + 1, self._drafting_seconds)
+        self._drafting.note(self._draft, taken, refused=refused)
+        self._draft = NOTHING
 
     def close(self) -> None:
         """End with the answer. What is left of a draft was not refused: the text has ended."""
-        if self._taken:
-            self._account(refused=False)
+        self._account(refused=False)
         for drafter in self._drafters:
             drafter.close()

@@ -461,6 +461,18 @@ def test_expected_tokens() -> None:
     assert expected(0.5, 3) == pytest.approx(1 + 0.5 + 0.25 + 0.125)
 
 
+def test_what_is_not_drafted_is_compared_all_the_same(reference: BloomForCausalLM, texts: TextTokenizer) -> None:
+    plain = ReferenceSession(reference)
+    params = GenerationParams(max_new_tokens=20)
+    wanted = answer(plain, texts, None, params)
+    for lies in (0.0, 1.0):
+        drafting = prophecies(plain.token_ids, lies, (0,))
+        before = drafting.acceptance.likelihood(6)
+        session = ReferenceSession(reference)
+        assert same(answer(session, texts, drafting, params), wanted) and not session.drafts
+        assert (drafting.acceptance.likelihood(6) > before) == (lies == 0.0)
+
+
 def test_acceptance_is_learned() -> None:
     acceptance = Acceptance()
     before = acceptance.likelihood(3)

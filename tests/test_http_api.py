@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from transformers import BloomForCausalLM, PreTrainedTokenizerBase
 
+from generation.drafting import Drafting
 from swarm.client.model import SwarmModel
 from tests.conftest import LiveApp, greedy
 from tests.support.client import call
@@ -99,17 +100,26 @@ def test_sampling_is_repeated_by_its_seed(live_app: LiveApp) -> None:
     assert generated(live_app, **params) != generated(live_app, **params | {"seed": 8})
 
 
+def drafting_of(app: LiveApp) -> Drafting:
+    found = app.service.sessions.drafting
+    assert found is not None
+    return found[app.model_name]
+
+
 def test_session_continued_equals_one_request(
     live_app: LiveApp, model: SwarmModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """Continued 20 times: the same text, and the servers see each token once, by their own count."""
     whole = generated(live_app, inputs=PROMPT, max_new_tokens=60)
+    drafting = drafting_of(live_app)
+    refused = drafting.drafted - drafting.taken
     before = [info["inference_tokens"] for info in infos(model)]
     session_id = opened(live_app, 256)
     parts = [generated(live_app, session_id=session_id, inputs=PROMPT, max_new_tokens=3)]
     parts += [generated(live_app, session_id=session_id, max_new_tokens=3) for _ in range(19)]
     assert "".join(parts) == whole
     processed = len(tokenizer.encode(PROMPT)) + 60 - 1  # the last token has not been needed yet
+    processed += drafting.drafted - drafting.taken - refused
     assert [i["inference_tokens"] - b for i, b in zip(infos(model), before, strict=True)] == [processed] * 2
     assert call(live_app.url, CLOSE, body={"session_id": session_id})[0] == 200
 
