@@ -125,7 +125,7 @@ def mixed(stock: dict[str, Stock], tmp_path_factory: pytest.TempPathFactory) -> 
         stock["serve"].tell(tasks)
         found = {}
         for name, path in paths.items():
-            model = load_model(path, local)
+            model = load_model(path, local, push_from=0.0)  # among ours; stock servers get what the client sends
             ends.callback(model.close)
             peers = await_servers(model, 2 * len(SPANS))
             reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
