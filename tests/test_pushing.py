@@ -295,9 +295,10 @@ def test_rewound_session(model: SwarmModel, reference: BloomForCausalLM, pushed:
         assert session.recoveries == 0
 
 
-def hops_changed(change: Callable[[Hop], Hop]) -> Callable[..., Hop]:
+def hops_changed(fields: dict[str, Any]) -> Callable[..., Hop]:
+    """Return ``Span.hop`` whose hops have other fields."""
     hop = Span.hop
-    return lambda *arguments: change(hop(*arguments))
+    return lambda *arguments: dataclasses.replace(hop(*arguments), **fields)
 
 
 def test_lost_pushes(
@@ -308,9 +309,10 @@ def test_lost_pushes(
     expected = greedy(reference, token_ids, TOKENS)
     with model.open_session(128) as session:
         generated = run_greedy(session, token_ids, 5)
-        for change in ({"session_id": "somebody else's"}, {"permit": bytes(PERMIT_BYTES)}):
+        changes: list[dict[str, Any]] = [{"session_id": "somebody else's"}, {"permit": bytes(PERMIT_BYTES)}]
+        for change in changes:
             with monkeypatch.context() as patch:
-                patch.setattr(Span, "hop", hops_changed(lambda hop, change=change: dataclasses.replace(hop, **change)))
+                patch.setattr(Span, "hop", hops_changed(change))
                 del pushed[:]
                 generated += run_greedy(session, generated[-1:], 5)
                 assert pushed and not any(news.pushed for news in pushed)
@@ -334,8 +336,7 @@ def test_a_server_that_cannot_reach_the_next_is_not_asked_again(
         learn(self, index, chunk, news, seconds)
 
     monkeypatch.setattr(Flow, "_learn", note)
-    wrong = hops_changed(lambda hop: dataclasses.replace(hop, peer_id=NOBODY.to_base58()))
-    monkeypatch.setattr(Span, "hop", wrong)
+    monkeypatch.setattr(Span, "hop", hops_changed({"peer_id": NOBODY.to_base58()}))
     with model.open_session(128) as session:
         logits = session.step(token_ids)
         generated = [int(logits.argmax())]
@@ -381,9 +382,7 @@ def test_a_stranger_pushes_nothing_into_a_session(
 
 
 @pytest.mark.parametrize("lost", [[0], [1], [0, 1]])
-def test_lost_servers(
-    model: SwarmModel, reference: BloomForCausalLM, pushed: list[StepNews], lost: list[int]
-) -> None:
+def test_lost_servers(model: SwarmModel, reference: BloomForCausalLM, pushed: list[StepNews], lost: list[int]) -> None:
     token_ids = model.tokenizer.encode(PROMPTS[2])
     expected = greedy(reference, token_ids, TOKENS)
     with model.open_session(64) as session:

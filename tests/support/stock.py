@@ -2,13 +2,16 @@
 
 ``stock.py serve``: the tasks are servers, each of which runs in a process forked from this one.
 ``stock.py generate``: the tasks are greedy generations, whose tokens are printed.
+``stock.py measure``: the tasks are a list of loads, line after line, whose times are printed.
 Tasks and results are a line of JSON on standard input and output.
 """
 
+import concurrent.futures
 import gc
 import json
 import multiprocessing
 import sys
+import time
 from typing import Any
 
 import hivemind
@@ -43,11 +46,11 @@ def serve(model: str, **options: Any) -> None:
     """
     from petals.server.server import Server
 
+    options.setdefault("host_maddrs", ["/ip4/127.0.0.1/tcp/0"])
     Server(
         converted_model_name_or_path=model,
         throughput=1.0,  # else it is measured
         num_handlers=1,
-        host_maddrs=["/ip4/127.0.0.1/tcp/0"],
         torch_dtype="float32",
         device="cpu",
         quant_type=None,
@@ -66,12 +69,7 @@ def generate(
     :param chains: the ids of the peers that may be used
     :param options: of petals' client configuration
     """
-    from petals import AutoDistributedModelForCausalLM
-
-    # Without `use_chunked_forward`, petals asks a package that has no wheels for Python 3.12 about the processor.
-    client = AutoDistributedModelForCausalLM.from_pretrained(
-        model, torch_dtype=torch.float32, use_chunked_forward=False, show_route=False, **options
-    )
+    client = load(model, **options)
     manager = client.transformer.h.sequence_manager
     texts: list[list[list[int]]] = []
     for chain in chains:
@@ -84,6 +82,48 @@ def generate(
     return texts
 
 
+def load(model: str, **options: Any) -> Any:
+    """Return petals' client of a model."""
+    from petals import AutoDistributedModelForCausalLM
+
+    # Without `use_chunked_forward`, petals asks a package that has no wheels for Python 3.12 about the processor.
+    return AutoDistributedModelForCausalLM.from_pretrained(
+        model, torch_dtype=torch.float32, use_chunked_forward=False, show_route=False, **options
+    )
+
+
+@torch.inference_mode()
+def measure(client: Any, prompt: list[int], tokens: int) -> list[float]:
+    """Return the seconds of each step of a session: of the prompt, and of each token after it."""
+    from petals.client.inference_session import InferenceSession
+
+    times, ids = [], prompt
+    with InferenceSession(client.transformer.h.sequence_manager, len(prompt) + tokens) as session:
+        for _ in range(1 + tokens):
+            began = time.perf_counter()
+            hidden = session.step(client.transformer.word_embeddings_layernorm(embed(client, ids)))
+            logits = client.lm_head(client.transformer.ln_f(hidden[:, -1:]))
+            ids = [int(logits[0, -1].argmax())]
+            times.append(time.perf_counter() - began)
+    return times
+
+
+def embed(client: Any, ids: list[int]) -> torch.Tensor:
+    return client.transformer.word_embeddings(torch.tensor([ids]))
+
+
+def measure_lines(tasks: list[dict[str, Any]]) -> None:
+    """Measure what each line asks for: sessions at a time, of so many tokens after a prompt."""
+    client = load(**tasks[0])
+    for line in sys.stdin:
+        task = json.loads(line)
+        with concurrent.futures.ThreadPoolExecutor(task["sessions"]) as pool:
+            began = time.perf_counter()
+            runs = [pool.submit(measure, client, task["prompt"], task["tokens"]) for _ in range(task["sessions"])]
+            times = [run.result() for run in runs]
+            print(json.dumps({"seconds": time.perf_counter() - began, "times": times}), flush=True)
+
+
 def main() -> None:
     import petals  # noqa: F401  before the processes fork, so that it is imported once
 
@@ -94,6 +134,10 @@ def main() -> None:
         # the loop's own thread, which then waits for itself.
         gc.disable()
         print(json.dumps([generate(**task) for task in tasks]), flush=True)
+        return
+    if sys.argv[1:] == ["measure"]:
+        gc.disable()
+        measure_lines(tasks)
         return
     import petals.server.server  # noqa: F401
 
