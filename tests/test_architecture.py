@@ -73,7 +73,7 @@ PRIVATE_NAMES = {
     "swarm.products.linear": "the same",
     "swarm.client.node": "hivemind's DHT gives up neither its process nor its daemon by a public name",
     "swarm.client.routing": "petals' manager of routes has no public way to be read without its thread",
-    "swarm.client.span": "petals names its handlers' methods in private",
+    "swarm.client.stream": "petals names its handlers' methods in private",
     "swarm.server.blocks": "PyTorch has no public name for many copies at once",
     "swarm.server.handler": "petals' handler is extended by overriding what it calls itself",
     "swarm.server.announcing": "petals' server has no public hook before it pings others",

@@ -2,11 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
-import os
-import select
-import signal
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,62 +17,22 @@ from swarm import weights
 from swarm.client.model import SwarmModel
 from swarm.local import LocalSwarm
 from tests.conftest import READY_TIMEOUT, greedy, load_model, tiny_server
-from tests.support.processes import ROOT
+from tests.support.stock_process import PYTHON, Stock
 from tests.support.swarms import server_info
 from tests.support.tiny import make_tiny_bloom, make_tiny_llama
 from tests.test_session import PROMPTS, run_greedy
 
-PYTHON = ROOT / ".venv-stock" / "bin" / "python"
-SCRIPT = ROOT / "tests" / "support" / "stock.py"
 MAKERS = {"bloom": make_tiny_bloom, "llama": make_tiny_llama}
 SPANS = ((0, 2), (2, 4))
 # Whose server computes the first span, and whose the second.
 CHAINS = (("ours", "stock"), ("stock", "ours"), ("ours", "ours"), ("stock", "stock"))
 TOKENS = 20
 BEAMS = {"num_beams": 3, "max_new_tokens": 8}
-ANSWER_TIMEOUT = 120.0  # seconds
 
 pytestmark = pytest.mark.skipif(
     sys.version_info >= (3, 13) or not PYTHON.exists(),
     reason="make test installs the packages, on Pythons that they have wheels for",
 )
-
-
-class Stock:
-    """A process of released petals; its messages go to a file."""
-
-    def __init__(self, command: str, log: Path) -> None:
-        with log.open("wb") as messages:
-            self.process = subprocess.Popen(
-                [PYTHON, "-I", "-W", "ignore", SCRIPT, command],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=messages,
-                cwd=log.parent,
-                env={**os.environ, "HF_HUB_OFFLINE": "1"},
-                text=True,
-                start_new_session=True,
-            )
-
-    def tell(self, tasks: list[dict[str, Any]]) -> None:
-        """Give the process its tasks: a line, for processes forked from this one may hold the pipe open."""
-        assert self.process.stdin is not None
-        print(json.dumps(tasks), file=self.process.stdin, flush=True)
-
-    def answer(self) -> Any:
-        """Return the line that it writes. Its end is not awaited: ``p2pd`` may outlive it, and hold the pipe open."""
-        assert self.process.stdout is not None
-        assert select.select([self.process.stdout], [], [], ANSWER_TIMEOUT)[0], "it does not answer"
-        return json.loads(self.process.stdout.readline())
-
-    def kill(self) -> None:
-        """End the process and all below it: released petals leaves some behind when it is asked to end."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            assert pipe is not None
-            pipe.close()
 
 
 @dataclass
@@ -130,7 +85,7 @@ def mixed(stock: dict[str, Stock], tmp_path_factory: pytest.TempPathFactory) -> 
         stock["serve"].tell(tasks)
         found = {}
         for name, path in paths.items():
-            model = load_model(path, local)
+            model = load_model(path, local, push_from=0.0)  # among ours; stock servers get what the client sends
             ends.callback(model.close)
             peers = await_servers(model, 2 * len(SPANS))
             reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()

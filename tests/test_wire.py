@@ -874,7 +874,9 @@ def test_what_is_packed_honestly_is_read() -> None:
     assert list(read.items()) == list(dictionary.items())
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         hidden = torch.randn(1, 3, 8).to(dtype)
-        assert torch.equal(read_hidden([serialize_torch_tensor(hidden)], hidden.shape), hidden)
+        sent = serialize_torch_tensor(hidden)
+        assert len(sent.buffer) == hidden.numel() * hidden.element_size(), "16 bits travel as 16"
+        assert torch.equal(read_hidden([sent], hidden.shape), hidden)
         assert read_hidden([serialize_torch_tensor(hidden[:, :0])], (1, 0, 8)).shape == (1, 0, 8)
     hidden = torch.randn(1, 3, 8)
     for compression in (runtime_pb2.FLOAT16, runtime_pb2.MEANSTD_16BIT):

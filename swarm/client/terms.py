@@ -18,7 +18,7 @@ class SessionLimits:
     cache_timeout: float = 10.0  # seconds to wait for a server with free attention cache
     # Servers this far away, seconds of round trip, get their inputs from the server before them. On one machine or in
     # one room that takes more work than it saves time. Infinity: none do.
-    push_from: float = 0.0
+    push_from: float = 0.005
     pipelining: bool = True  # whether a prompt's chunks follow one another
 
 

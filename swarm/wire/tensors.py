@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from hivemind.compression import deserialize_torch_tensor
+from hivemind.compression import base, deserialize_torch_tensor
 from hivemind.compression.serialization import _BASE_COMPRESSION_TYPES
 from hivemind.proto import runtime_pb2
 
@@ -52,7 +52,11 @@ def check_tensor(tensor: runtime_pb2.Tensor) -> None:
 
 
 def check_compressions() -> None:
-    """Let hivemind read only tensors that pass ``check_tensor``, and refuse the other compressions by name."""
+    """Let hivemind read only tensors that pass ``check_tensor``, and refuse the other compressions by name.
+
+    Also, let it send bfloat16 as it is. By default hivemind makes float32 of it, for old releases.
+    """
+    base.USE_LEGACY_BFLOAT16 = False
     for name, compression in _BASE_COMPRESSION_TYPES.items():
         if name in COMPRESSIONS:
             compression.extract = _checked(compression.extract)

@@ -2,13 +2,16 @@
 
 ``stock.py serve``: the tasks are servers, each of which runs in a process forked from this one.
 ``stock.py ask``: the tasks are generations, whose tokens are printed, or trainings, whose losses and gradients are.
+``stock.py measure``: the tasks are a list of loads, line after line, whose times are printed.
 Tasks and results are a line of JSON on standard input and output.
 """
 
+import concurrent.futures
 import gc
 import json
 import multiprocessing
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -44,11 +47,11 @@ def serve(model: str, **options: Any) -> None:
     """
     from petals.server.server import Server
 
+    options.setdefault("host_maddrs", ["/ip4/127.0.0.1/tcp/0"])
     Server(
         converted_model_name_or_path=model,
         throughput=1.0,  # else it is measured
         num_handlers=1,
-        host_maddrs=["/ip4/127.0.0.1/tcp/0"],
         torch_dtype="float32",
         device="cpu",
         quant_type=None,
@@ -123,6 +126,38 @@ def tune(model: str, prompt: list[int], chains: list[list[str]], **options: Any)
     return found
 
 
+@torch.inference_mode()
+def measure(client: Any, prompt: list[int], tokens: int) -> list[float]:
+    """Return the seconds of each step of a session: of the prompt, and of each token after it."""
+    from petals.client.inference_session import InferenceSession
+
+    times, ids = [], prompt
+    with InferenceSession(client.transformer.h.sequence_manager, len(prompt) + tokens) as session:
+        for _ in range(1 + tokens):
+            began = time.perf_counter()
+            hidden = session.step(client.transformer.word_embeddings_layernorm(embed(client, ids)))
+            logits = client.lm_head(client.transformer.ln_f(hidden[:, -1:]))
+            ids = [int(logits[0, -1].argmax())]
+            times.append(time.perf_counter() - began)
+    return times
+
+
+def embed(client: Any, ids: list[int]) -> torch.Tensor:
+    return client.transformer.word_embeddings(torch.tensor([ids]))
+
+
+def measure_lines(tasks: list[dict[str, Any]]) -> None:
+    """Measure what each line asks for: sessions at a time, of so many tokens after a prompt."""
+    client = make_client(**tasks[0])
+    for line in sys.stdin:
+        task = json.loads(line)
+        with concurrent.futures.ThreadPoolExecutor(task["sessions"]) as pool:
+            began = time.perf_counter()
+            runs = [pool.submit(measure, client, task["prompt"], task["tokens"]) for _ in range(task["sessions"])]
+            times = [run.result() for run in runs]
+            print(json.dumps({"seconds": time.perf_counter() - began, "times": times}), flush=True)
+
+
 ASKED: dict[str, Callable[..., Any]] = {"generate": generate, "tune": tune}
 
 
@@ -136,6 +171,10 @@ def main() -> None:
         # the loop's own thread, which then waits for itself.
         gc.disable()
         print(json.dumps([ASKED[task.pop("what")](**task) for task in tasks]), flush=True)
+        return
+    if sys.argv[1:] == ["measure"]:
+        gc.disable()
+        measure_lines(tasks)
         return
     import petals.server.server  # noqa: F401
 
