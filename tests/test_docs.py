@@ -19,6 +19,7 @@ from models.catalog import KNOWN_MODELS
 from swarm.options import ServerOptions, flag, parse_args
 from tests.support.processes import ROOT, Program
 from tests.test_multiaddr import PEER
+from tests.test_products import FORCED
 
 DOCUMENTS = {
     path.relative_to(ROOT).as_posix(): path.read_text()
@@ -259,7 +260,7 @@ def test_commands(command: str) -> None:
     """What they name exists: settings, targets, modules, files and flags."""
     words = shlex.split(command.replace("12D3KooW...", PEER.rpartition("/")[2]), comments=True)
     while words and (assignment := re.fullmatch("([A-Z_]+)=(.*)", words[0])):
-        assert assignment[1] in {*FIELDS, "HOST", "PORT", "TMPDIR", "FAMILIES"}
+        assert assignment[1] in {*FIELDS, "HOST", "PORT", "TMPDIR", "FAMILIES", *FORCED["AVX2"]}
         if assignment[1] in FIELDS:
             Settings.from_environment({"MODELS": "HuggingFaceTB/SmolLM2-135M-Instruct", assignment[1]: assignment[2]})
         words.pop(0)

@@ -159,8 +159,8 @@ def test_server_is_lost_in_a_verification(model: SwarmModel, reference: BloomFor
                 session.drop_history()
             span = session._chain.spans[lost]
             assert isinstance(span, Span)
-            assert span._streams is not None
-            span._streams[1].close()
+            assert span._stream._writer is not None
+            span._stream._writer.close()
             expected = logits_after(reference, [5, 6, 7, 11, 8, 9, 10], 3)
             found = list(session.verify([9, 10]))
             close(found, expected if has_history else expected[:1])
