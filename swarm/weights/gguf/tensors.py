@@ -41,13 +41,9 @@ def convert_tensors(
     left = dict(tensors)
     keep_bits = keep_bits and not architecture.fused  # blocks of petals' own are read by petals
 
-    def kept(name: str) -> str:
-        tensor = tensors[name]
-        return tensor.tensor_type.name if keep_bits and len(tensor.shape) == 2 else ""
-
     def take(name: str) -> "Array":
         tensor = left.pop(name)
-        if name.startswith("blk.") and kept(name) in KEPT:
+        if keep_bits and is_kept(name, tensor):
             return np.array(tensor.data)  # not the file's memory, which is read-only
         weight: Array = dequantize(tensor.data, tensor.tensor_type)
         return weight - architecture.norm_offset if "norm." in name else weight
@@ -58,7 +54,7 @@ def convert_tensors(
         progress.done(block / blocks)
         names = architecture.block(config)
         weights = {ours: take(f"blk.{block}.{theirs}") for theirs, ours in names.items()}
-        kinds = {ours: kept(f"blk.{block}.{theirs}") for theirs, ours in names.items()}
+        kinds = {ours: tensors[f"blk.{block}.{theirs}"].tensor_type.name for theirs, ours in names.items()}
         for name, weight in arranged(weights, config, architecture).items():
             suffix = f".{kinds[name]}" if weight.dtype == np.uint8 else ""
             add(f"{architecture.blocks}.{block}.{name}{suffix}", weight)
@@ -69,6 +65,11 @@ def convert_tensors(
         left.pop(name, None)
     if left:
         raise ValueError(f"it has tensors that are not understood: {', '.join(sorted(left))}")
+
+
+def is_kept(name: str, tensor: Any) -> bool:
+    """Whether a tensor is a matrix of a block, in a format that may be kept."""
+    return name.startswith("blk.") and len(tensor.shape) == 2 and tensor.tensor_type.name in KEPT
 
 
 def arranged(weights: dict[str, "Array"], config: Config, architecture: Architecture) -> dict[str, "Array"]:
