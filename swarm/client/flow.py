@@ -62,7 +62,7 @@ def chunk_size(inputs: torch.Tensor, spans: Sequence[Span], terms: SessionTerms)
     """Return how many tokens to send at a time.
 
     A chunk costs each server some time of its own, but all servers compute only while there are chunks for all: so the
-    longer the chain, the smaller they are. See docs/measurements.md.
+    longer the chain, the smaller they are.
     """
     rows = inputs.shape[0]
     if not terms.limits.pipelining:
