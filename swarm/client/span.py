@@ -101,11 +101,14 @@ class Span:
         self.peer_id = info.peer_id
         self.history = history
         self.processed = 0  # tokens in the server's attention cache
-        # Whether the server takes steps from other servers and passes them on; then its replies name them.
-        self.pushing = getattr(info.server_info, "pushing", False) and math.isfinite(terms.limits.push_from)
+        # Whether the server takes steps from other servers and passes them on; then its replies name them. One that holds
+        # all blocks has nobody to do that with.
+        able = getattr(info.server_info, "pushing", False)
+        alone = (info.start, info.end) == (0, terms.state.num_blocks)
+        self.pushing = able and not alone and math.isfinite(terms.limits.push_from)
         self.far = terms.state.round_trip(info.peer_id) >= terms.limits.push_from
         self._session_id, self._key = secrets.token_hex(KEY_BYTES), secrets.token_bytes(KEY_BYTES)
-        self._dtype = info.server_info.torch_dtype if self.pushing else None
+        self._dtype = info.server_info.torch_dtype if able else None
         self._abilities = Abilities()  # what the server can do; its replies say so
         self._must_rewind = False  # whether the next request must ask it to rewind
         self._terms = terms
