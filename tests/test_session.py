@@ -86,6 +86,17 @@ def test_long_prompt_in_chunks(
         assert run_greedy(session, token_ids, len(expected)) == expected
 
 
+def test_long_step_after_a_short_one(model: SwarmModel, reference: BloomForCausalLM) -> None:
+    """The second reply may be larger than the first."""
+    token_ids = [5, 6, 7] * 200
+    with model.open_session(700) as session:
+        session.step(token_ids[:1])
+        logits = session.step(token_ids[1:])
+    with torch.inference_mode():
+        expected = reference(torch.tensor([token_ids])).logits[0, -1]
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
+
+
 def test_logits_equal_transformers(
     model: SwarmModel, reference: BloomForCausalLM, tokenizer: PreTrainedTokenizerBase
 ) -> None:

@@ -288,6 +288,7 @@ def test_losses_far_apart_do_not_add_up(model: SwarmModel, monkeypatch: pytest.M
             return None if calls % 2 else await forward(inputs, start)
 
         monkeypatch.setattr(session._chain, "forward", lossy)
+        monkeypatch.setattr("swarm.client.session.PIECE", 512)
         monkeypatch.setattr("swarm.client.session.time", SimpleNamespace(monotonic=lambda: now[0]))
         assert session.step([5] * 1600).shape == (model.head.vocab_size,)
         assert calls == 8
@@ -840,7 +841,7 @@ def test_noise_for_messages(data: bytes, kind: Any, whole: bool) -> None:
         reader.feed_data(framed(data, marker=data[:1] or b"\0") if whole else data)
         reader.feed_eof()
         with contextlib.suppress(EOFError):
-            return await receive(kind, reader, 100)
+            return await receive(kind, reader, lambda: 100)
 
     with only_malformed():
         message, error = LOOP.run_until_complete(read()) or (None, None)

@@ -103,12 +103,12 @@ class Span:
         self.processed = 0  # tokens in the server's attention cache
         # Whether the server takes steps from other servers and passes them on; then its replies name them. One that holds
         # all blocks has nobody to do that with.
-        able = getattr(info.server_info, "pushing", False)
+        self.able = getattr(info.server_info, "pushing", False)
         alone = (info.start, info.end) == (0, terms.state.num_blocks)
-        self.pushing = able and not alone and math.isfinite(terms.limits.push_from)
+        self.pushing = self.able and not alone and math.isfinite(terms.limits.push_from)
         self.far = terms.state.round_trip(info.peer_id) >= terms.limits.push_from
         self._session_id, self._key = secrets.token_hex(KEY_BYTES), secrets.token_bytes(KEY_BYTES)
-        self._dtype = info.server_info.torch_dtype if able else None
+        self._dtype = info.server_info.torch_dtype if self.able else None
         self._abilities = Abilities()  # what the server can do; its replies say so
         self._must_rewind = False  # whether the next request must ask it to rewind
         self._terms = terms
@@ -147,8 +147,8 @@ class Span:
 
     @property
     def spreads(self) -> bool:
-        """Whether the server computes for all rows what is sent once; those that take pushes do."""
-        return self.pushing or self._abilities.spread
+        """Whether the server computes for all rows what is sent once; those that can take pushes do."""
+        return self.able or self._abilities.spread
 
     def rewinds_to(self, length: int) -> bool:
         """Whether the server can forget all but its first ``length`` tokens."""

@@ -97,7 +97,7 @@ class Stream:
     async def _read(self, reader: asyncio.StreamReader) -> None:
         try:
             while True:
-                response, error = await receive(runtime_pb2.ExpertResponse, reader, self._limit)
+                response, error = await receive(runtime_pb2.ExpertResponse, reader, lambda: self._limit)
                 if error is not None:
                     raise Refused(clean(error.message))
                 self._give(response)

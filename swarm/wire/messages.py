@@ -37,20 +37,22 @@ def limit_messages(size: int) -> None:
     _limits["message"] = size
 
 
-async def receive(kind: type[Message], reader: asyncio.StreamReader, limit: int | None = None) -> tuple[Any, Any]:
+async def receive(
+    kind: type[Message], reader: asyncio.StreamReader, limit: Callable[[], int] | None = None
+) -> tuple[Any, Any]:
     """Receive one of hivemind's messages: (message, None), or (None, the error that the peer replies with).
 
-    :param limit: bytes; default: the process's own limit
+    :param limit: asked when a message comes: its bytes, at most; default: the process's own limit
     :raises Malformed: if it is too large or cannot be read; the stream is unusable then
     :raises EOFError: if the stream ends
     """
-    limit = _limits["message"] if limit is None else limit
     header = await reader.readexactly(1 + P2P.HEADER_LEN)
     marker, size = header[:1], int.from_bytes(header[1:], P2P.BYTEORDER)
     if marker not in (P2P.MESSAGE_MARKER, P2P.ERROR_MARKER):
         raise Malformed(f"{quoted(marker)} begins no message")
-    if size > limit:
-        raise Malformed(f"a message of {size} bytes is larger than {limit}")
+    allowed = _limits["message"] if limit is None else limit()
+    if size > allowed:
+        raise Malformed(f"a message of {size} bytes is larger than {allowed}")
     with _under_way(size):
         data = await reader.readexactly(size)
     message = kind() if marker == P2P.MESSAGE_MARKER else RPCError()
