@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import dataclasses
 import gc
 import logging
 import threading
@@ -89,7 +90,8 @@ def test_long_prompt_in_chunks(
 def test_long_step_after_a_short_one(model: SwarmModel, reference: BloomForCausalLM) -> None:
     """The second reply may be larger than the first."""
     token_ids = [5, 6, 7] * 200
-    with model.open_session(700) as session:
+    limits = dataclasses.replace(model.limits, pipelining=False)  # in the largest pieces
+    with SwarmSession(model.head, SessionTerms(model.state, limits, model.budget, 700)) as session:
         session.step(token_ids[:1])
         logits = session.step(token_ids[1:])
     with torch.inference_mode():

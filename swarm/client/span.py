@@ -101,8 +101,8 @@ class Span:
         self.peer_id = info.peer_id
         self.history = history
         self.processed = 0  # tokens in the server's attention cache
-        # Whether the server takes steps from other servers and passes them on; then its replies name them. One that holds
-        # all blocks has nobody to do that with.
+        # Whether the server takes steps from other servers and passes them on; then its replies name them. One that
+        # holds all blocks has nobody to do that with.
         self.able = getattr(info.server_info, "pushing", False)
         alone = (info.start, info.end) == (0, terms.state.num_blocks)
         self.pushing = self.able and not alone and math.isfinite(terms.limits.push_from)
