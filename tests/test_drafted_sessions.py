@@ -1,11 +1,13 @@
 """Drafts over real servers: what is verified, and that servers and warm sessions keep accepted tokens only."""
 
+import math
 from collections.abc import Iterable, Sequence
 
 import pytest
 import torch
 from transformers import BloomForCausalLM, PreTrainedTokenizerBase
 
+import swarm.client.span
 from generation.drafting import Drafting
 from generation.loop import Chunk, generate
 from generation.parameters import GenerationParams
@@ -183,6 +185,18 @@ def test_answers_are_the_same(
     with model.open_session(64) as session:
         assert drafted(model, session, token_ids, params, drafting) == wanted
         assert session.token_ids == text and drafting.taken > 10
+
+
+@pytest.mark.parametrize(("trip", "verifies"), [(0.001, False), (0.05, True), (math.inf, False)])
+def test_near_servers_that_round_are_sent_no_drafts(
+    model: SwarmModel, monkeypatch: pytest.MonkeyPatch, trip: float, verifies: bool
+) -> None:
+    """So that the same request has the same answer."""
+    monkeypatch.setitem(swarm.client.span.HALVES, "float32", torch.float32)
+    monkeypatch.setattr(model.state, "round_trip", lambda peer_id: trip)
+    with model.open_session(32) as session:
+        session.step([5, 6, 7])
+        assert session.can_verify == verifies
 
 
 def test_rows_are_not_verified(model: SwarmModel) -> None:

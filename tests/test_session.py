@@ -94,6 +94,7 @@ def test_long_step_after_a_short_one(model: SwarmModel, reference: BloomForCausa
     with SwarmSession(model.head, SessionTerms(model.state, limits, model.budget, 700)) as session:
         session.step(token_ids[:1])
         logits = session.step(token_ids[1:])
+        assert session.recoveries == 0
     with torch.inference_mode():
         expected = reference(torch.tensor([token_ids])).logits[0, -1]
     torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)

@@ -106,9 +106,12 @@ class Span:
         self.able = getattr(info.server_info, "pushing", False)
         alone = (info.start, info.end) == (0, terms.state.num_blocks)
         self.pushing = self.able and not alone and math.isfinite(terms.limits.push_from)
-        self.far = terms.state.round_trip(info.peer_id) >= terms.limits.push_from
+        trip = terms.state.round_trip(info.peer_id)
+        self.far = trip >= terms.limits.push_from
         self._session_id, self._key = secrets.token_hex(KEY_BYTES), secrets.token_bytes(KEY_BYTES)
         self._dtype = info.server_info.torch_dtype if self.able else None
+        # Whether it computes in 16 bits, and is not known to be far.
+        self.rounds = info.server_info.torch_dtype in HALVES and not (self.far and math.isfinite(trip))
         self._abilities = Abilities()  # what the server can do; its replies say so
         self._must_rewind = False  # whether the next request must ask it to rewind
         self._terms = terms
