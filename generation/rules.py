@@ -1,8 +1,10 @@
-"""Which tokens may be drawn: rules that keep the likeliest ones."""
+"""What changes logits before a token is drawn: penalties, biases, and rules that keep the likeliest tokens."""
 
 import math
+from collections.abc import Sequence
 
 import torch
+from transformers import LogitsProcessor
 
 # How many of the likeliest tokens are looked at first. Up to here it takes no longer to find more of them.
 FIRST_LOOK = 256
@@ -59,3 +61,30 @@ def keep_min_p(scores: torch.Tensor, min_p: float) -> torch.Tensor:
     :param scores: [tokens]
     """
     return (scores >= scores.max() + math.log(min_p)).nonzero()[:, 0]
+
+
+class OwnPenalties(LogitsProcessor):
+    """Presence and frequency penalty as the OpenAI API defines them: on tokens of the answer, not of the prompt."""
+
+    def __init__(self, presence: float, frequency: float) -> None:
+        self.presence = presence
+        self.frequency = frequency
+        self.counts: dict[int, int] = {}
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if self.counts:
+            counts = torch.tensor(list(self.counts.values()), dtype=scores.dtype)
+            scores[:, list(self.counts)] -= self.presence + self.frequency * counts
+        return scores
+
+
+class LogitBias(LogitsProcessor):
+    """Adds numbers to the logits of some tokens."""
+
+    def __init__(self, bias: Sequence[tuple[int, float]]) -> None:
+        self.token_ids = torch.tensor([token_id for token_id, _ in bias])
+        self.values = torch.tensor([value for _, value in bias], dtype=torch.float32)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores[:, self.token_ids] += self.values
+        return scores

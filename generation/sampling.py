@@ -15,47 +15,19 @@ import numpy as np
 import torch
 from transformers import (
     GenerationConfig,
-    LogitsProcessor,
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
 )
 
 from generation.parameters import MAX_SEED, GenerationParams
-from generation.rules import keep_min_p, keep_top_k, keep_top_p
+from generation.rules import LogitBias, OwnPenalties, keep_min_p, keep_top_k, keep_top_p
 from generation.shortlist import Process, Shortlist
 from swarm.client.bounds import BoundedLogits, Logits, all_of
 
 CHANCE_BITS = 53  # of a random number, as many as a float has
 # Of checkpoints that say nothing, as in Transformers' `generate`; its GenerationConfig has None for them.
 UNSET: Mapping[str, Any] = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}
-
-
-class OwnPenalties(LogitsProcessor):
-    """Presence and frequency penalty as the OpenAI API defines them: on tokens of the answer, not of the prompt."""
-
-    def __init__(self, presence: float, frequency: float) -> None:
-        self.presence = presence
-        self.frequency = frequency
-        self.counts: dict[int, int] = {}
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if self.counts:
-            counts = torch.tensor(list(self.counts.values()), dtype=scores.dtype)
-            scores[:, list(self.counts)] -= self.presence + self.frequency * counts
-        return scores
-
-
-class LogitBias(LogitsProcessor):
-    """Adds numbers to the logits of some tokens."""
-
-    def __init__(self, bias: Sequence[tuple[int, float]]) -> None:
-        self.token_ids = torch.tensor([token_id for token_id, _ in bias])
-        self.values = torch.tensor([value for _, value in bias], dtype=torch.float32)
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        scores[:, self.token_ids] += self.values
-        return scores
 
 
 class Candidates:

@@ -97,7 +97,12 @@ def chat_app(live_app: LiveApp) -> Iterator[LiveApp]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(KNOWN_MODELS, name, ModelConfig(name, DIALOGUE, title="Tiny", session_length=640))
         settings = dataclasses.replace(
-            live_app.service.settings, WARM_SESSIONS=8, MAX_CONCURRENT_GENERATIONS=1, MAX_QUEUE=4, QUEUE_TIMEOUT=20.0
+            live_app.service.settings,
+            WARM_SESSIONS=8,
+            MAX_CONCURRENT_GENERATIONS=1,
+            MAX_QUEUE=4,
+            QUEUE_TIMEOUT=20.0,
+            DRAFTING="off",  # what a tiny model repeats would be written before a person can press a button
         )
         with serve(settings) as live:
             yield live

@@ -169,6 +169,7 @@ def test_the_design_names_files_that_exist() -> None:
         ROOT,
         *(path.parent for path in ROOT.glob("*/__init__.py")),
         *(path.parent for path in ROOT.glob("*/*/__init__.py")),
+        *(path.parent for path in ROOT.glob("*/*/*/__init__.py")),
     }
     assert [name for name in named if not any((place / name).exists() for place in places)] == []
 

@@ -314,16 +314,17 @@ def test_missing_experts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("variant", ["mixtral", "qwen3_moe", "gpt_oss"])
-@pytest.mark.parametrize("quant", ["int8", "nf4"])
-def test_experts_are_not_quantised(tmp_path: Path, variant: str, quant: str) -> None:
+@pytest.mark.parametrize(("quant", "batching"), [("int8", False), ("nf4", True)])
+def test_experts_are_not_quantised_by_bitsandbytes(tmp_path: Path, variant: str, quant: str, batching: bool) -> None:
     directory = make_tiny_family(tmp_path / variant, variant)
     adopt(str(directory))
     assert server_arguments(ServerOptions(str(directory), device="cpu"), str(directory))["block_indices"] == "0:4"
     with pytest.raises(ModelUnavailable) as caught:
-        server_arguments(ServerOptions(str(directory), device="cpu", quant=quant), str(directory))
+        options = ServerOptions(str(directory), device="cpu", quant=quant, batching=batching)
+        server_arguments(options, str(directory))
     assert str(caught.value) == (
-        f"{directory}: --quant {quant} is not supported for models with experts ({variant}): "
-        "all but the experts would be quantised, which are most of the weights"
+        f"{directory}: --quant {quant} is not supported for models with experts ({variant}) but on a CPU, by batching "
+        "servers: bitsandbytes would quantise all but the experts, which are most of the weights"
     )
 
 

@@ -124,13 +124,13 @@ def test_a_model_that_is_loading() -> None:
     served = ServedModel(KNOWN_MODELS["HuggingFaceTB/SmolLM2-135M-Instruct"])
     served.report("SmolLM2-135M-Instruct: block 16 of 30")
     served.report_fraction(0.5)
-    found = model_report(served)
+    found = model_report(served, None)
     assert (found["state"], found["progress"]) == ("loading", 0.5)
     assert found["message"] == "SmolLM2-135M-Instruct: block 16 of 30"
     assert (found["size"], found["licence"]) == ("135M", "Apache-2.0")
     assert found["link"] == "https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct"
     served.report("starting a server of the embedded swarm")
-    assert model_report(served)["progress"] is None
+    assert model_report(served, None)["progress"] is None
 
 
 @pytest.mark.parametrize("name", ["/models/some", "./some/model", "some-model", "a/b/c", "tests/tiny", "org/<script>"])

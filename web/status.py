@@ -2,12 +2,14 @@
 
 import dataclasses
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from flask import Blueprint, Response, current_app, g, jsonify, request
 
 from admission.callers import Caller
 from errors import ApiError
+from generation.drafting import Drafting
 from models.loading import ServedModel
 from service import Service, get_service
 from web.callers import find_caller
@@ -94,12 +96,19 @@ def swarm_state() -> Response:
         time=time.time(),
         initial_peers=service.models.initial_peers,
         sessions={"open": len(sessions), "max": sessions.max_sessions},
-        models=[model_report(served) for name, served in service.models.served.items() if g.caller.may_use(name)],
+        models=[
+            model_report(served, sessions.drafting)
+            for name, served in service.models.served.items()
+            if g.caller.may_use(name)
+        ],
     )
 
 
-def model_report(served: ServedModel) -> dict[str, Any]:
-    """Return what is known of a model; null where it is unknown, or not known yet."""
+def model_report(served: ServedModel, drafting: Mapping[str, Drafting] | None) -> dict[str, Any]:
+    """Return what is known of a model; null where it is unknown, or not known yet.
+
+    :param drafting: what is known of drafts, by the model's name; None: nothing is drafted
+    """
     config, status, model = served.config, served.status, served.model
     return {
         "name": config.name,
@@ -115,17 +124,17 @@ def model_report(served: ServedModel) -> dict[str, Any]:
         "chat": dataclasses.asdict(served.chat) if model else None,
         "num_blocks": model.state.num_blocks if model else None,
         "blocks": model.state.holders() if model else [],
-        "drafting": drafting_report(served),
+        "drafting": None if drafting is None else drafting_report(served, drafting.get(config.name)),
         "servers": server_reports(model.state.servers()) if model else [],
     }
 
 
-def drafting_report(served: ServedModel) -> dict[str, Any] | None:
-    """Return what drafts for a model's answers, and how well; null if nothing does."""
-    all_drafting = get_service(current_app).sessions.drafting
-    if all_drafting is None:
-        return None
-    drafting, model = all_drafting.get(served.config.name), served.model
+def drafting_report(served: ServedModel, drafting: Drafting | None) -> dict[str, Any]:
+    """Return what drafts for a model's answers, and how well.
+
+    :param drafting: None: there was no answer yet
+    """
+    model = served.model
     return {
         "model": model.draft_model.name if model and model.draft_model else None,
         "error": served.draft_error,
