@@ -49,8 +49,3 @@ def resident(library: str) -> int:
     text = Path("/proc/self/smaps").read_text()
     parts = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", text, flags=re.MULTILINE)
     return sum(int(re.findall(r"^Rss: +(\d+)", part, re.MULTILINE)[0]) for part in parts if library in part)
-
-
-def test_sharing_memory_needs_no_helper() -> None:
-    """PyTorch's default; hivemind's choice starts a process."""
-    assert torch.multiprocessing.get_sharing_strategy() == "file_descriptor"

@@ -237,7 +237,7 @@ def test_a_closed_session_opens_no_streams(model: SwarmModel) -> None:
 
 def test_a_step_that_lingers_harms_no_other(model: SwarmModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cancelled step may take long to end; then the next one has begun, with spans of its own."""
-    impatient = dataclasses.replace(model.limits, connect_timeout=0.2)
+    impatient = dataclasses.replace(model.limits, connect_timeout=0.2, push_from=math.inf)  # one server after the other
     session = SwarmSession(model.head, SessionTerms(model.state, impatient, model.budget, 64))
     expected = session.step([1, 2, 3])
     chain = session._chain

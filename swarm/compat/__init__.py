@@ -22,7 +22,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import swarm.lazy_imports  # noqa: F401
-from swarm.compat import cpufeature, sharing, transformers5  # noqa: F401
+from swarm.compat import cpufeature, transformers5  # noqa: F401
 
 import hivemind
 import hivemind.compression
