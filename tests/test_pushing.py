@@ -250,7 +250,8 @@ def test_pushed_steps_make_the_same_text(
             session.step(token_ids[:1])
             assert run_greedy(session, token_ids[1:], len(expected)) == expected
             assert session.recoveries == 0
-    assert pushed and all(news.pushed for news in pushed)
+    # The first push of a session may come before the session is there.
+    assert pushed and sum(not news.pushed for news in pushed) <= len(PROMPTS)
 
 
 def test_a_step_that_is_pushed_and_sent_is_computed_once(

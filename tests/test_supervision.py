@@ -105,8 +105,8 @@ def test_a_part_of_a_server_dies(fragile: Fragile, reference: BloomForCausalLM, 
     process = psutil.Process(fragile.server.process.pid)
     with fragile.model.open_session(128) as session:
         generated = run_greedy(session, token_ids, 10)
-        before = process.children(recursive=True)
-        assert not any(map(is_memory_manager, before))
+        # PyTorch's manager of shared memory may end before or after the others.
+        before = [child for child in process.children(recursive=True) if not is_memory_manager(child)]
         died = time.monotonic()
         fragile.kill(part)
         if part != "the batcher":  # which fails with the next step
