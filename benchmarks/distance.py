@@ -36,7 +36,7 @@ from swarm.hardware import cpu_count
 from swarm.local import LocalSwarm
 from swarm.options import ServerOptions
 from tests.support.stock_process import PYTHON, Stock
-from tests.support.swarms import server_info
+from tests.support.swarms import all_answer
 from tests.support.tiny import make_tiny_bloom
 
 BLOCKS, WIDTH = 8, 64  # of the model
@@ -170,12 +170,7 @@ def our_runs(path: Path, servers: int, bandwidth: float) -> Iterator[tuple[dict[
 
 def await_servers(model: SwarmModel, count: int) -> None:
     """Wait until all servers answer."""
-
-    def answer() -> bool:
-        views = model.state.servers()
-        return len(views) == count and all(server_info(model, view) for view in views)
-
-    if not model.state.wait(answer, READY_TIMEOUT):
+    if not model.state.wait(lambda: all_answer(model, count), READY_TIMEOUT):
         raise SystemExit("the servers did not come up")
 
 

@@ -21,7 +21,7 @@ from swarm.client.terms import SessionLimits
 from swarm.local import LocalSwarm
 from swarm.options import ServerOptions
 from tests.support.processes import GUNICORN, Program, listening, running
-from tests.support.swarms import server_info
+from tests.support.swarms import all_answer
 from tests.support.tiny import load_reference, make_tiny_bloom
 
 # A tiny model on two cores is ready within seconds; a busy machine may take several times as long.
@@ -74,10 +74,7 @@ def load_model(path: Path, swarm: LocalSwarm, relief: CacheRelief | None = None,
     assert model.state.wait(lambda: not model.state.missing_blocks(), READY_TIMEOUT), "the servers did not come up"
 
     # A server announces its blocks a moment before it takes requests.
-    def answer() -> bool:
-        return all(server_info(model, view) for view in model.state.servers())
-
-    assert model.state.wait(answer, READY_TIMEOUT), "the servers do not answer"
+    assert model.state.wait(lambda: all_answer(model), READY_TIMEOUT), "the servers do not answer"
     return model
 
 

@@ -18,7 +18,7 @@ from swarm.client.model import SwarmModel
 from swarm.local import LocalSwarm
 from tests.conftest import READY_TIMEOUT, greedy, load_model, tiny_server
 from tests.support.stock_process import PYTHON, Stock
-from tests.support.swarms import server_info
+from tests.support.swarms import all_answer
 from tests.support.tiny import make_tiny_bloom, make_tiny_llama
 from tests.test_session import PROMPTS, run_greedy
 
@@ -95,12 +95,7 @@ def mixed(stock: dict[str, Stock], tmp_path_factory: pytest.TempPathFactory) -> 
 
 def await_servers(model: SwarmModel, count: int) -> dict[tuple[str, int], str]:
     """Wait until so many servers answer; return their peer ids by whose they are and their first blocks."""
-
-    def answer() -> bool:
-        views = model.state.servers()
-        return len(views) == count and all(server_info(model, view) for view in views)
-
-    assert model.state.wait(answer, READY_TIMEOUT), model.state.servers()
+    assert model.state.wait(lambda: all_answer(model, count), READY_TIMEOUT), model.state.servers()
     return {(view.public_name or "", view.start): view.peer_id for view in model.state.servers()}
 
 

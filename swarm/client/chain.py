@@ -181,7 +181,7 @@ class Chain:
                 return None
             index += 1
         spans = [span for span in self.spans if isinstance(span, Span)]
-        if self.terms.rows > 1 and not all(span.able or span.opened for span in spans):
+        if self.terms.rows > 1 and not all(span.can_push or span.opened for span in spans):
             return None  # only their first replies say whether they compute for all rows what is sent once
         return Flow.if_it_pays(spans, inputs, end - inputs.shape[1], self.terms)
 

@@ -35,6 +35,7 @@ from swarm.errors import CacheFull, ModelMismatch, SessionLengthExceeded, SwarmE
 from swarm.weights import Fingerprint
 from swarm.wire.pushes import KEY_BYTES, Hop, Label, make_permit
 from swarm.wire.replies import Abilities, StepNews, read_abilities, read_hidden, read_news, read_silence
+from swarm.wire.requests import NO_PROMPTS_AND_HYPOTHESES
 from swarm.wire.text import Malformed, clean, quoted
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,6 @@ PREFILL_CHUNK = 512  # tokens, of all rows together
 REFUSAL_PATIENCE = 3.0  # seconds
 # A request carries hidden states, deep prompts and beam hypotheses; this program sends only the first.
 ARGS_STRUCTURE = pack_args_kwargs(torch.empty(1), DUMMY, DUMMY_INT64)[1]
-NO_PROMPTS_AND_HYPOTHESES = (serialize_torch_tensor(DUMMY), serialize_torch_tensor(DUMMY_INT64))
 # What servers that compute in 16 bits make of their inputs, by the names that they announce.
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 # Numbers of steps, which only grow. All sessions share them, so that a step has one number on all its servers.
@@ -103,13 +103,13 @@ class Span:
         self.processed = 0  # tokens in the server's attention cache
         # Whether the server takes steps from other servers and passes them on; then its replies name them. One that
         # holds all blocks has nobody to do that with.
-        self.able = getattr(info.server_info, "pushing", False)
+        self.can_push = getattr(info.server_info, "pushing", False)
         alone = (info.start, info.end) == (0, terms.state.num_blocks)
-        self.pushing = self.able and not alone and math.isfinite(terms.limits.push_from)
+        self.pushing = self.can_push and not alone and math.isfinite(terms.limits.push_from)
         trip = terms.state.round_trip(info.peer_id)
         self.far = trip >= terms.limits.push_from
         self._session_id, self._key = secrets.token_hex(KEY_BYTES), secrets.token_bytes(KEY_BYTES)
-        self._dtype = info.server_info.torch_dtype if self.able else None
+        self._dtype = info.server_info.torch_dtype if self.can_push else None
         # Whether it computes in 16 bits, and is not known to be far.
         self.rounds = info.server_info.torch_dtype in HALVES and not (self.far and math.isfinite(trip))
         self._abilities = Abilities()  # what the server can do; its replies say so
@@ -151,7 +151,7 @@ class Span:
     @property
     def spreads(self) -> bool:
         """Whether the server computes for all rows what is sent once; those that can take pushes do."""
-        return self.able or self._abilities.spread
+        return self.can_push or self._abilities.spread
 
     def rewinds_to(self, length: int) -> bool:
         """Whether the server can forget all but its first ``length`` tokens."""

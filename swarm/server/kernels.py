@@ -202,12 +202,13 @@ def _attend(
 
 
 @functools.cache
-def _attention(number: Any, ring: bool, biases: bool, window: bool, softcap: bool, sinks: bool) -> Any:
-    """Return the compiled ``_attend`` for queries of a Numba type and what is not None.
+def _attention(bfloat16: bool, ring: bool, biases: bool, window: bool, softcap: bool, sinks: bool) -> Any:
+    """Return the compiled ``_attend`` for queries in bfloat16 or float32, and what is not None.
 
     Numba would compile another one for a single row, which is contiguous in memory where several may not be.
     """
-    rows, whole, real = types.Array(number, 4, "A"), types.int64, types.float32
+    number, whole, real = types.int16 if bfloat16 else types.float32, types.int64, types.float32
+    rows = types.Array(number, 4, "A")
     integers, reals = types.Array(whole, 1, "C"), types.Array(real, 1, "C")
     matrix, outputs = types.Array(real, 2, "C"), types.Array(number, 4, "C")
     optional = {integers: ring, matrix: biases}, {whole: window, real: softcap, reals: sinks}
@@ -292,9 +293,13 @@ class Attention:
         outputs = torch.empty(queries.shape, dtype=queries.dtype)
         softcap = None if scoring.softcap is None else np.float32(scoring.softcap)
         sinks = None if scoring.sinks is None else scoring.sinks.detach().float().numpy()
-        number = types.int16 if queries.dtype == torch.bfloat16 else types.float32
         attend = _attention(
-            number, *(it is not None for it in (capacities, self._biases, scoring.window, softcap, sinks))
+            queries.dtype == torch.bfloat16,
+            capacities is not None,
+            self._biases is not None,
+            scoring.window is not None,
+            softcap is not None,
+            sinks is not None,
         )
         attend(
             array(queries),

@@ -14,18 +14,17 @@ from typing import Any
 
 import swarm.compat  # noqa: F401
 
-from hivemind import MSGPackSerializer, serialize_torch_tensor
+from hivemind import MSGPackSerializer
 from hivemind.p2p import PeerID
 from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure, P2PDaemonError
 from hivemind.proto import runtime_pb2
 from petals.data_structures import CHAIN_DELIMITER, UID_DELIMITER
-from petals.utils.misc import DUMMY, DUMMY_INT64
 
 from swarm.wire.announcements import read_peer_id
 from swarm.wire.messages import MAX_MESSAGE
 from swarm.wire.packing import read_metadata
 from swarm.wire.pushes import MAX_PUSH, Label, check_permit, read_label
-from swarm.wire.requests import check_call
+from swarm.wire.requests import NO_PROMPTS_AND_HYPOTHESES, check_call
 from swarm.wire.text import Malformed
 
 log = logging.getLogger(__name__)
@@ -39,7 +38,6 @@ HOLD_TIME = 30.0  # seconds
 # A server that takes nothing for this long cannot be reached.
 PUSH_TIMEOUT = 5.0  # seconds
 MAX_PUSHING = 64  # of one session at a time
-NO_PROMPTS_AND_HYPOTHESES = (serialize_torch_tensor(DUMMY), serialize_torch_tensor(DUMMY_INT64))
 
 Requests = AsyncIterator[runtime_pb2.ExpertRequest]
 

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from hivemind.compression import serialize_torch_tensor
 from hivemind.proto import runtime_pb2
+from petals.utils.misc import DUMMY, DUMMY_INT64
 
 from swarm.wire.packing import read_integer, read_metadata, read_number, read_text
 from swarm.wire.pushes import read_key
@@ -18,6 +20,8 @@ MAX_ROWS = 64
 # A session that waits longer for attention cache holds up those that would fit; this program's clients retry anyway.
 MAX_PATIENCE = 10.0  # seconds
 MAX_ARGUMENTS = 8  # per request: hidden states, deep prompts, hypotheses, and any that petals may add
+# What follows the hidden states of a step that has nothing else.
+NO_PROMPTS_AND_HYPOTHESES = (serialize_torch_tensor(DUMMY), serialize_torch_tensor(DUMMY_INT64))
 
 
 @dataclass(frozen=True)

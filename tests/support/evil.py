@@ -21,8 +21,9 @@ from hivemind.utils.timed_storage import get_dht_time
 from petals.data_structures import ServerInfo, ServerState
 from petals.utils.dht import declare_active_modules
 
-from swarm.client.span import ARGS_STRUCTURE, NO_PROMPTS_AND_HYPOTHESES
+from swarm.client.span import ARGS_STRUCTURE
 from swarm.wire.messages import receive
+from swarm.wire.requests import NO_PROMPTS_AND_HYPOTHESES
 
 STREAM = "TransformerConnectionHandler.rpc_inference"
 INFO = "TransformerConnectionHandler.rpc_info"

@@ -24,3 +24,12 @@ def server_info(model: SwarmModel, view: ServerView) -> dict[str, Any] | None:
     except (TimeoutError, OSError, EOFError, P2PDaemonError, P2PHandlerError, ControlFailure):
         return None
     return MSGPackSerializer.loads(reply.serialized_info)
+
+
+def all_answer(model: SwarmModel, count: int | None = None) -> bool:
+    """Whether all servers of a model that are announced answer.
+
+    :param count: how many there must be; None: any number
+    """
+    views = model.state.servers()
+    return count in (None, len(views)) and all(server_info(model, view) for view in views)
